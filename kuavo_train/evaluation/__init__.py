@@ -1,0 +1,1 @@
+"""Measuring what a policy can do after each stage: validation, the performance matrix, forgetting, its intervals."""

@@ -1,0 +1,337 @@
+"""The performance matrix of a run, the metrics read from it, and the verdict on each task. Pure functions.
+
+R[i][j] is the score on task j after stage i; row 0 is the policy before any training. Higher is better for every score:
+a loss or an error is negated first, so a *negative* backward transfer and a *positive* forgetting mean that something
+was lost, whatever was measured. l(j) is the stage that learnt task j (its own stage; the only one under joint training),
+T the last stage.
+
+    average              mean_j R[T][j]
+    backward transfer    mean_{l(j)<T} (R[T][j] − R[l(j)][j])                 Lopez-Paz & Ranzato 2017, arXiv 1706.08840
+    forgetting F_j       max_{l(j)≤i<T} R[i][j] − R[T][j]                     Chaudhry et al. 2018, arXiv 1801.10112
+    forward transfer     mean_{j>1} (R[l(j)−1][j] − R[0][j])                  1706.08840
+    intransigence I_j    R*[j] − R[l(j)][j], R* trained jointly               1801.10112
+    LIBERO FWT, NBT, AUC on success rates                                     Liu et al. 2023, arXiv 2306.03310
+
+A cell that a metric needs and nobody measured is a `MissingCellError` that names stage and task, never a zero. A metric
+that is not defined for the run (backward transfer of a single task) is None.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from kuavo_train.evaluation.statistics import Interval
+
+WELL_RETAINED = "well retained"
+SLIGHT_DEGRADATION = "slight degradation"
+SIGNIFICANT_FORGETTING = "significant forgetting"
+
+
+class MissingCellError(ValueError):
+    """A metric needs a cell of the matrix that was never measured."""
+
+
+@dataclass(frozen=True)
+class PerformanceMatrix:
+    """R: what was measured on each task (columns) after each stage (rows).
+
+    Attributes:
+        measure: what the values are, e.g. "loss".
+        higher_is_better: False for losses and errors; `score` negates them.
+        tasks: column names, in the order of learning.
+        learnt_in: for each task the index of the stage that learns it; may lie beyond the last row (not learnt yet).
+        stages: row labels, 0 first (before training), then the finished stages' indices; need not be consecutive.
+        values: one row for each stage, one value for each task as measured (not negated); None where not measured.
+
+    Raises:
+        ValueError: shapes, orders or names do not fit, or a value is not finite.
+    """
+
+    measure: str
+    higher_is_better: bool
+    tasks: tuple[str, ...]
+    learnt_in: tuple[int, ...]
+    stages: tuple[int, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(
+                f"{self.measure} matrix: tasks must be distinct and at least one, got {self.tasks}"
+            )
+        if len(self.learnt_in) != len(self.tasks) or any(stage < 1 for stage in self.learnt_in):
+            raise ValueError(
+                f"{self.measure} matrix: learnt_in must give a stage from 1 on for each of {len(self.tasks)} tasks, "
+                f"got {self.learnt_in}"
+            )
+        if not self.stages or self.stages[0] != 0 or list(self.stages) != sorted(set(self.stages)):
+            raise ValueError(
+                f"{self.measure} matrix: stages must start with 0 and increase, got {self.stages}"
+            )
+        if len(self.values) != len(self.stages) or any(len(row) != len(self.tasks) for row in self.values):
+            raise ValueError(
+                f"{self.measure} matrix: values must be {len(self.stages)} stages × {len(self.tasks)} tasks, "
+                f"got rows of {[len(row) for row in self.values]}"
+            )
+        for stage, row in zip(self.stages, self.values, strict=True):
+            for task, value in zip(self.tasks, row, strict=True):
+                if value is not None and not isfinite(value):
+                    raise ValueError(
+                        f"{self.measure} of task {task} after stage {stage} is {value}, not a number"
+                    )
+
+    @classmethod
+    def from_cells(
+        cls,
+        measure: str,
+        cells: Mapping[tuple[int, str], float],
+        *,
+        learnt_in: Mapping[str, int],
+        stages: Sequence[int],
+        higher_is_better: bool,
+    ) -> "PerformanceMatrix":
+        """Lay (stage, task) → value out as a matrix; tasks in the order of `learnt_in`, absent cells are None."""
+        rows = tuple(tuple(cells.get((stage, task)) for task in learnt_in) for stage in stages)
+        return cls(
+            measure, higher_is_better, tuple(learnt_in), tuple(learnt_in.values()), tuple(stages), rows
+        )
+
+    @property
+    def last_stage(self) -> int:
+        return self.stages[-1]
+
+    @property
+    def learnt_tasks(self) -> tuple[str, ...]:
+        """Tasks learnt in one of the stages that are rows."""
+        return tuple(task for task in self.tasks if self.stage_of(task) in self.stages)
+
+    @property
+    def earlier_tasks(self) -> tuple[str, ...]:
+        """Tasks learnt before the last stage: those that could have been forgotten."""
+        return tuple(task for task in self.learnt_tasks if self.stage_of(task) < self.last_stage)
+
+    def stage_of(self, task: str) -> int:
+        """The stage that learns `task`."""
+        return self.learnt_in[self.tasks.index(task)]
+
+    def value(self, stage: int, task: str) -> float:
+        """What was measured, with its own sign. Raises MissingCellError where nothing was."""
+        value = self.values[self.stages.index(stage)][self.tasks.index(task)]
+        if value is None:
+            when = "before training (row 0)" if stage == 0 else f"after stage {stage}"
+            raise MissingCellError(f"{self.measure} of task {task} {when} is needed but was not measured")
+        return value
+
+    def score(self, stage: int, task: str) -> float:
+        """R[stage][task], higher is better."""
+        value = self.value(stage, task)
+        return value if self.higher_is_better else -value
+
+
+def average_score(matrix: PerformanceMatrix) -> float | None:
+    """Mean score over the learnt tasks after the last stage."""
+    return _mean([matrix.score(matrix.last_stage, task) for task in matrix.learnt_tasks])
+
+
+def backward_transfer(matrix: PerformanceMatrix) -> float | None:
+    """Mean change of the earlier tasks since they were learnt; negative when they got worse."""
+    last = matrix.last_stage
+    return _mean([matrix.score(last, t) - matrix.score(matrix.stage_of(t), t) for t in matrix.earlier_tasks])
+
+
+def forgetting(matrix: PerformanceMatrix) -> dict[str, float]:
+    """F_j of each earlier task: its best score since it was learnt, less its score now; positive when worse."""
+    return {
+        task: max(matrix.score(stage, task) for stage in matrix.stages[:-1] if stage >= matrix.stage_of(task))
+        - matrix.score(matrix.last_stage, task)
+        for task in matrix.earlier_tasks
+    }
+
+
+def mean_forgetting(matrix: PerformanceMatrix) -> float | None:
+    """Mean of F_j over the earlier tasks."""
+    return _mean(list(forgetting(matrix).values()))
+
+
+def forward_transfer(matrix: PerformanceMatrix) -> float | None:
+    """Mean gain on tasks *before* they are learnt, over the policy before training; needs row 0."""
+    gains = []
+    for task in matrix.learnt_tasks:
+        before = matrix.stages[matrix.stages.index(matrix.stage_of(task)) - 1]
+        if before != 0:
+            gains.append(matrix.score(before, task) - matrix.score(0, task))
+    return _mean(gains)
+
+
+def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict[str, float]:
+    """I_j: what joint training reaches on a task, less what learning it in turn reached; positive when it learnt less.
+
+    Args:
+        joint: task → value of a jointly trained policy, in the matrix's measure and with its sign (losses as losses).
+
+    Raises:
+        MissingCellError: the joint run lacks a task.
+    """
+    sign = 1 if matrix.higher_is_better else -1
+    missing = [task for task in matrix.learnt_tasks if task not in joint]
+    if missing:
+        raise MissingCellError(f"{matrix.measure} of task {missing[0]} is missing from the joint run")
+    return {t: sign * joint[t] - matrix.score(matrix.stage_of(t), t) for t in matrix.learnt_tasks}
+
+
+def libero_nbt(matrix: PerformanceMatrix, *, relative: bool = False) -> dict[str, float]:
+    """LIBERO's negative backward transfer NBT_k = mean_{τ>k} (c_{k,k} − c_{τ,k}); positive when success was lost.
+
+    LIBERO also counts the last task, with 0; here it is left out, since nothing could have been forgotten of it.
+
+    Args:
+        relative: divide by the initial success c_{k,k}, so that tasks of unequal difficulty compare (arXiv 2603.03818).
+
+    Raises:
+        ValueError: `relative` and a task that never succeeded after its own stage.
+    """
+    _require_success(matrix)
+    result = {}
+    for task in matrix.earlier_tasks:
+        initial = matrix.score(matrix.stage_of(task), task)
+        drops = [initial - matrix.score(stage, task) for stage in _stages_after(matrix, task)]
+        if relative and initial <= 0:
+            raise ValueError(
+                f"task {task} had no success after its stage: its NBT cannot be normalised by it"
+            )
+        result[task] = sum(drops) / len(drops) / (initial if relative else 1.0)
+    return result
+
+
+def libero_fwt(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """LIBERO's forward transfer FWT_k: mean over evaluation epochs of c_{k,k,e}, how fast a task was learnt.
+
+    Args:
+        curves: task → its success rate at each evaluation during its own stage.
+
+    Raises:
+        MissingCellError: a task without any evaluation.
+    """
+    for task, curve in curves.items():
+        if not curve:
+            raise MissingCellError(f"success of task {task} was never measured during its stage")
+    return {task: sum(curve) / len(curve) for task, curve in curves.items()}
+
+
+def libero_auc(matrix: PerformanceMatrix, fwt: Mapping[str, float]) -> dict[str, float]:
+    """LIBERO's AUC_k = (FWT_k + Σ_{τ>k} c_{τ,k}) / (K − k + 1): speed of learning and retention in one."""
+    _require_success(matrix)
+    result = {}
+    for task in matrix.learnt_tasks:
+        if task not in fwt:
+            raise MissingCellError(f"LIBERO's FWT of task {task} is needed but was not measured")
+        later = [matrix.score(stage, task) for stage in _stages_after(matrix, task)]
+        result[task] = (fwt[task] + sum(later)) / (len(later) + 1)
+    return result
+
+
+METRICS: dict[str, tuple[str, Callable[[PerformanceMatrix], float | None]]] = {
+    "average": ("mean over tasks of R[T][j]", average_score),
+    "backward transfer": (
+        "mean over earlier tasks of R[T][j] − R[when learnt][j]; negative = lost",
+        backward_transfer,
+    ),
+    "forgetting": (
+        "mean over earlier tasks of best R since learnt − R[T][j]; positive = lost",
+        mean_forgetting,
+    ),
+    "forward transfer": ("mean over later tasks of R[stage before its own][j] − R[0][j]", forward_transfer),
+}
+"""Name → (definition in words, function) of the metrics that need nothing but the matrix."""
+
+
+@dataclass(frozen=True)
+class RetentionLimits:
+    """When a task counts as kept.
+
+    Attributes:
+        well_retained, slight: limits on the *relative* rise of held-out loss since the task was learnt (0.1 = 10 %).
+        absolute_well_retained, absolute_slight: limits on the loss itself, secondary: they depend on data and model.
+        final: absolute limits for the final model, task by task in the order of learning; further tasks have none.
+        confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
+    """
+
+    well_retained: float = 0.10
+    slight: float = 0.30
+    absolute_well_retained: float = 0.7
+    absolute_slight: float = 1.0
+    final: tuple[float, ...] = (0.7, 0.8, 0.9)
+    confidence: float = 0.95
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.well_retained < self.slight:
+            raise ValueError(
+                "well_retained and slight must satisfy 0 ≤ well_retained < slight, "
+                f"got {self.well_retained} and {self.slight}"
+            )
+        if not 0 < self.absolute_well_retained < self.absolute_slight:
+            raise ValueError(
+                "absolute_well_retained and absolute_slight must satisfy 0 < well_retained < slight, "
+                f"got {self.absolute_well_retained} and {self.absolute_slight}"
+            )
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
+        if self.resamples < 1:
+            raise ValueError(f"resamples must be at least 1, got {self.resamples}")
+
+    @property
+    def rule(self) -> str:
+        """The rule of `judge`, in words for a report."""
+        return (
+            f"A task's verdict follows from how much its held-out loss has risen since the stage that learnt it, as a "
+            f"share of the loss then. The lower end of the {self.confidence:.0%} interval (paired bootstrap over "
+            f"held-out episodes, {self.resamples} resamples) decides: at most {self.well_retained:.0%} is "
+            f"'{WELL_RETAINED}', at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
+            f"So a loss is called forgotten only when the data show it; where the upper end would give another verdict, "
+            f"the verdict is marked as not settled."
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`word` is one of the three constants above; not `settled` when the interval's two ends would give two words."""
+
+    word: str
+    settled: bool
+
+
+def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
+    """Verdict on one task from the relative change of its loss since it was learnt (see `RetentionLimits.rule`).
+
+    Without an interval (one episode) the estimate decides and the verdict is never settled.
+    """
+
+    def word(change: float) -> str:
+        if change <= limits.well_retained:
+            return WELL_RETAINED
+        return SLIGHT_DEGRADATION if change <= limits.slight else SIGNIFICANT_FORGETTING
+
+    if relative_change.low is None or relative_change.high is None:
+        return Verdict(word(relative_change.estimate), settled=False)
+    return Verdict(word(relative_change.low), settled=word(relative_change.low) == word(relative_change.high))
+
+
+def judge_absolute(loss: float, limits: RetentionLimits) -> str:
+    """The older, secondary verdict from the loss alone."""
+    if loss < limits.absolute_well_retained:
+        return WELL_RETAINED
+    return SLIGHT_DEGRADATION if loss < limits.absolute_slight else SIGNIFICANT_FORGETTING
+
+
+def _stages_after(matrix: PerformanceMatrix, task: str) -> list[int]:
+    return [stage for stage in matrix.stages if stage > matrix.stage_of(task)]
+
+
+def _require_success(matrix: PerformanceMatrix) -> None:
+    if not matrix.higher_is_better:
+        raise ValueError(f"LIBERO's metrics are defined on success rates, not on {matrix.measure}")
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

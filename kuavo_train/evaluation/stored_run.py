@@ -1,0 +1,219 @@
+"""Reading a run folder: what the trainer wrote, checked, with errors that name the folder and the fix.
+
+A run may be cut short at any instant, so the last stage may be unfinished and the last line of a log truncated; both
+are read as far as they go. A hole in the middle is an error: nothing after it could be compared with anything before.
+After a resume the steps since the last checkpoint are logged a second time; the later line is the one that counts.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+STAGE_FOLDER = re.compile(r"stage(\d+)_(.+)")
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be read; the message names the folder and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """One `stage<index>_<name>` folder. `replay` and `parameters` are None where the stage did not get to write them."""
+
+    folder: Path
+    index: int
+    name: str
+    record: Record
+    metrics: tuple[Record, ...]
+    validations: tuple[Record, ...]
+    replay: Record | None
+    parameters: tuple[Record, ...] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.record["status"] == "finished"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, from the logs where the stage did not finish."""
+        logged = [int(line["step"]) for line in (*self.metrics, *self.validations)]
+        return int(self.record.get("steps") or 0) if self.finished else max(logged, default=0)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run folder: run.json, its tasks in the order of learning, its stages in the order of training."""
+
+    folder: Path
+    record: Record
+    tasks: tuple[Record, ...]
+    stages: tuple[StoredStage, ...]
+
+    @property
+    def finished(self) -> tuple[StoredStage, ...]:
+        return tuple(stage for stage in self.stages if stage.finished)
+
+    def learnt_in(self) -> dict[str, int]:
+        """Task → index of the stage that learns it: the first whose end validation calls it seen, else as planned."""
+        seen: dict[str, int] = {}
+        for stage in self.finished:
+            for line in stage.validations:
+                if line["kind"] == "end" and line.get("seen"):
+                    seen.setdefault(line["task"], stage.index)
+        return {task["name"]: seen.get(task["name"], int(task["index"])) for task in self.tasks}
+
+
+def newest_run(outputs: Path) -> Path:
+    """The run under `outputs` whose files were modified last.
+
+    Raises:
+        RunFolderError: no folder with a run.json there.
+    """
+    runs = [path.parent for path in outputs.glob("*/run.json")]
+    if not runs:
+        raise RunFolderError(
+            f"no run under {outputs}/: train one first (`make train-all-stages`), or give run=<folder>"
+        )
+
+    def touched(run: Path) -> float:
+        return max(path.stat().st_mtime for path in (*run.glob("run.json"), *run.glob("stage*/*.json*")))
+
+    return max(runs, key=touched)
+
+
+def read_run(folder: Path | str) -> StoredRun:
+    """Read everything a report needs.
+
+    Raises:
+        RunFolderError: the folder is missing, is no run, has no stage, lacks one in the middle, or holds a broken file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} does not exist: give the folder of a run, e.g. run=outputs/<run>")
+    if not (folder / "run.json").is_file():
+        raise RunFolderError(
+            f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it"
+        )
+    record = _read_json(folder / "run.json")
+    _require(record, ("run", "tasks"), folder / "run.json")
+    for task in record["tasks"]:
+        _require(task, ("name", "index"), folder / "run.json")
+    tasks = tuple(sorted(record["tasks"], key=lambda task: task["index"]))
+    names = {task["name"] for task in tasks}
+    found = [
+        (path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))
+    ]
+    stages = sorted(
+        (_read_stage(path, int(match[1]), match[2], names) for path, match in found if path.is_dir()),
+        key=lambda stage: stage.index,
+    )
+    if not stages:
+        raise RunFolderError(f"{folder} has no stage in it: train one first (`make train-all-stages`)")
+    run = StoredRun(folder, record, tasks, tuple(stages))
+    _check_no_hole(run)
+    return run
+
+
+def _check_no_hole(run: StoredRun) -> None:
+    *earlier, last = run.stages
+    for stage, following in zip(earlier, run.stages[1:], strict=True):
+        if stage.index == following.index:
+            raise RunFolderError(
+                f"{run.folder} has two folders for stage {stage.index}: {stage.folder.name} and {following.folder.name}; "
+                "move the one that does not belong to this run away"
+            )
+        if not stage.finished:
+            raise RunFolderError(
+                f"{stage.folder} is {stage.record['status']}, yet a later stage exists: finish it with resume=true and "
+                f"train the later stages again, or move them out of {run.folder}"
+            )
+    trained = {stage.index for stage in run.stages}
+    learnt = run.learnt_in()
+    for task in run.tasks:
+        stage_index = learnt[task["name"]]
+        if stage_index < last.index and stage_index not in trained:
+            name = f"stage{stage_index}_{task['name']}"
+            raise RunFolderError(
+                f"{run.folder / name} is missing, yet {last.folder.name} exists: restore the folder, or train stage "
+                f"{stage_index} and the stages after it again; a task left out on purpose must not be in run.json"
+            )
+
+
+def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredStage:
+    path = folder / "stage.json"
+    # A kill before the first write leaves a folder without stage.json: it is a stage that was begun, no more.
+    record = _read_json(path) if path.is_file() else {"name": name, "index": index, "status": "interrupted"}
+    _require(record, ("status",), path)
+    metrics = _read_lines(folder / "metrics.jsonl", ("step",))
+    validations = _read_lines(folder / "validation.jsonl", ("kind", "step", "task", "loss"))
+    for line in validations:
+        if line["task"] not in tasks:
+            raise RunFolderError(
+                f"{folder / 'validation.jsonl'} validates task {line['task']}, which is not in run.json ({sorted(tasks)}): "
+                "the stage belongs to another run; move it back there"
+            )
+    if record["status"] == "finished" and not any(line["kind"] == "end" for line in validations):
+        raise RunFolderError(
+            f"{folder} is finished, yet its validation.jsonl has no line of kind 'end': restore the file, or train the "
+            "stage again"
+        )
+    replay, parameters = folder / "replay_audit.json", folder / "parameters.json"
+    return StoredStage(
+        folder=folder,
+        index=index,
+        name=name,
+        record=record,
+        metrics=_last_of_each(metrics, ("step",)),
+        validations=_last_of_each(validations, ("kind", "step", "task")),
+        replay=_read_json(replay) if replay.is_file() else None,
+        parameters=tuple(_read_json(parameters)["groups"]) if parameters.is_file() else None,
+    )
+
+
+def _last_of_each(lines: Iterable[Record], keys: tuple[str, ...]) -> tuple[Record, ...]:
+    latest = {tuple(line[key] for key in keys): line for line in lines}
+    return tuple(sorted(latest.values(), key=lambda line: line["step"]))
+
+
+def _read_lines(path: Path, keys: tuple[str, ...]) -> list[Record]:
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break  # cut off by a kill while it was written
+            raise RunFolderError(
+                f"{path}: line {number} is not JSON ({error.msg}): repair or delete that line"
+            ) from error
+        _require(record, keys, f"{path}: line {number}")
+        records.append(record)
+    return records
+
+
+def _read_json(path: Path) -> Record:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(
+            f"{path} is not JSON ({error}): restore it from a copy, or train the stage again"
+        ) from error
+
+
+def _require(record: Any, keys: Iterable[str], where: Path | str) -> None:
+    missing = [key for key in keys if not isinstance(record, Mapping) or key not in record]
+    if missing:
+        raise RunFolderError(
+            f"{where} lacks {', '.join(map(repr, missing))}: it was not written by this trainer"
+        )
