@@ -1,1 +1,1 @@
-"""Measuring what a policy can do after each stage: validation, the performance matrix, forgetting, its intervals."""
+"""What a policy can do after each stage: validation, the performance matrix, forgetting and its intervals."""

@@ -1,19 +1,19 @@
 """The performance matrix of a run, the metrics read from it, and the verdict on each task. Pure functions.
 
-R[i][j] is the score on task j after stage i; row 0 is the policy before any training. Higher is better for every score:
-a loss or an error is negated first, so a *negative* backward transfer and a *positive* forgetting mean that something
-was lost, whatever was measured. l(j) is the stage that learnt task j (its own stage; the only one under joint training),
-T the last stage.
+R[i][j] is the score on task j after stage i; row 0 is the policy before any training. Higher is better for
+every score: a loss or an error is negated first, so a *negative* backward transfer and a *positive*
+forgetting mean that something was lost, whatever was measured. l(j) is the stage that learnt task j (its own
+stage; the only one under joint training), T the last stage.
 
-    average              mean_j R[T][j]
-    backward transfer    mean_{l(j)<T} (R[T][j] − R[l(j)][j])                 Lopez-Paz & Ranzato 2017, arXiv 1706.08840
-    forgetting F_j       max_{l(j)≤i<T} R[i][j] − R[T][j]                     Chaudhry et al. 2018, arXiv 1801.10112
-    forward transfer     mean_{j>1} (R[l(j)−1][j] − R[0][j])                  1706.08840
-    intransigence I_j    R*[j] − R[l(j)][j], R* trained jointly               1801.10112
-    LIBERO FWT, NBT, AUC on success rates                                     Liu et al. 2023, arXiv 2306.03310
+    average             mean_j R[T][j]
+    backward transfer   mean_{l(j)<T} (R[T][j] − R[l(j)][j])          Lopez-Paz & Ranzato, arXiv 1706.08840
+    forgetting F_j      max_{l(j)≤i<T} R[i][j] − R[T][j]              Chaudhry et al., arXiv 1801.10112
+    forward transfer    mean_{j>1} (R[l(j)−1][j] − R[0][j])           1706.08840
+    intransigence I_j   R*[j] − R[l(j)][j], R* trained jointly        1801.10112
+    LIBERO's FWT, NBT, AUC on success rates                           Liu et al., arXiv 2306.03310
 
-A cell that a metric needs and nobody measured is a `MissingCellError` that names stage and task, never a zero. A metric
-that is not defined for the run (backward transfer of a single task) is None.
+A cell that a metric needs and nobody measured is a `MissingCellError` that names stage and task, never a
+zero. A metric that is not defined for the run (backward transfer of a single task) is None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,9 +39,12 @@ class PerformanceMatrix:
         measure: what the values are, e.g. "loss".
         higher_is_better: False for losses and errors; `score` negates them.
         tasks: column names, in the order of learning.
-        learnt_in: for each task the index of the stage that learns it; may lie beyond the last row (not learnt yet).
-        stages: row labels, 0 first (before training), then the finished stages' indices; need not be consecutive.
-        values: one row for each stage, one value for each task as measured (not negated); None where not measured.
+        learnt_in: for each task the index of the stage that learns it; may lie beyond the last row (not
+            learnt yet).
+        stages: row labels, 0 first (before training), then the finished stages' indices; need not be
+            consecutive.
+        values: one row for each stage, one value for each task as measured (not negated); None where not
+            measured.
 
     Raises:
         ValueError: shapes, orders or names do not fit, or a value is not finite.
@@ -61,7 +64,8 @@ class PerformanceMatrix:
             )
         if len(self.learnt_in) != len(self.tasks) or any(stage < 1 for stage in self.learnt_in):
             raise ValueError(
-                f"{self.measure} matrix: learnt_in must give a stage from 1 on for each of {len(self.tasks)} tasks, "
+                f"{self.measure} matrix: learnt_in must give a stage from 1 on for each of {len(self.tasks)} "
+                "tasks, "
                 f"got {self.learnt_in}"
             )
         if not self.stages or self.stages[0] != 0 or list(self.stages) != sorted(set(self.stages)):
@@ -90,7 +94,7 @@ class PerformanceMatrix:
         stages: Sequence[int],
         higher_is_better: bool,
     ) -> "PerformanceMatrix":
-        """Lay (stage, task) → value out as a matrix; tasks in the order of `learnt_in`, absent cells are None."""
+        """Lay (stage, task) → value out as a matrix; tasks in the order of `learnt_in`, absent cells None."""
         rows = tuple(tuple(cells.get((stage, task)) for task in learnt_in) for stage in stages)
         return cls(
             measure, higher_is_better, tuple(learnt_in), tuple(learnt_in.values()), tuple(stages), rows
@@ -140,7 +144,7 @@ def backward_transfer(matrix: PerformanceMatrix) -> float | None:
 
 
 def forgetting(matrix: PerformanceMatrix) -> dict[str, float]:
-    """F_j of each earlier task: its best score since it was learnt, less its score now; positive when worse."""
+    """F_j of each earlier task: its best score since it was learnt, less its score now; positive = worse."""
     return {
         task: max(matrix.score(stage, task) for stage in matrix.stages[:-1] if stage >= matrix.stage_of(task))
         - matrix.score(matrix.last_stage, task)
@@ -164,10 +168,11 @@ def forward_transfer(matrix: PerformanceMatrix) -> float | None:
 
 
 def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict[str, float]:
-    """I_j: what joint training reaches on a task, less what learning it in turn reached; positive when it learnt less.
+    """I_j: what joint training reaches on a task, less what learning it in turn reached; positive = worse.
 
     Args:
-        joint: task → value of a jointly trained policy, in the matrix's measure and with its sign (losses as losses).
+        joint: task → value of a jointly trained policy, in the matrix's measure and with its sign (losses as
+            losses).
 
     Raises:
         MissingCellError: the joint run lacks a task.
@@ -180,12 +185,14 @@ def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict
 
 
 def libero_nbt(matrix: PerformanceMatrix, *, relative: bool = False) -> dict[str, float]:
-    """LIBERO's negative backward transfer NBT_k = mean_{τ>k} (c_{k,k} − c_{τ,k}); positive when success was lost.
+    """LIBERO's negative backward transfer NBT_k = mean_{τ>k} (c_{k,k} − c_{τ,k}); positive = lost.
 
-    LIBERO also counts the last task, with 0; here it is left out, since nothing could have been forgotten of it.
+    LIBERO also counts the last task, with 0; here it is left out, since nothing could have been forgotten of
+    it.
 
     Args:
-        relative: divide by the initial success c_{k,k}, so that tasks of unequal difficulty compare (arXiv 2603.03818).
+        relative: divide by the initial success c_{k,k}, so that tasks of unequal difficulty compare (arXiv
+            2603.03818).
 
     Raises:
         ValueError: `relative` and a task that never succeeded after its own stage.
@@ -250,9 +257,12 @@ class RetentionLimits:
     """When a task counts as kept.
 
     Attributes:
-        well_retained, slight: limits on the *relative* rise of held-out loss since the task was learnt (0.1 = 10 %).
-        absolute_well_retained, absolute_slight: limits on the loss itself, secondary: they depend on data and model.
-        final: absolute limits for the final model, task by task in the order of learning; further tasks have none.
+        well_retained, slight: limits on the *relative* rise of held-out loss since the task was learnt (0.1 =
+            10 %).
+        absolute_well_retained, absolute_slight: limits on the loss itself, secondary: they depend on data and
+            model.
+        final: absolute limits for the final model, task by task in the order of learning; further tasks have
+            none.
         confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
     """
 
@@ -284,25 +294,29 @@ class RetentionLimits:
     def rule(self) -> str:
         """The rule of `judge`, in words for a report."""
         return (
-            f"A task's verdict follows from how much its held-out loss has risen since the stage that learnt it, as a "
-            f"share of the loss then. The lower end of the {self.confidence:.0%} interval (paired bootstrap over "
+            "A task's verdict follows from how much its held-out loss has risen since the stage that learnt "
+            "it, as a "
+            f"share of the loss then. The lower end of the {self.confidence:.0%} interval (paired bootstrap "
+            "over "
             f"held-out episodes, {self.resamples} resamples) decides: at most {self.well_retained:.0%} is "
-            f"'{WELL_RETAINED}', at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
-            f"So a loss is called forgotten only when the data show it; where the upper end would give another verdict, "
+            f"'{WELL_RETAINED}', at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more "
+            f"'{SIGNIFICANT_FORGETTING}'. "
+            "So a loss is called forgotten only when the data show it; where the upper end would give "
+            "another verdict, "
             f"the verdict is marked as not settled."
         )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is one of the three constants above; not `settled` when the interval's two ends would give two words."""
+    """`word` is one of the three constants above; not `settled` when the interval's ends would give two."""
 
     word: str
     settled: bool
 
 
 def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
-    """Verdict on one task from the relative change of its loss since it was learnt (see `RetentionLimits.rule`).
+    """Verdict on one task from the relative change of its loss since it was learnt, by `RetentionLimits.rule`.
 
     Without an interval (one episode) the estimate decides and the verdict is never settled.
     """

@@ -1,12 +1,14 @@
-"""Intervals for what a run measured: paired bootstrap over episodes, hierarchical bootstrap over seeds, Wilson.
+"""Intervals for what a run measured: paired bootstrap over episodes, seeds above them, Wilson.
 
-The unit of resampling is the *episode*, never the frame: the frames of one episode are nearly copies of each other, and
-counting them as independent makes every interval too narrow. Held-out episodes, noise and time are the same at every
-stage, so losses are compared pair by pair and the large differences *between* episodes cancel.
+The unit of resampling is the *episode*, never the frame: the frames of one episode are nearly copies of each
+other, and counting them as independent makes every interval too narrow. Held-out episodes, noise and time are
+the same at every stage, so losses are compared pair by pair and the large differences *between* episodes
+cancel.
 
-A plain percentile bootstrap is too narrow for the few episodes robots have (about 85 % instead of 95 % with 5). The
-percentiles are therefore widened as in Hesterberg, "What Teachers Should Know About the Bootstrap" (2015), section 4.3,
-so that for a mean the interval is as wide as Student's. Everything is seeded: the same numbers give the same interval.
+A plain percentile bootstrap is too narrow for the few episodes robots have (about 85 % instead of 95 % with
+5). The percentiles are therefore widened as in Hesterberg, "What Teachers Should Know About the Bootstrap"
+(2015), section 4.3, so that for a mean the interval is as wide as Student's. Everything is seeded: the same
+numbers give the same interval.
 """
 
 import math
@@ -24,8 +26,8 @@ Scores = Mapping[int, float]
 class Interval:
     """An estimate and its confidence interval.
 
-    `low` and `high` are None when the data cannot give one (a single episode): an interval of no width would claim
-    certainty, one of infinite width cannot be stored as JSON. `n` counts the units that were resampled.
+    `low` and `high` are None when the data cannot give one (a single episode): an interval of no width would
+    claim certainty, one of infinite width cannot be stored as JSON. `n` counts the units that were resampled.
     """
 
     estimate: float
@@ -44,15 +46,16 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Change of the mean from `before` to `after`, resampling episodes and keeping each episode's pair together.
+    """Change of the mean from `before` to `after`, resampling episodes, each with its pair.
 
     Args:
         before, after: the same episodes, scored twice.
-        relative: divide by the mean of `before` (0.1 = 10 % more than before); resampled along with the numerator.
+        relative: divide by the mean of `before` (0.1 = 10 % more than before); resampled along with the
+            numerator.
 
     Raises:
-        ValueError: no episodes, other episodes after than before, a value that is not finite, or a relative change of a
-            mean that is not positive.
+        ValueError: no episodes, other episodes after than before, a value that is not finite, or a relative
+            change of a mean that is not positive.
     """
     values_before, values_after = _pairs(before, after)
     _check(level, resamples)
@@ -74,10 +77,11 @@ def hierarchical_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Change from before to after over several training seeds: resample runs, then episodes within each run drawn.
+    """Change from before to after over several training seeds: resample runs, then the episodes of each.
 
-    Every run counts once, however many episodes it has. Two runs trained from different seeds differ for reasons that
-    no number of episodes shows; pooling their episodes would hide that. `n` is the number of runs.
+    Every run counts once, however many episodes it has. Two runs trained from different seeds differ for
+    reasons that no number of episodes shows; pooling their episodes would hide that. `n` is the number of
+    runs.
 
     Args:
         runs: one (before, after) pair of episode scores for each training seed.
@@ -87,7 +91,8 @@ def hierarchical_bootstrap(
     """
     if len(runs) < 2:
         raise ValueError(
-            f"a hierarchical bootstrap needs at least 2 runs, got {len(runs)}: one run says nothing about the spread "
+            f"a hierarchical bootstrap needs at least 2 runs, got {len(runs)}: one run says nothing about "
+            "the spread "
             "between seeds; use paired_bootstrap for it"
         )
     _check(level, resamples)
@@ -130,9 +135,10 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
 
 
 def student_quantile(level: float, degrees: int) -> float:
-    """t such that a Student variable with that many degrees of freedom lies in [−t, t] with probability `level`.
+    """t such that a Student variable of so many degrees of freedom lies in [−t, t] with probability `level`.
 
-    The distribution in closed form for whole degrees (Abramowitz & Stegun 26.7.3 and 26.7.4), inverted by bisection.
+    The distribution in closed form for whole degrees (Abramowitz & Stegun 26.7.3 and 26.7.4), inverted by
+    bisection.
     """
     if degrees > 1000:
         return NormalDist().inv_cdf(0.5 + level / 2)
@@ -155,7 +161,7 @@ def student_quantile(level: float, degrees: int) -> float:
 
 
 def _expanded_percentiles(samples: np.ndarray, level: float, n: int) -> tuple[float, float]:
-    """Percentiles of the bootstrap samples, widened for n units so that they match Student's interval of a mean."""
+    """Percentiles of the samples, widened for n units so that a mean gets Student's interval."""
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(level, n - 1))
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
@@ -167,7 +173,8 @@ def _pairs(before: Scores, after: Scores) -> tuple[np.ndarray, np.ndarray]:
     if before.keys() != after.keys():
         raise ValueError(
             "the same episodes must be scored before and after; "
-            f"only before: {sorted(before.keys() - after.keys())}, only after: {sorted(after.keys() - before.keys())}"
+            f"only before: {sorted(before.keys() - after.keys())}, only after: "
+            f"{sorted(after.keys() - before.keys())}"
         )
     episodes = sorted(before)
     values_before = np.array([before[episode] for episode in episodes], dtype=float)

@@ -1,8 +1,9 @@
 """Reading a run folder: what the trainer wrote, checked, with errors that name the folder and the fix.
 
-A run may be cut short at any instant, so the last stage may be unfinished and the last line of a log truncated; both
-are read as far as they go. A hole in the middle is an error: nothing after it could be compared with anything before.
-After a resume the steps since the last checkpoint are logged a second time; the later line is the one that counts.
+A run may be cut short at any instant, so the last stage may be unfinished and the last line of a log
+truncated; both are read as far as they go. A hole in the middle is an error: nothing after it could be
+compared with anything before. After a resume the steps since the last checkpoint are logged a second time;
+the later line is the one that counts.
 """
 
 import json
@@ -23,7 +24,7 @@ class RunFolderError(ValueError):
 
 @dataclass(frozen=True)
 class StoredStage:
-    """One `stage<index>_<name>` folder. `replay` and `parameters` are None where the stage did not get to write them."""
+    """One `stage<index>_<name>` folder. `replay`, `parameters`: None where not written yet."""
 
     folder: Path
     index: int
@@ -59,7 +60,7 @@ class StoredRun:
         return tuple(stage for stage in self.stages if stage.finished)
 
     def learnt_in(self) -> dict[str, int]:
-        """Task → index of the stage that learns it: the first whose end validation calls it seen, else as planned."""
+        """Task → index of the stage that learns it: the first that ends with it seen, else the planned one."""
         seen: dict[str, int] = {}
         for stage in self.finished:
             for line in stage.validations:
@@ -90,7 +91,8 @@ def read_run(folder: Path | str) -> StoredRun:
     """Read everything a report needs.
 
     Raises:
-        RunFolderError: the folder is missing, is no run, has no stage, lacks one in the middle, or holds a broken file.
+        RunFolderError: the folder is missing, is no run, has no stage, lacks one in the middle, or holds a
+            broken file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -124,12 +126,14 @@ def _check_no_hole(run: StoredRun) -> None:
     for stage, following in zip(earlier, run.stages[1:], strict=True):
         if stage.index == following.index:
             raise RunFolderError(
-                f"{run.folder} has two folders for stage {stage.index}: {stage.folder.name} and {following.folder.name}; "
+                f"{run.folder} has two folders for stage {stage.index}: {stage.folder.name} and "
+                f"{following.folder.name}; "
                 "move the one that does not belong to this run away"
             )
         if not stage.finished:
             raise RunFolderError(
-                f"{stage.folder} is {stage.record['status']}, yet a later stage exists: finish it with resume=true and "
+                f"{stage.folder} is {stage.record['status']}, yet a later stage exists: finish it with "
+                "resume=true and "
                 f"train the later stages again, or move them out of {run.folder}"
             )
     trained = {stage.index for stage in run.stages}
@@ -139,8 +143,10 @@ def _check_no_hole(run: StoredRun) -> None:
         if stage_index < last.index and stage_index not in trained:
             name = f"stage{stage_index}_{task['name']}"
             raise RunFolderError(
-                f"{run.folder / name} is missing, yet {last.folder.name} exists: restore the folder, or train stage "
-                f"{stage_index} and the stages after it again; a task left out on purpose must not be in run.json"
+                f"{run.folder / name} is missing, yet {last.folder.name} exists: restore the folder, or "
+                "train stage "
+                f"{stage_index} and the stages after it again; a task left out on purpose must not be in "
+                "run.json"
             )
 
 
@@ -154,12 +160,14 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
     for line in validations:
         if line["task"] not in tasks:
             raise RunFolderError(
-                f"{folder / 'validation.jsonl'} validates task {line['task']}, which is not in run.json ({sorted(tasks)}): "
+                f"{folder / 'validation.jsonl'} validates task {line['task']}, which is not in run.json "
+                f"({sorted(tasks)}): "
                 "the stage belongs to another run; move it back there"
             )
     if record["status"] == "finished" and not any(line["kind"] == "end" for line in validations):
         raise RunFolderError(
-            f"{folder} is finished, yet its validation.jsonl has no line of kind 'end': restore the file, or train the "
+            f"{folder} is finished, yet its validation.jsonl has no line of kind 'end': restore the file, or "
+            "train the "
             "stage again"
         )
     replay, parameters = folder / "replay_audit.json", folder / "parameters.json"
