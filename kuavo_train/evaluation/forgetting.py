@@ -257,12 +257,9 @@ class RetentionLimits:
     """When a task counts as kept.
 
     Attributes:
-        well_retained, slight: limits on the *relative* rise of held-out loss since the task was learnt (0.1 =
-            10 %).
-        absolute_well_retained, absolute_slight: limits on the loss itself, secondary: they depend on data and
-            model.
-        final: absolute limits for the final model, task by task in the order of learning; further tasks have
-            none.
+        well_retained, slight: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
+        absolute_well_retained, absolute_slight: limits on the loss itself, which depends on data and model.
+        final: absolute limits for the final model, task by task as learnt; further tasks have none.
         confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
     """
 
@@ -294,16 +291,13 @@ class RetentionLimits:
     def rule(self) -> str:
         """The rule of `judge`, in words for a report."""
         return (
-            "A task's verdict follows from how much its held-out loss has risen since the stage that learnt "
-            "it, as a "
-            f"share of the loss then. The lower end of the {self.confidence:.0%} interval (paired bootstrap "
-            "over "
-            f"held-out episodes, {self.resamples} resamples) decides: at most {self.well_retained:.0%} is "
-            f"'{WELL_RETAINED}', at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more "
-            f"'{SIGNIFICANT_FORGETTING}'. "
-            "So a loss is called forgotten only when the data show it; where the upper end would give "
-            "another verdict, "
-            f"the verdict is marked as not settled."
+            "A task's verdict follows from how much its held-out loss has risen since the stage that "
+            "learnt it, as a share of the loss then. "
+            f"The lower end of the {self.confidence:.0%} interval (paired bootstrap over held-out episodes, "
+            f"{self.resamples} resamples) decides: at most {self.well_retained:.0%} is '{WELL_RETAINED}', "
+            f"at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
+            "So a task is called forgotten only when the data show it; where the upper end would give "
+            "another verdict, the verdict is marked as not settled."
         )
 
 
@@ -316,7 +310,7 @@ class Verdict:
 
 
 def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
-    """Verdict on one task from the relative change of its loss since it was learnt, by `RetentionLimits.rule`.
+    """Verdict on one task from the relative change of its loss since learnt, by `RetentionLimits.rule`.
 
     Without an interval (one episode) the estimate decides and the verdict is never settled.
     """

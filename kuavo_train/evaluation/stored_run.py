@@ -60,7 +60,7 @@ class StoredRun:
         return tuple(stage for stage in self.stages if stage.finished)
 
     def learnt_in(self) -> dict[str, int]:
-        """Task → index of the stage that learns it: the first that ends with it seen, else the planned one."""
+        """Task → index of the stage that learns it: the first that ends with it seen, else as planned."""
         seen: dict[str, int] = {}
         for stage in self.finished:
             for line in stage.validations:

@@ -1,0 +1,379 @@
+"""The figures of a report, from the dictionary of matrix.json (see `kuavo_train.evaluation.matrix`) and
+metrics.jsonl.
+
+Every figure is about 13 cm wide, so that its text stays readable when a phone shows it at full width; on a
+desktop two stand side by side. No pyplot: figures are objects without global state, and nothing needs a
+display.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kuavo_train.evaluation.forgetting import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
+
+Record = dict[str, Any]
+
+INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
+TASK_COLOURS = ("#2f5d8c", "#c9772b", "#3f8f6f", "#8a5a9e", "#b0486a", "#6b7280", "#a3892b", "#3b8ea5")
+VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}
+CHANGE = LinearSegmentedColormap.from_list("change", ["#9cc4b2", "#ffffff", "#f3c9a5", "#dd7f63"])
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#c4cad4",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+WIDTH = 5.2  # inches
+UNITS = {"loss": "held-out loss", "action_error": "action error (normalised)", "success": "success rate"}
+
+
+def write_figures(
+    folder: Path, matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]
+) -> dict[str, Path]:
+    """Draw what the run has data for and save it as PNG. Returns name → file, in the order of the report.
+
+    Args:
+        matrix: content of matrix.json.
+        metrics: (stage index, lines of its metrics.jsonl), in the order of training.
+    """
+    figures: dict[str, Path] = {}
+    with rc_context(STYLE):
+        drawn = {f"matrix_{measure}": heat_map(matrix, measure) for measure in matrix["matrices"]}
+        drawn["loss_curves"] = validation_curves(matrix, "loss")
+        drawn["action_error_curves"] = validation_curves(matrix, "action_error")
+        drawn["forgetting"] = forgetting_bars(matrix)
+        drawn["constant"] = constant_bars(matrix)
+        drawn["training"] = training_curves(matrix, metrics)
+        drawn["replay"] = replay_bars(matrix)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in drawn.items():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # none left over from an earlier report
+            if figure is not None:
+                figures[name] = folder / f"{name}.png"
+                figure.savefig(figures[name], dpi=180, facecolor="white")
+    return figures
+
+
+def heat_map(matrix: Record, measure: str) -> Figure | None:
+    """R as measured, rows stages and columns tasks; colour is the change since the task was learnt.
+
+    Tasks not yet learnt are grey: their values are forward transfer, not memory. The cell of a task's own
+        stage is framed.
+    """
+    rows, tasks = matrix["matrices"][measure]["rows"], matrix["tasks"]
+    worse = -1 if matrix["matrices"][measure]["higher_is_better"] else 1
+    labels = {
+        stage["index"]: f"after {stage['index']}\n{_short(stage['name'])}" for stage in matrix["stages"]
+    }
+    figure = Figure(figsize=(WIDTH, 0.72 * len(rows) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    limit = 2 * matrix["limits"]["slight"]
+    scale = Normalize(-limit / 2, limit)
+    when_learnt = {r["stage"]: r["values"] for r in rows}
+    for y, row in enumerate(rows):
+        for x, task in enumerate(tasks):
+            value, learnt = row["values"][task["name"]], task["learnt_in"]
+            reference = when_learnt.get(learnt, {}).get(task["name"])
+            colour, ink, note = GREY, "#98a2b3", ""
+            if learnt <= row["stage"] and value is not None and reference:
+                change = worse * (value - reference) / reference
+                colour, ink = CHANGE(_thirds(scale(change))), INK
+                note = "" if learnt == row["stage"] else f"{worse * change:+.0%}"
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
+            text = "–" if value is None else number(value)
+            axes.text(
+                x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=11
+            )
+            axes.text(x + 0.5, y + 0.72, note, ha="center", va="center", color=ink, fontsize=8.5)
+    for y, row in enumerate(rows):
+        for x, task in enumerate(tasks):
+            if task["learnt_in"] == row["stage"]:
+                axes.add_patch(
+                    Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.3)
+                )
+    axes.set(xlim=(0, len(tasks)), ylim=(len(rows), 0))
+    axes.set_xticks([x + 0.5 for x in range(len(tasks))], [_short(task["name"]) for task in tasks], color=INK)
+    axes.set_yticks(
+        [y + 0.5 for y in range(len(rows))], ["before\ntraining", *(labels[r["stage"]] for r in rows[1:])]
+    )
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=9.5)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def validation_curves(matrix: Record, measure: str) -> Figure | None:
+    """A line per task over all training; thin and dotted until the task is trained, stage borders and names on top."""
+    points = [point for point in matrix["curves"] if point[measure] is not None]
+    if not points:
+        return None
+    figure, axes = _over_training(matrix, height=3.3)
+    for colour, task in zip(_colours(matrix), matrix["tasks"], strict=True):
+        mine = sorted((p for p in points if p["task"] == task["name"]), key=lambda p: p["total_step"])
+        # An unseen task keeps its dotted line up to the first point of its own stage.
+        first = next(
+            (i for i, p in enumerate(mine) if p["stage"] >= task["learnt_in"] and p["kind"] != "start"),
+            len(mine),
+        )
+        for part, style in ((mine[: first + 1], (0.9, ":")), (mine[first:], (1.9, "-"))):
+            x, y = [p["total_step"] for p in part], [p[measure] for p in part]
+            axes.plot(x, y, color=colour, linewidth=style[0], linestyle=style[1])
+        seen = mine[first:]
+        axes.plot(
+            [p["total_step"] for p in seen],
+            [p[measure] for p in seen],
+            "o",
+            color=colour,
+            markersize=3,
+            label=task["name"],
+        )
+    _log_if_wide(axes, [p[measure] for p in points])
+    axes.set(ylabel=UNITS[measure], xlabel="optimizer steps, all stages")
+    axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(matrix["tasks"]), 2)
+    )
+    return figure
+
+
+def forgetting_bars(matrix: Record) -> Figure | None:
+    """Relative change of held-out loss since a task was learnt, with its interval and the limits of the verdict."""
+    judged = [verdict for verdict in matrix["verdicts"] if verdict["state"] == "judged"]
+    if not judged:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.55 * len(judged) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for y, verdict in enumerate(judged):
+        change = verdict["relative_change"]
+        axes.barh(y, 100 * change["estimate"], height=0.5, color=VERDICT_COLOURS[verdict["verdict"]])
+        edge = change["estimate"]
+        if change["low"] is not None:
+            axes.plot(
+                [100 * change["low"], 100 * change["high"]],
+                [y, y],
+                color=INK,
+                linewidth=1.6,
+                solid_capstyle="butt",
+            )
+            axes.plot([100 * change["low"], 100 * change["high"]], [y, y], "|", color=INK, markersize=9)
+            edge = max(edge, change["high"])
+        axes.text(100 * max(edge, 0) + 1.5, y, f"{change['estimate']:+.1%}", va="center", fontsize=10)
+    for name, label in (("well_retained", "slight"), ("slight", "significant")):
+        limit = 100 * matrix["limits"][name]
+        axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(limit, -0.62, f" {label} ▸", color=MUTED, fontsize=8.5, va="bottom")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(judged)), [_short(verdict["task"]) for verdict in judged], color=INK)
+    axes.set(ylim=(len(judged) - 0.5, -0.65), xlabel="change of held-out loss since learnt (%)")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, max(high + 0.14 * (high - low), 115 * matrix["limits"]["slight"]))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def constant_bars(matrix: Record) -> Figure | None:
+    """Action error of the final policy on each task, against a predictor that always answers the mean action."""
+    bars = [v for v in matrix["verdicts"] if v.get("action_error_now") is not None]
+    if not bars:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.62 * len(bars) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    for y, verdict in enumerate(bars):
+        if verdict["constant_error"] is not None:
+            label = "constant predictor" if y == 0 else None
+            axes.barh(y + 0.2, verdict["constant_error"], height=0.34, color="#d0d5dd", label=label)
+            axes.text(
+                verdict["constant_error"],
+                y + 0.2,
+                f" {number(verdict['constant_error'])}",
+                va="center",
+                fontsize=9,
+            )
+        axes.barh(
+            y - 0.2,
+            verdict["action_error_now"],
+            height=0.34,
+            color="#2f5d8c",
+            label="final policy" if y == 0 else None,
+        )
+        axes.text(
+            verdict["action_error_now"],
+            y - 0.2,
+            f" {number(verdict['action_error_now'])}",
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(bars)), [_short(verdict["task"]) for verdict in bars], color=INK)
+    axes.set(ylim=(len(bars) - 0.4, -0.6), xlabel=UNITS["action_error"])
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]) -> Figure | None:
+    """Training loss (logged, and smoothed over 2 % of the run) above the learning rate."""
+    steps = {stage["index"]: stage["steps"] for stage in matrix["stages"]}
+    x, losses, rates, offset = [], [], [], 0
+    for stage, lines in metrics:
+        for line in lines:
+            x.append(offset + line["step"])
+            losses.append(float("nan") if line.get("loss") is None else line["loss"])
+            rates.append(float("nan") if line.get("lr") is None else line["lr"])
+        offset += steps[stage]
+    if not x:
+        return None
+    figure, loss_axes, rate_axes = _over_training_pair(matrix)
+    window = max(1, len(losses) // 50)
+    smooth = [
+        sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])
+    ]
+    thin = slice(None, None, max(1, len(x) // 2000))
+    loss_axes.plot(x[thin], losses[thin], color="#b9cde0", linewidth=0.8)
+    loss_axes.plot(x[thin], smooth[thin], color="#2f5d8c", linewidth=1.6)
+    _log_if_wide(loss_axes, losses)
+    rate_axes.plot(x[thin], rates[thin], color="#c9772b", linewidth=1.4)
+    loss_axes.set(ylabel="training loss")
+    rate_axes.set(ylabel="learning rate", xlabel="optimizer steps, all stages")
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return figure
+
+
+def replay_bars(matrix: Record) -> Figure | None:
+    """For each stage the shares declared (pale) above the shares drawn."""
+    stages = sorted({entry["stage"] for entry in matrix["replay"]})
+    if not stages:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.68 * len(stages) + 1.35), layout="constrained")
+    axes = figure.subplots()
+    for y, stage in enumerate(stages):
+        entries = {entry["task"]: entry for entry in matrix["replay"] if entry["stage"] == stage}
+        for kind, centre, height, alpha in (
+            ("declared", y - 0.27, 0.16, 0.45),
+            ("drawn", y + 0.06, 0.42, 1.0),
+        ):
+            left = 0.0
+            for colour, task in zip(_colours(matrix), matrix["tasks"], strict=True):
+                share = (entries.get(task["name"]) or {}).get(kind)
+                if not share:
+                    continue
+                label = task["name"] if kind == "drawn" and task["learnt_in"] == stage else None
+                axes.barh(
+                    centre,
+                    share,
+                    left=left,
+                    height=height,
+                    color=colour,
+                    alpha=alpha,
+                    label=label,
+                    edgecolor="white",
+                )
+                if kind == "drawn" and share > 0.06:
+                    axes.text(
+                        left + share / 2,
+                        centre,
+                        f"{share:.0%}",
+                        ha="center",
+                        va="center",
+                        color="white",
+                        fontsize=9,
+                    )
+                left += share
+    axes.set_yticks([y + 0.0 for y in range(len(stages))], [f"stage {stage}" for stage in stages], color=INK)
+    axes.set(
+        ylim=(len(stages) - 0.5, -0.6), xlim=(0, 1), xlabel="share of the frames: declared (pale), drawn"
+    )
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.grid(visible=False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def number(value: float) -> str:
+    """Three decimals; more for small values, so that 0.0042 does not read 0.004."""
+    return (
+        f"{value:.3f}"
+        if abs(value) >= 0.0995 or value == 0
+        else f"{value:.4f}"
+        if abs(value) >= 1e-3
+        else f"{value:.1e}"
+    )
+
+
+def _over_training(matrix: Record, *, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    _stage_borders(axes, matrix)
+    return figure, axes
+
+
+def _over_training_pair(matrix: Record) -> tuple[Figure, Axes, Axes]:
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _stage_borders(upper, matrix)
+    _stage_borders(lower, matrix, names=False)
+    return figure, upper, lower
+
+
+def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
+    start = 0
+    for stage in matrix["stages"]:
+        end = start + max(stage["steps"], 1)
+        if start:
+            axes.axvline(start, color="#98a2b3", linewidth=1, linestyle=(0, (4, 3)))
+        if names:
+            axes.text(
+                (start + end) / 2,
+                1.02,
+                _short(stage["name"]),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                color=MUTED,
+                fontsize=8.5,
+            )
+        start = end
+    axes.set_xlim(0, max(start, 1) * 1.01)
+
+
+def _colours(matrix: Record) -> list[str]:
+    return [TASK_COLOURS[i % len(TASK_COLOURS)] for i in range(len(matrix["tasks"]))]
+
+
+def _short(name: str) -> str:
+    """A task name broken at its underscores, so that columns stay narrow."""
+    return name.replace("_", "\n", 1) if len(name) > 9 else name
+
+
+def _thirds(position: float) -> float:
+    """Where −limit/2 … 0 … limit falls on the colours: no change is white, a third of the way."""
+    return min(max(float(position), 0.0), 1.0)
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    positive = [value for value in values if value is not None and value > 0]
+    if positive and max(positive) / min(positive) > 8 and len(positive) == len(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")

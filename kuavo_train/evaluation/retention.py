@@ -1,0 +1,193 @@
+"""From a stored run to its matrices and verdicts: which line of which log is which cell of R.
+
+A cell of R is the mean over held-out episodes, every episode counting once, so that it is the very mean whose
+interval is bootstrapped.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from kuavo_train.evaluation import forgetting as metrics
+from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
+from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
+from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
+
+MEASURES = {"loss": False, "action_error": False, "success": True}
+"""What R is made of, and whether higher is better."""
+
+
+def performance_matrix(run: StoredRun, measure: str) -> PerformanceMatrix | None:
+    """R of a run for one measure, rows for finished stages; None if it was never measured.
+
+    Raises:
+        RunFolderError: a learnt task was not validated after a later stage (loss only), or a value is not
+            finite.
+    """
+    cells = {}
+    for stage_index in (0, *(stage.index for stage in run.finished)):
+        for task in run.tasks:
+            line = end_line(run, stage_index, task["name"])
+            value = None if line is None else cell(line, measure)
+            if value is not None:
+                cells[stage_index, task["name"]] = value
+    if not cells and measure != "loss":
+        return None
+    learnt_in = run.learnt_in()
+    for stage in run.finished if measure == "loss" else ():
+        for task, learnt in learnt_in.items():
+            if learnt <= stage.index and (stage.index, task) not in cells:
+                raise RunFolderError(
+                    f"{stage.folder}/validation.jsonl has no line of kind 'end' for task {task}, which was "
+                    "learnt in stage "
+                    f"{learnt}: restore the line, or train stage {stage.index} again"
+                )
+    try:
+        return PerformanceMatrix.from_cells(
+            measure,
+            cells,
+            learnt_in=learnt_in,
+            stages=[0, *(stage.index for stage in run.finished)],
+            higher_is_better=MEASURES[measure],
+        )
+    except ValueError as error:
+        raise RunFolderError(f"{run.folder}: {error}; train that stage again") from error
+
+
+def end_line(run: StoredRun, stage_index: int, task: str) -> Record | None:
+    """The validation behind R[stage][task]: the first stage's start for row 0, else the stage's end."""
+    if stage_index == 0:
+        stage, kind = run.stages[0], "start"
+    else:
+        stage, kind = next(stage for stage in run.stages if stage.index == stage_index), "end"
+    lines = [line for line in stage.validations if line["kind"] == kind and line["task"] == task]
+    return lines[-1] if lines else None
+
+
+def cell(line: Record, measure: str) -> float | None:
+    """The value of a validation line: mean over its episodes, every episode counting once."""
+    if measure == "success":
+        rollouts = line.get("success")
+        return None if not rollouts else rollouts["successes"] / rollouts["trials"]
+    scores = episode_scores(line, measure)
+    return sum(scores.values()) / len(scores) if scores else line.get(measure)
+
+
+def episode_scores(line: Record, measure: str) -> dict[int, float]:
+    """Episode id → mean loss or action error of that held-out episode."""
+    return {e["episode"]: e[measure] for e in line.get("episodes") or () if e.get(measure) is not None}
+
+
+def change_since_learnt(
+    run: StoredRun, measure: str, task: str, limits: RetentionLimits, *, relative: bool
+) -> Interval | None:
+    """Change of loss or action error since the task was learnt, with its paired-bootstrap interval.
+
+    None where nothing came after the task, or where single episodes were not recorded.
+
+    Raises:
+        RunFolderError: the two validations do not score the same episodes.
+    """
+    learnt, last = run.learnt_in()[task], run.finished[-1].index
+    before, after = end_line(run, learnt, task), end_line(run, last, task)
+    if learnt >= last or before is None or after is None:
+        return None
+    scores = episode_scores(before, measure), episode_scores(after, measure)
+    if not all(scores):
+        return None
+    try:
+        return paired_bootstrap(
+            *scores, relative=relative, level=limits.confidence, resamples=limits.resamples
+        )
+    except ValueError as error:
+        raise RunFolderError(
+            f"{run.folder}: {measure} of task {task} after stage {learnt} and after stage {last} cannot be "
+            "compared: "
+            f"{error}; validate both stages on the same held-out episodes"
+        ) from error
+
+
+def task_verdict(
+    run: StoredRun, matrices: Mapping[str, PerformanceMatrix], task: Record, limits: RetentionLimits
+) -> Record:
+    """One task's losses and errors before training, when learnt and now, its verdict, and one sentence."""
+    name, loss = task["name"], matrices["loss"]
+    learnt, last = loss.stage_of(name), loss.last_stage
+    entry: Record = {"task": name, "learnt_in": learnt, "verdict": None, "settled": None, "episodes": None}
+    entry |= {f"{key}_before_training": _get(m, 0, name) for key, m in matrices.items()}
+    entry |= {
+        "change": None,
+        "relative_change": None,
+        "action_error_relative_change": None,
+        "forgetting": None,
+    }
+    if name not in loss.learnt_tasks:
+        stage = next((stage for stage in run.stages if stage.index == learnt), None)
+        state = (
+            "has not been trained" if stage is None else f"is {stage.record['status']} at step {stage.steps}"
+        )
+        return entry | {"state": "not learnt", "sentence": f"not learnt yet: stage {learnt} {state}."}
+
+    entry |= {f"{key}_when_learnt": _get(m, learnt, name) for key, m in matrices.items()}
+    entry |= {f"{key}_now": _get(m, last, name) for key, m in matrices.items()}
+    line = end_line(run, last, name) or {}
+    entry["constant_error"] = line.get("constant_error")
+    entry["absolute_verdict"] = metrics.judge_absolute(entry["loss_now"], limits)
+    position = run.tasks.index(task)
+    entry["final_limit"] = limits.final[position] if position < len(limits.final) else None
+    entry["within_final_limit"] = entry["final_limit"] and entry["loss_now"] < entry["final_limit"]
+    then, now = entry["loss_when_learnt"], entry["loss_now"]
+    if learnt == last:
+        before = entry["loss_before_training"]
+        start = "" if before is None else f"{before:.3g} before training, "
+        sentence = f"learnt last, so nothing has come after it yet. Held-out loss {start}{now:.3g} now."
+        return entry | {"state": "learnt last", "sentence": sentence}
+
+    relative = change_since_learnt(run, "loss", name, limits, relative=True)
+    if relative is None:  # no episodes on record: the means alone, which settle nothing
+        relative = Interval((now - then) / then, None, None, limits.confidence, 0)
+    else:
+        entry["change"] = interval_record(change_since_learnt(run, "loss", name, limits, relative=False))
+    verdict = metrics.judge(relative, limits)
+    action = change_since_learnt(run, "action_error", name, limits, relative=True)
+    return entry | {
+        "state": "judged",
+        "verdict": verdict.word,
+        "settled": verdict.settled,
+        "episodes": relative.n,
+        "relative_change": interval_record(relative),
+        "action_error_relative_change": interval_record(action),
+        "forgetting": metrics.forgetting(loss)[name],
+        "sentence": _sentence(verdict, relative, then, now, limits),
+    }
+
+
+def _sentence(
+    verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits
+) -> str:
+    if change.low is None or change.high is None:
+        interval, doubt = (
+            "no interval from so few episodes",
+            "More held-out episodes are needed to settle it.",
+        )
+    else:
+        interval = f"{change.level:.0%} interval {change.low:+.1%} to {change.high:+.1%}, {change.n} episodes"
+        worst = metrics.judge(dataclasses.replace(change, low=change.high), limits).word
+        doubt = f"The interval reaches into “{worst}”: more held-out episodes would settle it."
+    improved = verdict.settled and change.high is not None and change.high < 0
+    text = (
+        f"{verdict.word}{', even improved' if improved else ''}. "
+        f"Held-out loss {then:.3g} when learnt, {now:.3g} now: {change.estimate:+.1%} ({interval})."
+    )
+    return text if verdict.settled else f"{text} {doubt}"
+
+
+def _get(matrix: PerformanceMatrix, stage: int, task: str) -> float | None:
+    try:
+        return matrix.value(stage, task)
+    except MissingCellError:
+        return None
+
+
+def interval_record(interval: Interval | None) -> Record | None:
+    """An interval as it stands in matrix.json."""
+    return None if interval is None else dataclasses.asdict(interval)
