@@ -103,10 +103,6 @@ endef
 
 define SET_UP
 say() { echo "setup: $$*" >&2; }
-# So that an interrupted set-up never looks like a failed one, whatever the installer makes of Ctrl-C.
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
 # What an interrupted set-up left behind may be half a package: start again from nothing.
 if [ -e .venv/.installing ]; then
     other=$$(cat .venv/.installing)
@@ -142,7 +138,7 @@ if [ ! -e .venv ]; then
     done
     if [ -z "$$python" ] && [ -n "$$uv" ] && [ -z "$${PYTHON:-}" ]; then
         say "no Python 3.12 or 3.13 on the PATH: leaving it to uv to find or fetch one"
-        python=3.12
+        python=python3.12
     fi
     if [ -z "$$python" ]; then
         say "kuavo_train needs Python 3.12 or 3.13, and there is none that works. Tried:"
@@ -154,22 +150,30 @@ if [ ! -e .venv ]; then
     say "making .venv with $$python"
     mkdir .venv
     echo $$$$ > .venv/.installing
-    if [ -n "$$uv" ]; then
-        "$$uv" venv --quiet --allow-existing --python "$$python" .venv
-    else
-        "$$python" -m venv .venv
+    make_venv=("$$python" -m venv .venv)
+    [ -z "$$uv" ] || make_venv=("$$uv" venv --quiet --allow-existing --python "$$python" .venv)
+    if ! "$${make_venv[@]}"; then
+        rm -rf .venv
+        say "could not make .venv, for the reason above"
+        exit 1
     fi
 fi
 echo $$$$ > .venv/.installing
 
 venv_pip() { $(PY) -m pip --disable-pip-version-check "$$@"; }
 
+# Who has pip but no uv may have named a package index to pip alone, and uv does not read that.
+[ -n "$$uv" ] || settings=$$(venv_pip config list)
+pip_setting() { sed -n "s/^[^=]*\.$$1='\(.*\)'$$/\1/p" <<< "$$settings" | sed 's/\\n/ /g' | tail -n 1; }
+
+# So that an interrupted set-up never looks like a failed one, whatever the installers make of Ctrl-C.
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 if [ -z "$$uv" ] && ! venv_pip install --quiet --constraint constraints.txt uv; then
     say "uv, the fast installer, cannot be had: going on with pip"
 elif [ -z "$$uv" ]; then
     uv=.venv/bin/uv
-    # Who has pip but no uv may have named a package index to pip alone, and uv does not read that.
-    pip_setting() { venv_pip config list | sed -n "s/^[^=]*\.$$1='\(.*\)'$$/\1/p" | sed 's/\\n/ /g' | tail -n 1; }
     index=$$(pip_setting index-url) more=$$(pip_setting extra-index-url) links=$$(pip_setting find-links)
     if [ -n "$$index$$more$$links" ] && [ -z "$${UV_DEFAULT_INDEX:-}$${UV_INDEX_URL:-}$${UV_INDEX:-}" ]; then
         say "uv takes over the package index that pip is configured with"
