@@ -44,8 +44,7 @@ def _splits_disjoint(run: StoredRun) -> Outcome:
     if not all(split.get("train_episodes") and split.get("held_out_episodes") for split in splits.values()):
         return None, "run.json does not list the episodes of every task"
     shared = {
-        name: sorted(set(split["train_episodes"]) & set(split["held_out_episodes"]))
-        for name, split in splits.items()
+        name: sorted(set(split["train_episodes"]) & set(split["held_out_episodes"])) for name, split in splits.items()
     }
     guilty = [f"{name}: episodes {episodes}" for name, episodes in shared.items() if episodes]
     held_out = ", ".join(f"{name} {len(split['held_out_episodes'])}" for name, split in splits.items())

@@ -8,7 +8,6 @@ display.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -17,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kuavo_train.evaluation.forgetting import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
-
-Record = dict[str, Any]
+from kuavo_train.evaluation.numbers import number, percent
+from kuavo_train.evaluation.stored_run import Record
 
 INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
 TASK_COLOURS = ("#2f5d8c", "#c9772b", "#3f8f6f", "#8a5a9e", "#b0486a", "#6b7280", "#a3892b", "#3b8ea5")
@@ -46,9 +45,7 @@ WIDTH = 5.2  # inches
 UNITS = {"loss": "held-out loss", "action_error": "action error (normalised)", "success": "success rate"}
 
 
-def write_figures(
-    folder: Path, matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]
-) -> dict[str, Path]:
+def write_figures(folder: Path, matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]) -> dict[str, Path]:
     """Draw what the run has data for and save it as PNG. Returns name → file, in the order of the report.
 
     Args:
@@ -81,13 +78,11 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
     """
     rows, tasks = matrix["matrices"][measure]["rows"], matrix["tasks"]
     worse = -1 if matrix["matrices"][measure]["higher_is_better"] else 1
-    labels = {
-        stage["index"]: f"after {stage['index']}\n{_short(stage['name'])}" for stage in matrix["stages"]
-    }
+    labels = {stage["index"]: f"after {stage['index']}\n{_short(stage['name'])}" for stage in matrix["stages"]}
     figure = Figure(figsize=(WIDTH, 0.72 * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots()
-    limit = 2 * matrix["limits"]["slight"]
-    scale = Normalize(-limit / 2, limit)
+    limit = 2 * matrix["limits"]["slight_change"]
+    scale = Normalize(-limit / 2, limit, clip=True)  # no change is white, a third of the way
     when_learnt = {r["stage"]: r["values"] for r in rows}
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
@@ -96,25 +91,19 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
             colour, ink, note = GREY, "#98a2b3", ""
             if learnt <= row["stage"] and value is not None and reference:
                 change = worse * (value - reference) / reference
-                colour, ink = CHANGE(_thirds(scale(change))), INK
+                colour, ink = CHANGE(scale(change)), INK
                 note = "" if learnt == row["stage"] else f"{worse * change:+.0%}"
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
             text = "–" if value is None else number(value)
-            axes.text(
-                x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=11
-            )
+            axes.text(x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=11)
             axes.text(x + 0.5, y + 0.72, note, ha="center", va="center", color=ink, fontsize=8.5)
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
             if task["learnt_in"] == row["stage"]:
-                axes.add_patch(
-                    Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.3)
-                )
+                axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.3))
     axes.set(xlim=(0, len(tasks)), ylim=(len(rows), 0))
     axes.set_xticks([x + 0.5 for x in range(len(tasks))], [_short(task["name"]) for task in tasks], color=INK)
-    axes.set_yticks(
-        [y + 0.5 for y in range(len(rows))], ["before\ntraining", *(labels[r["stage"]] for r in rows[1:])]
-    )
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], ["before\ntraining", *(labels[r["stage"]] for r in rows[1:])])
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=9.5)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -149,9 +138,7 @@ def validation_curves(matrix: Record, measure: str) -> Figure | None:
     _log_if_wide(axes, [p[measure] for p in points])
     axes.set(ylabel=UNITS[measure], xlabel="optimizer steps, all stages")
     axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(matrix["tasks"]), 2)
-    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(matrix["tasks"]), 2))
     return figure
 
 
@@ -176,16 +163,16 @@ def forgetting_bars(matrix: Record) -> Figure | None:
             )
             axes.plot([100 * change["low"], 100 * change["high"]], [y, y], "|", color=INK, markersize=9)
             edge = max(edge, change["high"])
-        axes.text(100 * max(edge, 0) + 1.5, y, f"{change['estimate']:+.1%}", va="center", fontsize=10)
-    for name, label in (("well_retained", "slight"), ("slight", "significant")):
+        axes.text(100 * max(edge, 0) + 1.5, y, percent(change["estimate"]), va="center", fontsize=10)
+    for name, label in (("well_retained_change", "slight"), ("slight_change", "significant")):
         limit = 100 * matrix["limits"][name]
         axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(limit, -0.62, f" {label} ▸", color=MUTED, fontsize=8.5, va="bottom")
+        axes.text(limit, -0.62, f" {label}", color=MUTED, fontsize=8.5, va="bottom")
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(judged)), [_short(verdict["task"]) for verdict in judged], color=INK)
     axes.set(ylim=(len(judged) - 0.5, -0.65), xlabel="change of held-out loss since learnt (%)")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, max(high + 0.14 * (high - low), 115 * matrix["limits"]["slight"]))
+    axes.set_xlim(low, max(high + 0.14 * (high - low), 115 * matrix["limits"]["slight_change"]))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     return figure
@@ -246,9 +233,7 @@ def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record
         return None
     figure, loss_axes, rate_axes = _over_training_pair(matrix)
     window = max(1, len(losses) // 50)
-    smooth = [
-        sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])
-    ]
+    smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])]
     thin = slice(None, None, max(1, len(x) // 2000))
     loss_axes.plot(x[thin], losses[thin], color="#b9cde0", linewidth=0.8)
     loss_axes.plot(x[thin], smooth[thin], color="#2f5d8c", linewidth=1.6)
@@ -301,25 +286,12 @@ def replay_bars(matrix: Record) -> Figure | None:
                     )
                 left += share
     axes.set_yticks([y + 0.0 for y in range(len(stages))], [f"stage {stage}" for stage in stages], color=INK)
-    axes.set(
-        ylim=(len(stages) - 0.5, -0.6), xlim=(0, 1), xlabel="share of the frames: declared (pale), drawn"
-    )
+    axes.set(ylim=(len(stages) - 0.5, -0.6), xlim=(0, 1), xlabel="share of the frames: declared (pale), drawn")
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
-
-
-def number(value: float) -> str:
-    """Three decimals; more for small values, so that 0.0042 does not read 0.004."""
-    return (
-        f"{value:.3f}"
-        if abs(value) >= 0.0995 or value == 0
-        else f"{value:.4f}"
-        if abs(value) >= 1e-3
-        else f"{value:.1e}"
-    )
 
 
 def _over_training(matrix: Record, *, height: float) -> tuple[Figure, Axes]:
@@ -364,11 +336,6 @@ def _colours(matrix: Record) -> list[str]:
 def _short(name: str) -> str:
     """A task name broken at its underscores, so that columns stay narrow."""
     return name.replace("_", "\n", 1) if len(name) > 9 else name
-
-
-def _thirds(position: float) -> float:
-    """Where −limit/2 … 0 … limit falls on the colours: no change is white, a third of the way."""
-    return min(max(float(position), 0.0), 1.0)
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:

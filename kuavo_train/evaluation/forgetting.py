@@ -59,9 +59,7 @@ class PerformanceMatrix:
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(
-                f"{self.measure} matrix: tasks must be distinct and at least one, got {self.tasks}"
-            )
+            raise ValueError(f"{self.measure} matrix: tasks must be distinct and at least one, got {self.tasks}")
         if len(self.learnt_in) != len(self.tasks) or any(stage < 1 for stage in self.learnt_in):
             raise ValueError(
                 f"{self.measure} matrix: learnt_in must give a stage from 1 on for each of {len(self.tasks)} "
@@ -69,9 +67,7 @@ class PerformanceMatrix:
                 f"got {self.learnt_in}"
             )
         if not self.stages or self.stages[0] != 0 or list(self.stages) != sorted(set(self.stages)):
-            raise ValueError(
-                f"{self.measure} matrix: stages must start with 0 and increase, got {self.stages}"
-            )
+            raise ValueError(f"{self.measure} matrix: stages must start with 0 and increase, got {self.stages}")
         if len(self.values) != len(self.stages) or any(len(row) != len(self.tasks) for row in self.values):
             raise ValueError(
                 f"{self.measure} matrix: values must be {len(self.stages)} stages × {len(self.tasks)} tasks, "
@@ -80,9 +76,7 @@ class PerformanceMatrix:
         for stage, row in zip(self.stages, self.values, strict=True):
             for task, value in zip(self.tasks, row, strict=True):
                 if value is not None and not isfinite(value):
-                    raise ValueError(
-                        f"{self.measure} of task {task} after stage {stage} is {value}, not a number"
-                    )
+                    raise ValueError(f"{self.measure} of task {task} after stage {stage} is {value}, not a number")
 
     @classmethod
     def from_cells(
@@ -96,9 +90,7 @@ class PerformanceMatrix:
     ) -> "PerformanceMatrix":
         """Lay (stage, task) → value out as a matrix; tasks in the order of `learnt_in`, absent cells None."""
         rows = tuple(tuple(cells.get((stage, task)) for task in learnt_in) for stage in stages)
-        return cls(
-            measure, higher_is_better, tuple(learnt_in), tuple(learnt_in.values()), tuple(stages), rows
-        )
+        return cls(measure, higher_is_better, tuple(learnt_in), tuple(learnt_in.values()), tuple(stages), rows)
 
     @property
     def last_stage(self) -> int:
@@ -203,9 +195,7 @@ def libero_nbt(matrix: PerformanceMatrix, *, relative: bool = False) -> dict[str
         initial = matrix.score(matrix.stage_of(task), task)
         drops = [initial - matrix.score(stage, task) for stage in _stages_after(matrix, task)]
         if relative and initial <= 0:
-            raise ValueError(
-                f"task {task} had no success after its stage: its NBT cannot be normalised by it"
-            )
+            raise ValueError(f"task {task} had no success after its stage: its NBT cannot be normalised by it")
         result[task] = sum(drops) / len(drops) / (initial if relative else 1.0)
     return result
 
@@ -257,31 +247,25 @@ class RetentionLimits:
     """When a task counts as kept.
 
     Attributes:
-        well_retained, slight: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
-        absolute_well_retained, absolute_slight: limits on the loss itself, which depends on data and model.
+        well_retained_change, slight_change: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
+        well_retained_loss, slight_loss: limits on the loss itself, which depends on data and model.
         final: absolute limits for the final model, task by task as learnt; further tasks have none.
         confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
     """
 
-    well_retained: float = 0.10
-    slight: float = 0.30
-    absolute_well_retained: float = 0.7
-    absolute_slight: float = 1.0
+    well_retained_change: float = 0.10
+    slight_change: float = 0.30
+    well_retained_loss: float = 0.7
+    slight_loss: float = 1.0
     final: tuple[float, ...] = (0.7, 0.8, 0.9)
     confidence: float = 0.95
     resamples: int = 10_000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.well_retained < self.slight:
-            raise ValueError(
-                "well_retained and slight must satisfy 0 ≤ well_retained < slight, "
-                f"got {self.well_retained} and {self.slight}"
-            )
-        if not 0 < self.absolute_well_retained < self.absolute_slight:
-            raise ValueError(
-                "absolute_well_retained and absolute_slight must satisfy 0 < well_retained < slight, "
-                f"got {self.absolute_well_retained} and {self.absolute_slight}"
-            )
+        for name in ("change", "loss"):
+            well_retained, slight = getattr(self, f"well_retained_{name}"), getattr(self, f"slight_{name}")
+            if not 0 <= well_retained <= slight:
+                raise ValueError(f"well_retained_{name} must be in [0, slight_{name} = {slight}], got {well_retained}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
         if self.resamples < 1:
@@ -294,8 +278,8 @@ class RetentionLimits:
             "A task's verdict follows from how much its held-out loss has risen since the stage that "
             "learnt it, as a share of the loss then. "
             f"The lower end of the {self.confidence:.0%} interval (paired bootstrap over held-out episodes, "
-            f"{self.resamples} resamples) decides: at most {self.well_retained:.0%} is '{WELL_RETAINED}', "
-            f"at most {self.slight:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
+            f"{self.resamples} resamples) decides: at most {self.well_retained_change:.0%} is '{WELL_RETAINED}', "
+            f"at most {self.slight_change:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
             "So a task is called forgotten only when the data show it; where the upper end would give "
             "another verdict, the verdict is marked as not settled."
         )
@@ -316,9 +300,9 @@ def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
     """
 
     def word(change: float) -> str:
-        if change <= limits.well_retained:
+        if change <= limits.well_retained_change:
             return WELL_RETAINED
-        return SLIGHT_DEGRADATION if change <= limits.slight else SIGNIFICANT_FORGETTING
+        return SLIGHT_DEGRADATION if change <= limits.slight_change else SIGNIFICANT_FORGETTING
 
     if relative_change.low is None or relative_change.high is None:
         return Verdict(word(relative_change.estimate), settled=False)
@@ -327,9 +311,9 @@ def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
 
 def judge_absolute(loss: float, limits: RetentionLimits) -> str:
     """The older, secondary verdict from the loss alone."""
-    if loss < limits.absolute_well_retained:
+    if loss < limits.well_retained_loss:
         return WELL_RETAINED
-    return SLIGHT_DEGRADATION if loss < limits.absolute_slight else SIGNIFICANT_FORGETTING
+    return SLIGHT_DEGRADATION if loss < limits.slight_loss else SIGNIFICANT_FORGETTING
 
 
 def _stages_after(matrix: PerformanceMatrix, task: str) -> list[int]:

@@ -51,27 +51,30 @@ def write_matrix(
     run = read_run(run_folder)
     path = run.folder / "report" / "matrix.json"
     joint_run = read_run(joint) if joint is not None else None
-    result = analyse(run, limits or _limits_in(path) or RetentionLimits(), joint_run)
+    result = analyse(run, limits or stored_limits(run_folder) or RetentionLimits(), joint_run)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".json.partial")
-    partial.write_text(
-        json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
     return result
 
 
+def stored_limits(run_folder: Path | str) -> RetentionLimits | None:
+    """The limits the run's matrix.json was last judged by; None without one that can be read."""
+    path = Path(run_folder) / "report" / "matrix.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["limits"]
+        return RetentionLimits(**{**stored, "final": tuple(stored["final"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none written yet, or by an older version: it is about to be written anew
+
+
 def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = None) -> Record:
     """The content of matrix.json. Raises RunFolderError as `write_matrix` does."""
-    matrices = {
-        measure: matrix for measure in MEASURES if (matrix := performance_matrix(run, measure)) is not None
-    }
+    matrices = {measure: matrix for measure in MEASURES if (matrix := performance_matrix(run, measure)) is not None}
     missing = _missing(run, matrices)
     result = {
-        **{
-            key: run.record.get(key)
-            for key in ("run", "created", "seed", "profile", "strategy", "git_commit")
-        },
+        **{key: run.record.get(key) for key in ("run", "created", "seed", "profile", "strategy", "git_commit")},
         "versions": run.record.get("versions") or {},
         "partial": any(not stage.finished for stage in run.stages) or _untrained(run) != [],
         "missing": missing,
@@ -94,9 +97,7 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "curves": _curves(run),
         "error_by_group": _error_by_group(run),
         "replay": _replay(run),
-        "parameters": [
-            {"stage": stage.index, **group} for stage in run.stages for group in stage.parameters or ()
-        ],
+        "parameters": [{"stage": stage.index, **group} for stage in run.stages for group in stage.parameters or ()],
         "hashes": _hashes(run),
         "checks": run_checks(run),
     }
@@ -138,9 +139,7 @@ def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) 
                 for stage in run.finished
                 if stage.index == matrix.stage_of(task)
                 for line in stage.validations
-                if line["task"] == task
-                and line["kind"] != "start"
-                and (value := cell(line, "success")) is not None
+                if line["task"] == task and line["kind"] != "start" and (value := cell(line, "success")) is not None
             ]
             for task in matrix.learnt_tasks
         }
@@ -191,9 +190,7 @@ def _joint_values(run: StoredRun, joint: StoredRun, measure: str) -> dict[str, f
             )
     last = joint.finished[-1].index
     lines = {task["name"]: end_line(joint, last, task["name"]) for task in joint.tasks}
-    return {
-        task: value for task, line in lines.items() if line and (value := cell(line, measure)) is not None
-    }
+    return {task: value for task, line in lines.items() if line and (value := cell(line, measure)) is not None}
 
 
 def _curves(run: StoredRun) -> list[Record]:
@@ -323,14 +320,6 @@ def _missing(run: StoredRun, matrices: Mapping[str, PerformanceMatrix]) -> list[
         ]
         missing += [f"{stage.folder.name} has no {file}" for file in absent]
     return missing
-
-
-def _limits_in(path: Path) -> RetentionLimits | None:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["limits"]
-        return RetentionLimits(**{**stored, "final": tuple(stored["final"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # none written yet, or by an older version: it is about to be written anew
 
 
 def _without_nan(value: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
+from kuavo_train.evaluation.numbers import number, percent
 from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
 
@@ -95,9 +96,7 @@ def change_since_learnt(
     if not all(scores):
         return None
     try:
-        return paired_bootstrap(
-            *scores, relative=relative, level=limits.confidence, resamples=limits.resamples
-        )
+        return paired_bootstrap(*scores, relative=relative, level=limits.confidence, resamples=limits.resamples)
     except ValueError as error:
         raise RunFolderError(
             f"{run.folder}: {measure} of task {task} after stage {learnt} and after stage {last} cannot be "
@@ -122,9 +121,7 @@ def task_verdict(
     }
     if name not in loss.learnt_tasks:
         stage = next((stage for stage in run.stages if stage.index == learnt), None)
-        state = (
-            "has not been trained" if stage is None else f"is {stage.record['status']} at step {stage.steps}"
-        )
+        state = "has not been trained" if stage is None else f"is {stage.record['status']} at step {stage.steps}"
         return entry | {"state": "not learnt", "sentence": f"not learnt yet: stage {learnt} {state}."}
 
     entry |= {f"{key}_when_learnt": _get(m, learnt, name) for key, m in matrices.items()}
@@ -138,8 +135,8 @@ def task_verdict(
     then, now = entry["loss_when_learnt"], entry["loss_now"]
     if learnt == last:
         before = entry["loss_before_training"]
-        start = "" if before is None else f"{before:.3g} before training, "
-        sentence = f"learnt last, so nothing has come after it yet. Held-out loss {start}{now:.3g} now."
+        start = "" if before is None else f"{number(before)} before training, "
+        sentence = f"learnt last, so nothing has come after it yet. Held-out loss {start}{number(now)} now."
         return entry | {"state": "learnt last", "sentence": sentence}
 
     relative = change_since_learnt(run, "loss", name, limits, relative=True)
@@ -161,22 +158,17 @@ def task_verdict(
     }
 
 
-def _sentence(
-    verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits
-) -> str:
+def _sentence(verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits) -> str:
     if change.low is None or change.high is None:
-        interval, doubt = (
-            "no interval from so few episodes",
-            "More held-out episodes are needed to settle it.",
-        )
+        interval, doubt = "no interval from so few episodes", "More held-out episodes are needed to settle it."
     else:
-        interval = f"{change.level:.0%} interval {change.low:+.1%} to {change.high:+.1%}, {change.n} episodes"
+        interval = f"{change.level:.0%} interval {percent(change.low)} to {percent(change.high)}, {change.n} episodes"
         worst = metrics.judge(dataclasses.replace(change, low=change.high), limits).word
         doubt = f"The interval reaches into “{worst}”: more held-out episodes would settle it."
     improved = verdict.settled and change.high is not None and change.high < 0
     text = (
         f"{verdict.word}{', even improved' if improved else ''}. "
-        f"Held-out loss {then:.3g} when learnt, {now:.3g} now: {change.estimate:+.1%} ({interval})."
+        f"Held-out loss {number(then)} when learnt, {number(now)} now: {percent(change.estimate)} ({interval})."
     )
     return text if verdict.settled else f"{text} {doubt}"
 

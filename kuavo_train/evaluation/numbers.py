@@ -1,0 +1,65 @@
+"""How numbers read, in the page, in the figures and in the terminal: one place, so that all three agree."""
+
+from collections.abc import Callable
+from typing import Any
+
+ABSENT = "–"
+MINUS = "\N{MINUS SIGN}"
+NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+
+def number(value: float) -> str:
+    """Three decimals, four below 0.1, powers of ten below 0.001: 0.203, 0.0415, 4.2e−05."""
+    size = abs(value)
+    if size >= 0.0995 or value == 0:
+        text = f"{value:.3f}"
+    else:
+        text = f"{value:.4f}" if size >= 1e-3 else f"{value:.1e}"
+    return text.replace("-", MINUS)
+
+
+def percent(value: float) -> str:
+    """A change, signed: +24.3 %."""
+    return f"{100 * value:+.1f}{NARROW_SPACE}%".replace("-", MINUS)
+
+
+def share(value: float) -> str:
+    """A part of a whole: 20.0 %."""
+    return f"{100 * value:.1f}{NARROW_SPACE}%"
+
+
+def integer(value: float) -> str:
+    """Thousands apart: 86 433 024."""
+    return f"{round(value):,}".replace(",", NARROW_SPACE).replace("-", MINUS)
+
+
+def seconds(value: float) -> str:
+    """A duration: 42 s, 3 min 12 s, 2 h 05 min."""
+    minutes, rest = divmod(round(value), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def fingerprint(value: str) -> str:
+    """The first twelve characters of a hash; the whole stands in matrix.json."""
+    return value[:12]
+
+
+def _or_absent(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: ABSENT if value is None else form(value)
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    name: _or_absent(form)
+    for name, form in {
+        "number": number,
+        "percent": percent,
+        "share": share,
+        "integer": integer,
+        "seconds": seconds,
+        "fingerprint": fingerprint,
+        "text": str,
+    }.items()
+}
+"""Name → format; every one shows None as a dash."""
