@@ -1,0 +1,86 @@
+"""Configuration of SmolVLA with a recurrent memory."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+# Batch keys of this policy. Their names decide whether LeRobot's processors let them through.
+ACTION_IS_PAD = "action_is_pad"
+"""[B, T] bool: steps of the chunk beyond the episode's end (LeRobot's own key)."""
+ACTION_DIM_IS_PAD = "action_dim_is_pad"
+"""[B, A] bool: action dimensions that this row's task does not have."""
+QUERY_IS_PAD = "query_is_pad"
+"""[B] bool: rows that fill up a lane; no loss, and the memory stays as it is."""
+MEMORY_RESET = "observation.memory_reset"
+"""[B] bool: the memory starts anew before this row's query."""
+
+MEM_INITS = ("normal", "zeros", "embedding")
+MEM_UPDATES = ("overwrite", "gated")
+
+
+@PreTrainedConfig.register_subclass("smolvla_memory")
+@dataclass
+class SmolVLAMemoryConfig(SmolVLAConfig):
+    """SmolVLA's configuration, and the memory tokens in its prefix.
+
+    Two switches give three layouts of the prefix:
+
+        mem_at_start  mem_at_end
+        True          False       start: [MEM | images | language | state], the classic recurrent memory
+        True          True        both:  [MEM | images | language | state | MEM], read at the end copy
+        False         True        end:   [images | language | state | MEM], nothing before depends on memory
+
+    Args:
+        num_mem_tokens: memory tokens M. 0 is exactly LeRobot's SmolVLA.
+        mem_at_start, mem_at_end: the layout, see above.
+        mem_init: where the first memory of an episode starts from: "normal" (std 0.02), "zeros", or
+            "embedding" (the language model's embedding of its end-of-utterance token).
+        mem_update: "overwrite" (the output is the next memory) or "gated" (a gate decides per channel what
+            is kept; holds over long delays).
+        read_mem_from_cache: the memory also looks back at its own past states.
+        mem_cache_size: how many past states Q are kept for that.
+        mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
+            sample on its own; writing is then never trained. The policy itself takes K from the batch.
+    """
+
+    num_mem_tokens: int = 4
+    mem_at_start: bool = False
+    mem_at_end: bool = True
+    mem_init: str = "normal"
+    mem_update: str = "gated"
+    read_mem_from_cache: bool = False
+    mem_cache_size: int = 8
+    mem_backprop_depth: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_mem_tokens < 0:
+            raise ValueError(f"num_mem_tokens must be 0 (off) or more, got {self.num_mem_tokens}")
+        if self.mem_init not in MEM_INITS:
+            raise ValueError(f"mem_init must be one of {', '.join(MEM_INITS)}, got {self.mem_init!r}")
+        if self.mem_update not in MEM_UPDATES:
+            raise ValueError(f"mem_update must be one of {', '.join(MEM_UPDATES)}, got {self.mem_update!r}")
+        if self.mem_cache_size < 1:
+            raise ValueError(f"mem_cache_size must be at least 1, got {self.mem_cache_size}")
+        if self.mem_backprop_depth < 0:
+            raise ValueError(f"mem_backprop_depth must be 0 or more queries, got {self.mem_backprop_depth}")
+        if self.num_mem_tokens == 0:
+            return
+        if not (self.mem_at_start or self.mem_at_end):
+            raise ValueError(
+                f"num_mem_tokens={self.num_mem_tokens} needs mem_at_start or mem_at_end to be true, "
+                "got false for both; num_mem_tokens=0 switches the memory off"
+            )
+        if self.compile_model:
+            raise ValueError(
+                f"compile_model must be false with memory (num_mem_tokens={self.num_mem_tokens}), got true: "
+                "LeRobot would compile a forward that does not know of the memory"
+            )
+
+    @classmethod
+    def from_smolvla(cls, config: SmolVLAConfig, **changes: Any) -> Self:
+        """The same SmolVLA with memory: all of `config`, and `changes` on top."""
+        taken = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+        return cls(**{**taken, **changes})

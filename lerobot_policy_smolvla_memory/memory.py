@@ -1,0 +1,254 @@
+"""The recurrent memory alone: tensors in, tensors out. It knows nothing of SmolVLA.
+
+Once per policy query, `read` turns the carried state into the embeddings of M memory tokens, the
+vision-language model computes, and `write` turns its output at those places into the next state:
+
+    state = memory.initial(batch_size)
+    for each query of an episode:
+        tokens = memory.read(state)           # into the prefix
+        output = backbone(..., tokens)        # the backbone's output at the memory's places
+        state = memory.write(state, output)
+
+This is the recurrent memory transformer (Bulatov et al. 2022, arXiv 2207.06881) with two things that make it
+learn inside a pretrained model: both ends of the loop are normalised, so that an initial std of 0.02 and a
+final norm's output arrive in the prefix at one and the same scale; and a gate (Cho et al. 2014) lets a memory
+outlast the queries that have nothing to add.
+
+Letters: B batch, M memory tokens, H hidden size, Q past states in the cache.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITIAL_STD = 0.02
+INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then lasts about three queries
+SLOT_STD = 0.3  # tells the tokens apart when their contents are alike, without drowning the contents (RMS 1)
+CACHE_KEY_SIZE = 64
+RMS_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """What is carried from one query to the next, for B batch elements. Always float32.
+
+    Args:
+        tokens: [B, M, H].
+        cache: [B, Q, M, H] the states before this one, newest first, or None when no cache is kept.
+        cache_length: [B] how many of the Q are filled.
+    """
+
+    tokens: Tensor
+    cache: Tensor | None = None
+    cache_length: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def detach(self) -> Self:
+        """The same values, with no gradient to where they came from."""
+        return self._each(lambda tensor: tensor.detach())
+
+    def clone(self) -> Self:
+        """A copy that shares no storage."""
+        return self._each(lambda tensor: tensor.clone())
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def select(self, indices: Tensor | list[int]) -> Self:
+        """The states of some batch elements, in the order of `indices`."""
+        index = torch.as_tensor(indices, device=self.device)
+        return self._each(lambda tensor: tensor[index])
+
+    def where(self, mask: Tensor, other: "MemoryState") -> Self:
+        """`other` for the elements where `mask` [B] is true, this state for the rest."""
+        pairs = {
+            name: torch.where(mask.view(-1, *[1] * (mine.dim() - 1)), getattr(other, name), mine)
+            for name, mine in self._tensors()
+        }
+        return replace(self, **pairs)
+
+    def put(self, indices: list[int], other: "MemoryState") -> Self:
+        """This state with the elements `indices` taken from `other`, whose batch size is len(indices)."""
+        index = torch.as_tensor(indices, device=self.device)
+        return replace(
+            self, **{name: mine.index_copy(0, index, getattr(other, name)) for name, mine in self._tensors()}
+        )
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in values if value is not None]
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: function(value) for name, value in self._tensors()})
+
+
+class RecurrentMemory(nn.Module):
+    """M memory tokens of width H: where they start, how they are read, how they are written.
+
+    Args:
+        num_tokens: M.
+        hidden_size: H of the vision-language model.
+        init: "normal" (std 0.02), "zeros", or "embedding" (needs `embedding`).
+        update: "overwrite" or "gated".
+        cache_size: Q past states that reading may look back at; 0 keeps none.
+        embedding: [H], the start of every token for init "embedding".
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        hidden_size: int,
+        *,
+        init: str = "normal",
+        update: str = "gated",
+        cache_size: int = 0,
+        embedding: Tensor | None = None,
+    ):
+        super().__init__()
+        self.init = init
+        self.mem_tokens = nn.Parameter(torch.empty(num_tokens, 1, hidden_size))
+        self.initialize_tokens(embedding)
+        self.slots = nn.Parameter(torch.randn(num_tokens, hidden_size) * SLOT_STD)
+        self.read_norm = nn.RMSNorm(hidden_size, eps=RMS_EPS)
+        self.update = {"overwrite": OverwriteUpdate, "gated": GatedUpdate}[update](hidden_size)
+        self.look_back = LookBack(cache_size, hidden_size) if cache_size else None
+
+    @torch.no_grad()
+    def initialize_tokens(self, embedding: Tensor | None = None) -> None:
+        """Set the initial tokens as `init` says. `embedding` [H] is needed by "embedding" only."""
+        if self.init == "normal":
+            self.mem_tokens.normal_(std=INITIAL_STD)
+        elif self.init == "zeros":
+            self.mem_tokens.zero_()
+        elif embedding is None:
+            raise ValueError("mem_init 'embedding' needs the embedding to start from, got None")
+        else:
+            self.mem_tokens.copy_(embedding.expand_as(self.mem_tokens))
+
+    def initial(self, batch_size: int) -> MemoryState:
+        """The memory at the start of an episode, for B elements."""
+        tokens = self.mem_tokens.transpose(0, 1).expand(batch_size, -1, -1)
+        if self.look_back is None:
+            return MemoryState(tokens)
+        return MemoryState(tokens, *self.look_back.empty(tokens))
+
+    def read(self, state: MemoryState) -> Tensor:
+        """Embeddings [B, M, H] of the memory tokens, float32.
+
+        Their RMS is about 1: between the embeddings of language and state (0.35 in a small trained SmolVLA)
+        and of images (8), and the scale at which new memory tokens disturbed a trained action expert least.
+        """
+        with _in_float32(state.device):
+            tokens = self.read_norm(state.tokens)
+            if self.look_back is not None:
+                tokens = self.look_back(tokens, state.cache, state.cache_length)
+            return tokens + self.slots
+
+    def write(self, state: MemoryState, output: Tensor) -> MemoryState:
+        """The next state, from the backbone's output [B, M, H] at the memory's places."""
+        with _in_float32(state.device):
+            tokens = self.update(state.tokens, output.float())
+        if self.look_back is None:
+            return MemoryState(tokens)
+        return MemoryState(tokens, *self.look_back.remember(state))
+
+    def reset(self, state: MemoryState, mask: Tensor) -> MemoryState:
+        """Back to the initial memory for the elements where `mask` [B] is true."""
+        return state.where(mask, self.initial(state.batch_size))
+
+
+class OverwriteUpdate(nn.Module):
+    """The output is the next memory: m' = RMSNorm(output)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+
+    def forward(self, memory: Tensor, output: Tensor) -> Tensor:
+        """memory, output [B, M, H] → next memory [B, M, H]."""
+        return _rms_norm(output)
+
+
+class GatedUpdate(nn.Module):
+    """A gate decides per channel what is kept.
+
+        u = RMSNorm(output)    z = sigmoid(gate([u, m]))    m' = RMSNorm((1 − z) m + z A u)
+
+    A starts as the identity and z at 0.3 everywhere. 2H² + H + H² parameters: 2.8M at H = 960, which is 0.6 %
+    of SmolVLA.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gate = nn.Linear(2 * hidden_size, hidden_size)
+        self.candidate = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, math.log(INITIAL_WRITE_GATE / (1 - INITIAL_WRITE_GATE)))
+        nn.init.eye_(self.candidate.weight)
+
+    def forward(self, memory: Tensor, output: Tensor) -> Tensor:
+        """memory, output [B, M, H] → next memory [B, M, H]."""
+        update = _rms_norm(output)
+        gate = torch.sigmoid(self.gate(torch.cat([update, memory], dim=-1)))
+        return _rms_norm((1 - gate) * memory + gate * self.candidate(update))
+
+
+class LookBack(nn.Module):
+    """The memory tokens attend to the memory's own past: single-head attention over Q past states.
+
+    What is found is added through a gain that starts at zero, so that switching the cache on changes nothing
+    before it is trained.
+    """
+
+    def __init__(self, cache_size: int, hidden_size: int):
+        super().__init__()
+        self.cache_size = cache_size
+        self.query = nn.Linear(hidden_size, CACHE_KEY_SIZE, bias=False)
+        self.key = nn.Linear(hidden_size, CACHE_KEY_SIZE, bias=False)
+        self.age = nn.Parameter(torch.zeros(cache_size, 1, CACHE_KEY_SIZE))
+        self.gain = nn.Parameter(torch.zeros(hidden_size))
+
+    def empty(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """No past for tokens [B, M, H]: cache [B, Q, M, H] and its length [B]."""
+        batch_size, *token_shape = tokens.shape
+        cache = tokens.new_zeros(batch_size, self.cache_size, *token_shape)
+        return cache, torch.zeros(batch_size, dtype=torch.long, device=tokens.device)
+
+    def remember(self, state: MemoryState) -> tuple[Tensor, Tensor]:
+        """The cache and its length with the tokens of `state` put in front; the oldest drops out."""
+        assert state.cache is not None
+        assert state.cache_length is not None
+        cache = torch.cat([state.tokens[:, None], state.cache[:, :-1]], dim=1)
+        return cache, (state.cache_length + 1).clamp(max=self.cache_size)
+
+    def forward(self, tokens: Tensor, cache: Tensor, cache_length: Tensor) -> Tensor:
+        """tokens [B, M, H], cache [B, Q, M, H], cache_length [B] → tokens [B, M, H]."""
+        past = _rms_norm(cache)
+        keys = (self.key(past) + self.age).flatten(1, 2)
+        filled = torch.arange(self.cache_size, device=cache.device) < cache_length[:, None]
+        filled = filled.repeat_interleave(cache.shape[2], dim=1)[:, None]  # [B, 1, Q·M]
+        scores = self.query(tokens) @ keys.transpose(1, 2) / math.sqrt(CACHE_KEY_SIZE)
+        # A finite "minus infinity": with an empty cache the softmax is then uniform over zeros, not NaN.
+        weights = scores.masked_fill(~filled, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        return tokens + self.gain * (weights @ past.flatten(1, 2))
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPS)
+
+
+def _in_float32(device: torch.device) -> AbstractContextManager:
+    """Mixed precision stays outside: a state that is rounded at every query drifts."""
+    return torch.autocast(device_type=device.type, enabled=False)
