@@ -194,7 +194,7 @@ fi
 
 wanted=(--constraint constraints.txt --editable '.[dev]')
 [ -t 2 ] || wanted+=(--quiet)
-say "installing the packages (the first time on a machine: 3 GB to fetch, some minutes)"
+say "installing the packages (the first time on a machine: some minutes, 6 GB of disk)"
 if [ -z "$$uv" ] || ! "$$uv" pip install --python $(PY) "$${wanted[@]}"; then
     [ -z "$$uv" ] || say "uv could not install them, for the reason above: trying pip"
     venv_pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
