@@ -1,0 +1,300 @@
+"""The typed schema of configs/.
+
+Hydra composes YAML; `resolve` turns the result into the frozen dataclasses below, once, in the runnable
+modules. Below them there is no DictConfig. Every dataclass checks itself and names key, rule and value.
+
+Imports nothing of the project, so that anything may import it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import draccus
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`.
+OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
+OmegaConf.register_new_resolver("share_of", lambda whole, part: max(1, round(whole * part)), replace=True)
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+class ConfigError(ValueError):
+    """A value the user can correct; its text names the key, the rule and the value."""
+
+
+def require(condition: bool, key: str, rule: str, value: object) -> None:
+    """Raise `ConfigError` saying that `key` must obey `rule`, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} must {rule}, got {value!r}")
+
+
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    require(value in names, key, f"be one of {', '.join(names)}", value)
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """How kuavo_sim records the demonstrations of a task whose dataset is missing."""
+
+    episodes: int = 60
+    seed: int = 0
+    image_size: int = 64
+    renderer: str = "rays"
+    phase_visible: bool = True
+    action_noise: float = 0.025  # rad, the joint noise that makes recovery demonstrations
+
+    def __post_init__(self) -> None:
+        require(self.episodes >= 2, "simulation.episodes", "be at least 2 (one is held out)", self.episodes)
+        require(self.image_size >= 16, "simulation.image_size", "be at least 16 pixels", self.image_size)
+        require(self.action_noise >= 0, "simulation.action_noise", "not be negative", self.action_noise)
+        one_of("simulation.renderer", self.renderer, ("rays", "egl"))
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One file of configs/tasks/: a task and the recipe of the stage that learns it."""
+
+    name: str
+    index: int  # place in the order of learning, from 1
+    instruction: str
+    epochs: int  # passes over this task's training frames
+    lr: float
+    warmup_steps: int
+    decay_steps: int
+    replay: dict[str, float]  # task name → share of the samples, this task included
+    root: str  # folder of the LeRobot dataset
+    loss_target: float = 0.7  # training loss expected at the stage's end
+    final_loss_limit: float = 0.9  # held-out loss the final model should stay under
+    episodes: list[int] | None = None  # [first, last] episode to use; all when absent
+    cameras: dict[str, str] = field(default_factory=dict)  # name in the dataset → name in the policy
+    simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
+
+    def __post_init__(self) -> None:
+        require(
+            bool(re.fullmatch(r"[a-z0-9_]+", self.name)),
+            "stage.name",
+            "consist of lower-case letters, digits and _",
+            self.name,
+        )
+        where = f"stage {self.index} ({self.name}):"
+        require(self.index >= 1, f"{where} index", "be at least 1", self.index)
+        require(bool(self.instruction.strip()), f"{where} instruction", "not be empty", self.instruction)
+        require(self.epochs >= 1, f"{where} epochs", "be at least 1", self.epochs)
+        require(self.lr > 0, f"{where} lr", "be positive", self.lr)
+        require(self.warmup_steps >= 0, f"{where} warmup_steps", "not be negative", self.warmup_steps)
+        require(self.decay_steps >= 1, f"{where} decay_steps", "be at least 1", self.decay_steps)
+        check_shares(self.replay, f"{where} replay share of task")
+        require(self.replay.get(self.name, 0) > 0, f"{where} replay", "give the task itself a share", self.replay)
+        if self.episodes is not None:
+            valid = len(self.episodes) == 2 and 0 <= self.episodes[0] <= self.episodes[1]
+            require(valid, f"{where} episodes", "be [first, last] with 0 <= first <= last", self.episodes)
+
+    @property
+    def folder_name(self) -> str:
+        return f"stage{self.index}_{self.name}"
+
+
+def check_shares(shares: Mapping[str, float], key: str) -> None:
+    """Replay shares are fractions in [0, 1] whose sum is 1, compared as the decimals the user typed."""
+    for task, share in shares.items():
+        require(0 <= share <= 1, f"{key} {task}", "be in [0, 1]", share)
+    total = sum(Fraction(str(share)) for share in shares.values())
+    require(abs(total - 1) <= Fraction(1, 10**6), f"{key}s: their sum", "be 1", f"{float(total)} from {dict(shares)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str  # folder that holds one dataset folder per task
+    cameras: list[str]  # in the order the policy sees them
+    image_size: list[int] | None = None  # height, width frames are stored at in the frame cache; None keeps them
+    held_out_episodes: int = 20  # per task, never trained on
+    split_seed: int = 0  # which episodes are held out; the same for runs that are to be compared
+    normalization: str = "joint"
+    frame_cache: bool = True
+    num_workers: int = 0
+    video_backend: str = "pyav"
+    record_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.cameras) > 0, "data.cameras", "name at least one camera", self.cameras)
+        require(len(set(self.cameras)) == len(self.cameras), "data.cameras", "not repeat a camera", self.cameras)
+        require(self.held_out_episodes >= 1, "data.held_out_episodes", "be at least 1", self.held_out_episodes)
+        require(self.num_workers >= 0, "data.num_workers", "not be negative", self.num_workers)
+        one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
+        one_of("data.video_backend", self.video_backend, ("pyav", "torchcodec"))
+        if self.image_size is not None:
+            valid = len(self.image_size) == 2 and min(self.image_size) >= 16
+            require(valid, "data.image_size", "be [height, width], each at least 16 pixels", self.image_size)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The recipe in force; the profiles derive epochs and rates from the stage's own."""
+
+    epochs: int
+    lr: float
+    warmup_steps: int
+    decay_steps: int
+    batch_size: int = 64
+    decay_lr: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 5e-7
+    grad_clip_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = "no"
+    freeze_first_stage: list[str] = field(default_factory=list)  # parameter groups held fixed while learning task 1
+    freeze: list[str] = field(default_factory=list)  # and in all later stages
+    max_steps: int | None = None  # an upper limit, for trials
+    log_every: int = 20  # steps
+    save_every: int = 500  # steps; a checkpoint is also written at every validation
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "log_every", "save_every", "decay_steps"):
+            require(getattr(self, name) >= 1, f"training.{name}", "be at least 1", getattr(self, name))
+        for name in ("lr", "eps", "grad_clip_norm"):
+            require(getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name))
+        for name in ("decay_lr", "weight_decay", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"training.{name}", "not be negative", getattr(self, name))
+        require(self.decay_lr <= self.lr, "training.decay_lr", f"not exceed training.lr ({self.lr})", self.decay_lr)
+        valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(valid_betas, "training.betas", "be two numbers in [0, 1)", self.betas)
+        one_of("training.mixed_precision", self.mixed_precision, ("no", "bf16"))
+        require(
+            bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
+            "training.device",
+            "be auto, cpu, cuda, cuda:N or mps",
+            self.device,
+        )
+        if self.max_steps is not None:
+            require(self.max_steps >= 1, "training.max_steps", "be at least 1", self.max_steps)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every_epochs: int = 2
+    draws: int = 4  # (noise, time) pairs per frame, time on a stratified grid
+    batch_size: int = 64
+    unseen_tasks: bool = True  # at stage ends; row 0 and forward transfer need them
+
+    def __post_init__(self) -> None:
+        for item in ("every_epochs", "draws", "batch_size"):
+            require(getattr(self, item) >= 1, f"validation.{item}", "be at least 1", getattr(self, item))
+
+
+@dataclass(frozen=True)
+class ForgettingConfig:
+    """Limits of the verdict; change is relative to the loss when the task was learnt."""
+
+    well_retained_change: float = 0.10
+    slight_change: float = 0.30
+    well_retained_loss: float = 0.7
+    slight_loss: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.well_retained_change <= self.slight_change,
+            "forgetting.well_retained_change",
+            f"be in [0, forgetting.slight_change = {self.slight_change}]",
+            self.well_retained_change,
+        )
+        require(
+            0 < self.well_retained_loss <= self.slight_loss,
+            "forgetting.well_retained_loss",
+            f"be in (0, forgetting.slight_loss = {self.slight_loss}]",
+            self.well_retained_loss,
+        )
+
+
+@dataclass(frozen=True)
+class TinyVLMConfig:
+    """The small offline SmolVLM of the embedded profile; deterministic, made on the spot."""
+
+    text_hidden: int = 96
+    text_layers: int = 4
+    vision_hidden: int = 96
+    vision_layers: int = 2
+    image_size: int = 64
+    patch_size: int = 16
+    scale_factor: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one stage is made of."""
+
+    run: str
+    outputs: str
+    profile: str
+    strategy: str
+    seed: int
+    resume: bool
+    tracking: str
+    stage: StageConfig
+    data: DataConfig
+    training: TrainingConfig
+    validation: ValidationConfig
+    forgetting: ForgettingConfig
+    policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
+    simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
+    tiny_vlm: TinyVLMConfig | None = None
+    learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every file of configs/tasks
+    allow_random_frozen_vlm: bool = False
+    data_only: bool = False  # record missing demonstrations and stop
+
+    def __post_init__(self) -> None:
+        valid = bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run))
+        require(valid, "run", "be a folder name of letters, digits and . _ -", self.run)
+        require(self.seed >= 0, "seed", "not be negative", self.seed)
+        one_of("strategy", self.strategy, ("replay", "sequential"))
+        one_of("tracking", self.tracking, ("off", "offline", "online"))
+        require("type" in self.policy, "policy", "have a `type`", self.policy)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.outputs) / self.run
+
+    @property
+    def replay(self) -> dict[str, float]:
+        """Share of each task in this stage's samples."""
+        if self.strategy == "sequential":
+            return {self.stage.name: 1.0}
+        return {task: share for task, share in self.stage.replay.items() if share > 0}
+
+
+def resolve(composed: DictConfig) -> RunConfig:
+    """Typed config from Hydra's composition. Raises `ConfigError`, also for unknown keys and wrong types."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain.pop("task", None)  # type: ignore[union-attr, call-overload]  # the group's own, empty node
+        return draccus.decode(RunConfig, plain)
+    except (OmegaConfBaseException, draccus.ParsingError) as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise ConfigError(str(error).split("\n")[0]) from error
+
+
+def check_curriculum(tasks: list[StageConfig]) -> None:
+    """Names and places in the order of learning are unique; replay names only tasks learnt before."""
+    for kind in ("name", "index"):
+        values = [getattr(task, kind) for task in tasks]
+        for value in values:
+            require(values.count(value) == 1, f"configs/tasks: stage.{kind}", "be unique", value)
+    names = [task.name for task in tasks]
+    for place, task in enumerate(tasks):
+        for replayed in (name for name, share in task.replay.items() if share > 0):
+            require(
+                replayed in names[: place + 1],
+                f"stage {task.index} ({task.name}): replay",
+                f"name only tasks learnt by then ({', '.join(names[: place + 1])})",
+                replayed,
+            )

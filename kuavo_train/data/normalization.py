@@ -1,0 +1,136 @@
+"""The one normalization all stages share.
+
+Statistics are fixed before the first stage, hashed and kept with every checkpoint. A stage that redefined them
+would redefine what an action means, which looks like forgetting.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from kuavo_train.config import ConfigError
+from kuavo_train.data.tasks import FeatureSpace, Task
+
+# A joint that hardly moves must not turn sensor noise into the loudest signal. In rad, m or claw units.
+STD_FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation per named dimension of state and action.
+
+    Attributes:
+        source: how it came about: joint, first_stage or pretrained.
+        statistics: feature → {"names", "mean", "std", "min", "max", "count"}, lists of one length.
+    """
+
+    source: str
+    statistics: dict[str, dict[str, list[Any]]]
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.statistics, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def space(self) -> FeatureSpace:
+        return FeatureSpace(tuple(self.statistics[OBS_STATE]["names"]), tuple(self.statistics[ACTION]["names"]))
+
+    def array(self, feature: str, kind: str) -> np.ndarray:
+        """[D] float32, `kind` being mean, std, min or max."""
+        return np.asarray(self.statistics[feature][kind], dtype=np.float32)
+
+    def for_lerobot(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The statistics as LeRobot's normalizer takes them."""
+        kinds = ("mean", "std", "min", "max")
+        return {
+            feature: {kind: torch.from_numpy(self.array(feature, kind)) for kind in kinds}
+            for feature in self.statistics
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"source": self.source, "hash": self.hash, "statistics": self.statistics}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> "Normalization":
+        """Raises `ConfigError` when the file was edited: its content no longer has its hash."""
+        stored = json.loads(path.read_text())
+        loaded = cls(stored["source"], stored["statistics"])
+        if loaded.hash != stored["hash"]:
+            raise ConfigError(f"{path}: content must have the hash {stored['hash'][:12]}…, got {loaded.hash[:12]}…")
+        return loaded
+
+    def check_covers(self, task: Task) -> None:
+        """Refuse a task with dimensions that have no statistics: LeRobot would pass them on unnormalized."""
+        for feature, names in ((OBS_STATE, task.state_names), (ACTION, task.action_names)):
+            missing = [name for name in names if name not in self.statistics[feature]["names"]]
+            if missing:
+                raise ConfigError(
+                    f"normalization ({self.source}) must cover every dimension of {task.name}'s {feature}, "
+                    f"missing {', '.join(missing)}; start a new run with data.normalization=joint"
+                )
+
+
+def fit_normalization(tasks: Sequence[Task], source: str) -> Normalization:
+    """Frame-weighted statistics over the training episodes of `tasks`; held-out episodes never enter.
+
+    A dimension's statistics come from the tasks that have it.
+    """
+    statistics = {}
+    for feature in (OBS_STATE, ACTION):
+        columns: dict[str, list[np.ndarray]] = {}
+        for task in tasks:
+            names, values = (task.state_names, task.state) if feature == OBS_STATE else (task.action_names, task.action)
+            for name, column in zip(names, values[task.train_rows].T, strict=True):
+                columns.setdefault(name, []).append(column)
+        pooled = {name: np.concatenate(parts).astype(np.float64) for name, parts in columns.items()}
+        statistics[feature] = {
+            "names": list(pooled),
+            "mean": [_rounded(values.mean()) for values in pooled.values()],
+            "std": [_rounded(max(values.std(), STD_FLOOR)) for values in pooled.values()],
+            "min": [_rounded(values.min()) for values in pooled.values()],
+            "max": [_rounded(values.max()) for values in pooled.values()],
+            "count": [len(values) for values in pooled.values()],
+        }
+    return Normalization(source, statistics)
+
+
+def _rounded(value: float) -> float:
+    """Nine digits: as many as float32 holds, and the same hash on machines that sum in another order."""
+    return float(f"{value:.9g}")
+
+
+def normalization_from_checkpoint(folder: Path, space: FeatureSpace) -> Normalization:
+    """The statistics a LeRobot checkpoint was trained with, for its own dimensions in the order of `space`.
+
+    Raises:
+        ConfigError: the checkpoint stores none, or another number of dimensions.
+    """
+    from safetensors.torch import load_file
+
+    states = sorted(folder.glob("policy_preprocessor*normalizer*.safetensors"))
+    stored = load_file(states[0]) if states else {}
+    statistics = {}
+    for feature, names in ((OBS_STATE, space.state_names), (ACTION, space.action_names)):
+        values = {kind: stored.get(f"{feature}.{kind}") for kind in ("mean", "std", "min", "max")}
+        if values["mean"] is None or values["std"] is None or len(values["mean"]) != len(names):
+            raise ConfigError(
+                f"data.normalization=pretrained needs {feature} statistics of {len(names)} dimensions in {folder}, "
+                f"got {None if values['mean'] is None else len(values['mean'])}; use data.normalization=joint"
+            )
+        statistics[feature] = {
+            "names": list(names),
+            **{
+                kind: [_rounded(float(x)) for x in (values["mean"] if value is None else value)]
+                for kind, value in values.items()
+            },
+            "count": [0] * len(names),
+        }
+        statistics[feature]["std"] = [max(std, STD_FLOOR) for std in statistics[feature]["std"]]
+    return Normalization("pretrained", statistics)

@@ -1,0 +1,189 @@
+"""validate_all_tasks: the same held-out questions at every stage.
+
+Flow-matching loss depends on random noise and time. Here both are fixed: noise by a generator seeded with
+(task, episode, frame, draw), time on a stratified grid of the training distribution, all on the CPU. Frames are
+visited as the robot would: in episode order, one every `n_action_steps`, memory carried from query to query.
+Training's random state is not touched.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import ACTION
+from tqdm import tqdm
+
+from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task
+
+Lane = list[int]  # rows of one episode, in order
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Measures a policy on the held-out episodes of tasks."""
+
+    dataset: MixedDataset
+    normalization: Normalization
+    preprocessor: Any
+    draws: int
+    batch_size: int
+    autocast: Callable[[], AbstractContextManager]
+    progress: bool = True
+
+    def validate_all_tasks(self, policy: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+        """One record per named task: loss, action error, both per episode, and the constant predictor's error.
+
+        The loss of a task is the mean over its held-out episodes of their mean over queries and draws; the
+        action error is the mean absolute difference of the denoised chunk and the demonstrated one, normalized
+        and, per joint group, in robot units (rad; m for the base).
+        """
+        was_training = policy.training
+        policy.eval()
+        places = [place for place, task in enumerate(self.dataset.tasks) if task.name in names]
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=_cuda_devices(policy)),
+            tqdm(
+                total=sum(len(lane) for place in places for lane in self._lanes(policy, place)),
+                desc="validate",
+                unit="query",
+                leave=False,
+                disable=not self.progress,
+            ) as bar,
+        ):
+            records = [self._validate(policy, place, bar) for place in places]
+        policy.train(was_training)
+        return records
+
+    def _validate(self, policy: Any, place: int, bar: tqdm) -> dict[str, Any]:
+        began = time.perf_counter()
+        task = self.dataset.tasks[place]
+        by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
+        constant = self._constant_prediction(task)
+        for batch, memory, advance in self._queries(policy, place):
+            prepared = preprocess(batch, self.preprocessor)
+            with self.autocast():
+                losses = self._losses(policy, prepared, batch, task, memory)
+                noise = self._noise(policy, batch, task, draw=0)
+                predicted, new_memory = policy.sample_actions_with(prepared, memory, noise)
+            advance(new_memory)
+            target = prepared[ACTION].float()
+            valid = ~(prepared["action_is_pad"][:, :, None] | prepared["action_dim_is_pad"][:, None, :])
+            error = (predicted.float() - target).abs()
+            constant_error = (constant.to(target.device) - target).abs()
+            for item, episode in enumerate(batch["episode_index"].tolist()):
+                by_episode[episode].append(
+                    {
+                        "loss": losses[item],
+                        "error": _column_means(error[item], valid[item]),
+                        "constant": _column_means(constant_error[item], valid[item]),
+                    }
+                )
+            bar.update(len(batch["task"]))
+        return self._record(task, by_episode, time.perf_counter() - began)
+
+    def _losses(self, policy: Any, prepared: Batch, batch: Batch, task: Task, memory: Any) -> np.ndarray:
+        """[B] flow-matching loss, averaged over the draws."""
+        rows = []
+        device = prepared[ACTION].device
+        for draw in range(self.draws):
+            noise = self._noise(policy, batch, task, draw=draw)
+            times = torch.full((len(noise),), stratified_time(draw, self.draws), device=device)
+            loss, _ = policy.forward(prepared, noise=noise, time=times, reduction="none", memory=memory)
+            rows.append(loss.float().cpu().numpy())
+        return np.mean(rows, axis=0)
+
+    def _noise(self, policy: Any, batch: Batch, task: Task, *, draw: int) -> torch.Tensor:
+        """[B, chunk, max_action_dim] standard normal, the same for a frame and draw wherever it is asked for."""
+        shape = (policy.config.chunk_size, policy.config.max_action_dim)
+        key = zlib.crc32(task.name.encode())
+        noise = [
+            np.random.default_rng([key, episode, frame, draw]).standard_normal(shape, dtype=np.float32)
+            for episode, frame in zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
+        ]
+        return torch.from_numpy(np.stack(noise)).to(next(policy.parameters()).device)
+
+    def _lanes(self, policy: Any, place: int) -> list[Lane]:
+        """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""
+        task = self.dataset.tasks[place]
+        stride = policy.config.n_action_steps
+        episodes = [list(range(*task.bounds[episode], stride)) for episode in task.held_out_episodes]
+        if getattr(policy.config, "num_mem_tokens", 0) > 0:
+            return sorted(episodes, key=len, reverse=True)
+        return [[row] for rows in episodes for row in rows]
+
+    def _queries(self, policy: Any, place: int) -> Iterator[tuple[Batch, Any, Callable[[Any], None]]]:
+        """Batches of queries with the memory they start from; `advance` takes the memory they leave."""
+        lanes = self._lanes(policy, place)
+        for first in range(0, len(lanes), self.batch_size):
+            group = lanes[first : first + self.batch_size]
+            held: list[Any] = [None]
+            for query in range(len(group[0])):
+                rows = [lane[query] for lane in group if query < len(lane)]  # lanes are sorted by length
+                if held[0] is not None:
+                    held[0] = held[0].select(torch.arange(len(rows)))
+                batch = self.dataset.__getitems__([(place, row) for row in rows])
+                yield batch, held[0], lambda memory, held=held: held.__setitem__(0, memory)  # type: ignore[misc]
+
+    def _constant_prediction(self, task: Task) -> torch.Tensor:
+        """[A] the task's mean training action, normalized: the best that ignores what it sees."""
+        mean, std = (self.normalization.array(ACTION, kind) for kind in ("mean", "std"))
+        constant = np.zeros_like(mean)
+        columns = self.normalization.space.action_columns(task)
+        constant[columns] = (task.action[task.train_rows].mean(axis=0) - mean[columns]) / std[columns]
+        return torch.from_numpy(constant)
+
+    def _record(self, task: Task, by_episode: dict[int, list[dict[str, np.ndarray]]], seconds: float) -> dict[str, Any]:
+        columns = self.normalization.space.action_columns(task)
+        std = self.normalization.array(ACTION, "std")
+        errors = {
+            kind: np.array([np.mean([query[kind] for query in queries], axis=0) for queries in by_episode.values()])
+            for kind in ("loss", "error", "constant")
+        }  # loss [E], error and constant [E, A]
+        in_units = errors["error"].mean(axis=0) * std
+        groups = {
+            group: float(in_units[np.intersect1d(members, columns)].mean()) if np.isin(members, columns).any() else None
+            for group, members in self.normalization.space.action_groups().items()
+        }
+        return {
+            "task": task.name,
+            "loss": float(errors["loss"].mean()),
+            "action_error": float(errors["error"][:, columns].mean()),
+            "action_error_by_group": groups,
+            "constant_error": float(errors["constant"][:, columns].mean()),
+            "episodes": [
+                {
+                    "episode": episode,
+                    "frames": len(queries),
+                    "loss": float(errors["loss"][number]),
+                    "action_error": float(errors["error"][number, columns].mean()),
+                }
+                for number, (episode, queries) in enumerate(by_episode.items())
+            ],
+            "draws": self.draws,
+            "seconds": round(seconds, 3),
+        }
+
+
+def stratified_time(draw: int, draws: int) -> float:
+    """Middle of the `draw`-th of `draws` equally likely slices of SmolVLA's Beta(1.5, 1) training distribution."""
+    quantile = (draw + 0.5) / draws
+    return 0.999 * quantile ** (1 / 1.5) + 0.001
+
+
+def _column_means(values: torch.Tensor, valid: torch.Tensor) -> np.ndarray:
+    """[C, A] → [A], over the valid steps of a chunk; 0 for a dimension without any."""
+    counts = valid.sum(dim=0)
+    return ((values * valid).sum(dim=0) / counts.clamp_min(1)).cpu().numpy()
+
+
+def _cuda_devices(policy: Any) -> list[int]:
+    device = next(policy.parameters()).device
+    return [device.index or 0] if device.type == "cuda" else []

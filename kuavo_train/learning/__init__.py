@@ -1,0 +1,1 @@
+"""Training one stage: build the policy, freeze, loop, checkpoint. Knows no task names."""

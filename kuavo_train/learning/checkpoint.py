@@ -1,0 +1,134 @@
+"""Checkpoints that a kill at any instant cannot spoil.
+
+    checkpoints/000500/pretrained_model/   LeRobot's format: weights, config, processors
+    checkpoints/000500/training_state/     optimizer, scheduler, progress
+    checkpoints/000500/manifest.json       sha256 of every file, the step, the normalization's hash
+    checkpoints/last, best                 links to a step
+
+Written to a hidden folder, flushed to disk, hashed and renamed into place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kuavo_train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def pretrained_model(self) -> Path:
+        return self.folder / "pretrained_model"
+
+    @property
+    def hash(self) -> str:
+        """One hash for the whole checkpoint: that of its manifest."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def training_state(self) -> dict[str, Any]:
+        return torch.load(self.folder / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+
+    def verify(self) -> None:
+        """Raises `ConfigError` when a file is missing or differs from its hash."""
+        for name, expected in self.manifest["files"].items():
+            path = self.folder / name
+            found = _sha256(path) if path.is_file() else "no file"
+            if found != expected:
+                raise ConfigError(
+                    f"checkpoint file {path} must have sha256 {expected[:12]}…, got {found[:12]}; "
+                    "delete the checkpoint folder to fall back to the one before"
+                )
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(
+        self,
+        step: int,
+        *,
+        policy: Any,
+        processors: tuple[Any, ...],
+        training_state: dict[str, Any],
+        about: dict[str, Any],
+    ) -> Checkpoint:
+        """Write the checkpoint of `step` and let `last` point to it. A step already there is kept."""
+        name = f"{step:06d}"
+        if not (self.folder / name).is_dir():
+            partial = self.folder / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            model, state = partial / "pretrained_model", partial / "training_state"
+            model.mkdir(parents=True)
+            state.mkdir()
+            policy.save_pretrained(model)
+            for processor in processors:
+                processor.save_pretrained(model)
+            torch.save(training_state, state / "state.pt")
+            files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
+            (partial / "manifest.json").write_text(json.dumps({"step": step, **about, "files": files}, indent=1))
+            for path in [*_files(partial), model, state, partial]:
+                _flush(path)
+            partial.rename(self.folder / name)
+            _flush(self.folder)
+        self.point("last", step)
+        return self.at(step)
+
+    def point(self, link: str, step: int) -> None:
+        """Let `last` or `best` name a step, in one move."""
+        partial = self.folder / f".{link}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(f"{step:06d}")
+        os.replace(partial, self.folder / link)
+
+    def at(self, step: int | str) -> Checkpoint:
+        folder = self.folder / (f"{step:06d}" if isinstance(step, int) else step)
+        if not (folder / "manifest.json").is_file():
+            raise ConfigError(f"there must be a checkpoint at {folder}, got none")
+        return Checkpoint(folder.resolve(), json.loads((folder / "manifest.json").read_text()))
+
+    def latest(self) -> Checkpoint | None:
+        """The complete checkpoint of the highest step."""
+        complete = [path.parent for path in self.folder.glob("[0-9]*/manifest.json")]
+        return self.at(int(max(complete).name)) if complete else None
+
+    def prune(self, keep: set[int]) -> None:
+        """Delete the checkpoints of all other steps, and what killed runs left half-written."""
+        for path in self.folder.glob("[0-9]*"):
+            if int(path.name) not in keep:
+                shutil.rmtree(path)
+        for path in self.folder.glob(".[0-9]*.partial"):
+            shutil.rmtree(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

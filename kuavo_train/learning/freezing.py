@@ -1,0 +1,87 @@
+"""Frozen means frozen: named parameter groups, counted, and fingerprinted before and after a stage."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kuavo_train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    group: str
+    parameters: int
+    trainable: bool
+    fingerprint: str
+
+
+def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
+    """Group → parameter names. Policies without groups of their own get one per top-level module."""
+    if hasattr(policy, "parameter_groups"):
+        return policy.parameter_groups()
+    groups: dict[str, list[str]] = {}
+    for name, _ in policy.named_parameters():
+        parts = name.split(".")
+        groups.setdefault(parts[1] if parts[0] == "model" and len(parts) > 2 else parts[0], []).append(name)
+    return groups
+
+
+def freeze(policy: nn.Module, frozen: Sequence[str]) -> None:
+    """Take the named groups out of training. Raises `ConfigError` for a group the policy does not have."""
+    groups = parameter_groups(policy)
+    for group in frozen:
+        if group not in groups:
+            raise ConfigError(f"training.freeze must name groups of {', '.join(groups)}, got {group!r}")
+    parameters = dict(policy.named_parameters())
+    for group in frozen:
+        for name in groups[group]:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ConfigError(f"training.freeze must leave something to train, got {list(frozen)}")
+
+
+def take_fingerprints(policy: nn.Module) -> list[ParameterGroup]:
+    """Size, trainability and sha256 of every group's values."""
+    parameters = dict(policy.named_parameters())
+    table = []
+    for group, names in parameter_groups(policy).items():
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            values = parameters[name].detach().cpu().contiguous()
+            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
+        table.append(
+            ParameterGroup(
+                group,
+                sum(parameters[name].numel() for name in names),
+                any(parameters[name].requires_grad for name in names),
+                digest.hexdigest(),
+            )
+        )
+    return table
+
+
+def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[ParameterGroup]) -> dict[str, Any]:
+    """What parameters.json holds. Raises `RuntimeError` when a frozen group changed."""
+    rows = []
+    for then, now in zip(before, after, strict=True):
+        changed = then.fingerprint != now.fingerprint
+        if changed and not then.trainable:
+            raise RuntimeError(f"frozen parameter group {then.group} changed: {then.fingerprint} → {now.fingerprint}")
+        row = asdict(then)
+        row["fingerprint_before"] = row.pop("fingerprint")
+        rows.append({**row, "fingerprint_after": now.fingerprint, "changed": changed})
+    return {"groups": rows}
+
+
+def parameter_table(groups: Sequence[ParameterGroup]) -> str:
+    """The groups as lines of text, to be printed before training."""
+    total = sum(group.parameters for group in groups)
+    trainable = sum(group.parameters for group in groups if group.trainable)
+    lines = [
+        f"  {group.group:<12} {group.parameters:>13,}  {'trained' if group.trainable else 'frozen'}" for group in groups
+    ]
+    return "\n".join([*lines, f"  {'total':<12} {total:>13,}  {trainable:,} in trained groups"])

@@ -1,0 +1,180 @@
+"""Config → policy, processors, optimizer, scheduler, all of them LeRobot's classes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
+from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
+from kuavo_train.data.normalization import Normalization
+from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
+
+
+@dataclass(frozen=True)
+class BuiltPolicy:
+    policy: PreTrainedPolicy
+    preprocessor: Any
+    postprocessor: Any
+
+
+def build_policy(
+    config: RunConfig,
+    *,
+    normalization: Normalization,
+    image_shapes: dict[str, tuple[int, int, int]],
+    instructions: Sequence[str],
+    freeze: Sequence[str],
+    checkpoint: str | Path | None,
+    device: torch.device,
+) -> BuiltPolicy:
+    """The policy of a stage with the shared normalization in its processors.
+
+    Args:
+        image_shapes: camera → (3, H, W), in the policy's order.
+        instructions: of all tasks; the tiny tokenizer learns its words from them.
+        freeze: parameter groups this stage holds fixed.
+        checkpoint: folder or hub id whose weights to start from; None starts from new ones.
+
+    Raises:
+        ConfigError: a field the policy does not have, weights that cannot be had or do not fit, a frozen VLM
+            that nobody trained.
+    """
+    fields_given = dict(config.policy)
+    kind, pretrained = fields_given.pop("type"), fields_given.pop("pretrained_path", None)
+    source = checkpoint or pretrained
+    if config.tiny_vlm is not None:
+        fields_given["vlm_model_name"] = _tiny_vlm(config, instructions, checkpoint)
+    if "load_vlm_weights" in fields_given:
+        # A checkpoint holds the VLM's weights; fetching them twice would only be overwritten.
+        fields_given["load_vlm_weights"] = bool(fields_given["load_vlm_weights"]) and source is None
+        frozen_random = "vlm_text" in freeze and source is None and not fields_given["load_vlm_weights"]
+        if frozen_random and not config.allow_random_frozen_vlm:
+            raise ConfigError(
+                "a frozen VLM must have pretrained weights, got policy.pretrained_path=null and "
+                "policy.load_vlm_weights=false; set one of them, or training.freeze_first_stage=[] to train it, "
+                "or allow_random_frozen_vlm=true"
+            )
+    policy_class = _policy_class(kind)
+    lerobot_config = _lerobot_config(
+        policy_class.config_class,
+        {**fields_given, **_freezing_flags(policy_class.config_class, freeze), "device": str(device)},
+        normalization=normalization,
+        image_shapes=image_shapes,
+    )
+    policy = _with_weights(policy_class, lerobot_config, source)
+    preprocessor, postprocessor = make_pre_post_processors(lerobot_config, dataset_stats=normalization.for_lerobot())
+    return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
+
+
+def _tiny_vlm(config: RunConfig, instructions: Sequence[str], checkpoint: str | Path | None) -> str:
+    """Folder of the tiny VLM. A checkpoint keeps its own: a task added later must not change its tokenizer."""
+    if checkpoint is not None:
+        return PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
+    settings = {**asdict(config.tiny_vlm), "corpus": list(instructions)}  # type: ignore[arg-type]
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return str(make_tiny_vlm(Path(config.outputs).resolve() / "tiny_vlm" / name, **settings))
+
+
+def _policy_class(kind: str) -> type[PreTrainedPolicy]:
+    try:
+        return get_policy_class(kind)
+    except (ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"policy.type must be a policy LeRobot knows, got {kind!r}: {error}") from error
+
+
+def _lerobot_config(
+    config_class: type[PreTrainedConfig],
+    values: dict[str, Any],
+    *,
+    normalization: Normalization,
+    image_shapes: dict[str, tuple[int, int, int]],
+) -> PreTrainedConfig:
+    known = {item.name for item in fields(config_class)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"policy.{name} must be a field of {config_class.__name__}, got {values[name]!r}")
+    space = normalization.space
+    inputs = {camera: PolicyFeature(FeatureType.VISUAL, shape) for camera, shape in image_shapes.items()}
+    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (len(space.state_names),))
+    outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (len(space.action_names),))}
+    try:
+        return config_class(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()},
+            input_features=inputs,
+            output_features=outputs,
+            push_to_hub=False,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def _freezing_flags(config_class: type[PreTrainedConfig], freeze: Sequence[str]) -> dict[str, bool]:
+    """SmolVLA's own switches, so that it skips what the frozen groups make superfluous."""
+    flags = {
+        "freeze_vision_encoder": "vision" in freeze,
+        "train_expert_only": {"vision", "vlm_text"} <= set(freeze),
+        "train_state_proj": "state_proj" not in freeze,
+    }
+    known = {item.name for item in fields(config_class)}
+    return {name: value for name, value in flags.items() if name in known}
+
+
+def _with_weights(
+    policy_class: type[PreTrainedPolicy], config: PreTrainedConfig, source: str | Path | None
+) -> PreTrainedPolicy:
+    if source is None:
+        return policy_class(config)
+    is_folder = Path(source).is_dir()
+    if not is_folder and (
+        os.sep in str(source).strip("/").replace("/", "", 1) or str(source).startswith((".", "/", "~"))
+    ):
+        raise ConfigError(f"policy.pretrained_path must be an existing folder or a hub id, got {str(source)!r}")
+    try:
+        return policy_class.from_pretrained(str(source), config=config, strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = "folder" if is_folder else "hub id"
+        raise ConfigError(
+            f"policy weights must load from the {what} {source}: {str(error)[:1500]}"
+            + (
+                ""
+                if is_folder
+                else "\nWithout the hub, give a local folder: policy.pretrained_path=/path/to/checkpoint"
+            )
+        ) from error
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: TrainingConfig, *, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps."""
+    optimizer = AdamWConfig(
+        lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay
+    ).build([parameter for parameter in parameters if parameter.requires_grad])
+    scheduler = CosineDecayWithWarmupSchedulerConfig(
+        num_warmup_steps=config.warmup_steps,
+        num_decay_steps=config.decay_steps,
+        peak_lr=config.lr,
+        decay_lr=config.decay_lr,
+    ).build(optimizer, steps)
+    return optimizer, scheduler
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one. Raises `ConfigError` when the named device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name.split(":")[0]]:
+        raise ConfigError(f"training.device must be available, got {name}; use training.device=cpu, or auto")
+    return torch.device(name)

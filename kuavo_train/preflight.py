@@ -1,0 +1,131 @@
+"""What would fail silently, found before any training time is spent.
+
+LeRobot cuts long instructions, drops missing cameras and passes features without statistics on unnormalized,
+all without a word. Here each is a problem with its fix, and all problems are told at once.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task
+
+GIB = 2**30
+
+
+def check_stage(
+    config: RunConfig,
+    *,
+    tasks: Sequence[Task],
+    normalization: Normalization,
+    image_shapes: Mapping[str, Mapping[str, tuple[int, int, int]]],
+    policy: Any,
+    steps: int,
+) -> str:
+    """The stage as a table of text.
+
+    Args:
+        tasks: all tasks of the run, opened.
+        image_shapes: task → camera → (3, H, W).
+
+    Raises:
+        ConfigError: one or more problems, each with its fix.
+    """
+    lengths = token_counts(policy.config, [task.instruction for task in tasks])
+    problems = [
+        *_instruction_problems(policy.config, tasks, lengths),
+        *_agreement_problems(tasks, image_shapes),
+        *_width_problems(policy.config, normalization),
+        *_disk_problems(config, policy),
+    ]
+    if problems:
+        raise ConfigError("preflight found problems\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return _table(config, tasks, lengths, steps)
+
+
+def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | None]:
+    """Tokens of each instruction as the policy reads it, or None for a policy without language."""
+    if not hasattr(policy_config, "tokenizer_max_length"):
+        return [None for _ in instructions]
+    tokenizer = AutoTokenizer.from_pretrained(policy_config.vlm_model_name)
+    return [len(tokenizer(instruction + "\n").input_ids) for instruction in instructions]
+
+
+def _instruction_problems(policy_config: Any, tasks: Sequence[Task], lengths: Sequence[int | None]) -> list[str]:
+    limit = getattr(policy_config, "tokenizer_max_length", None)
+    return [
+        f"instruction of {task.name} must fit policy.tokenizer_max_length={limit} tokens, got {length}; LeRobot would "
+        f"cut it: set policy.tokenizer_max_length={length} or more"
+        for task, length in zip(tasks, lengths, strict=True)
+        if length is not None and limit is not None and length > limit
+    ]
+
+
+def _agreement_problems(
+    tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, int, int]]]
+) -> list[str]:
+    problems = []
+    rates = {task.name: task.meta.fps for task in tasks}
+    if len(set(rates.values())) > 1:
+        problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
+    for camera in tasks[0].cameras:
+        shapes = {task.name: image_shapes[task.name][camera] for task in tasks}
+        if len(set(shapes.values())) > 1:
+            problems.append(f"{camera} must have one size in all tasks, got {shapes}; set data.image_size=[H,W]")
+    instructions = [task.instruction for task in tasks]
+    for task in tasks:
+        if instructions.count(task.instruction) > 1:
+            problems.append(
+                f"instruction of {task.name} must differ from all others, or the policy cannot tell the tasks apart"
+            )
+    return problems
+
+
+def _width_problems(policy_config: Any, normalization: Normalization) -> list[str]:
+    space = normalization.space
+    return [
+        f"policy.{key} must be at least {len(names)}, the number of dimensions of all tasks together, "
+        f"got {getattr(policy_config, key)}"
+        for key, names in (("max_state_dim", space.state_names), ("max_action_dim", space.action_names))
+        if hasattr(policy_config, key) and getattr(policy_config, key) < len(names)
+    ]
+
+
+def _disk_problems(config: RunConfig, policy: Any) -> list[str]:
+    """Three checkpoints (last, best and the one being written) with two optimizer moments each."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+    moments = 2 * sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+    needed = 3 * (weights + moments)
+    folder = Path(config.outputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return []
+    return [
+        f"the checkpoints need {needed / GIB:.1f} GiB below {folder}, {free / GIB:.1f} GiB are free; free some or set "
+        "outputs to another disk"
+    ]
+
+
+def _table(config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | None], steps: int) -> str:
+    header = f"  {'task':<14} {'train':>7} {'held out':>9} {'frames':>8} {'hours':>6} {'fps':>4} {'state':>6} {'action':>7} {'tokens':>7} {'share':>6}"
+    lines = [
+        f"  {task.name:<14} {len(task.train_episodes):>7} {len(task.held_out_episodes):>9} {len(task.train_rows):>8,} "
+        f"{len(task.train_rows) / task.meta.fps / 3600:>6.2f} {task.meta.fps:>4} {len(task.state_names):>6} "
+        f"{len(task.action_names):>7} {length if length is not None else '–':>7} {config.replay.get(task.name, 0):>6.2f}"
+        for task, length in zip(tasks, lengths, strict=True)
+    ]
+    training = config.training
+    return "\n".join(
+        [
+            header,
+            *lines,
+            f"  {steps:,} steps of {training.batch_size * training.gradient_accumulation_steps} samples, "
+            f"{training.epochs} epochs of {config.stage.name}, learning rate {training.lr:g}",
+        ]
+    )
