@@ -103,6 +103,7 @@ endef
 
 define SET_UP
 say() { echo "setup: $$*" >&2; }
+
 # What an interrupted set-up left behind may be half a package: start again from nothing.
 if [ -e .venv/.installing ]; then
     other=$$(cat .venv/.installing)
@@ -160,7 +161,10 @@ if [ ! -e .venv ]; then
 fi
 echo $$$$ > .venv/.installing
 
-venv_pip() { $(PY) -m pip --disable-pip-version-check "$$@"; }
+venv_pip() {
+    $(PY) -c 'import pip' 2>/dev/null || $(PY) -m ensurepip >/dev/null  # uv makes environments without it
+    $(PY) -m pip --disable-pip-version-check "$$@"
+}
 
 # Who has pip but no uv may have named a package index to pip alone, and uv does not read that.
 [ -n "$$uv" ] || settings=$$(venv_pip config list)
@@ -197,7 +201,6 @@ wanted=(--constraint constraints.txt --editable '.[dev]')
 say "installing the packages (the first time on a machine: some minutes, 6 GB of disk)"
 if [ -z "$$uv" ] || ! "$$uv" pip install --python $(PY) "$${wanted[@]}"; then
     [ -z "$$uv" ] || say "uv could not install them, for the reason above: trying pip"
-    venv_pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
     if ! venv_pip install "$${wanted[@]}"; then
         rm .venv/.installing
         say "the packages could not be installed, for the reason above; when it is gone, make again"
