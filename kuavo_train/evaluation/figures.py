@@ -1,12 +1,13 @@
 """The figures of a report, from the dictionary of matrix.json (see `kuavo_train.evaluation.matrix`) and
 metrics.jsonl.
 
-Every figure is about 13 cm wide, so that its text stays readable when a phone shows it at full width; on a
+Every figure is about 12 cm wide, so that its text stays readable when a phone shows it at full width; on a
 desktop two stand side by side. No pyplot: figures are objects without global state, and nothing needs a
 display.
 """
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -14,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 
 from kuavo_train.evaluation.forgetting import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
-from kuavo_train.evaluation.numbers import number, percent
+from kuavo_train.evaluation.numbers import MINUS, number, percent
 from kuavo_train.evaluation.stored_run import Record
 
 INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
@@ -41,7 +43,8 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-WIDTH = 5.2  # inches
+WIDTH = 4.8  # inches
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 UNITS = {"loss": "held-out loss", "action_error": "action error (normalised)", "success": "success rate"}
 
 
@@ -66,7 +69,7 @@ def write_figures(folder: Path, matrix: Record, metrics: Sequence[tuple[int, Seq
             (folder / f"{name}.png").unlink(missing_ok=True)  # none left over from an earlier report
             if figure is not None:
                 figures[name] = folder / f"{name}.png"
-                figure.savefig(figures[name], dpi=180, facecolor="white")
+                figure.savefig(figures[name], dpi=170, facecolor="white")
     return figures
 
 
@@ -92,11 +95,11 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
             if learnt <= row["stage"] and value is not None and reference:
                 change = worse * (value - reference) / reference
                 colour, ink = CHANGE(scale(change)), INK
-                note = "" if learnt == row["stage"] else f"{worse * change:+.0%}"
+                note = "" if learnt == row["stage"] else f"{worse * change:+.0%}".replace("-", MINUS)
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
             text = "–" if value is None else number(value)
-            axes.text(x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=11)
-            axes.text(x + 0.5, y + 0.72, note, ha="center", va="center", color=ink, fontsize=8.5)
+            axes.text(x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=12)
+            axes.text(x + 0.5, y + 0.72, note, ha="center", va="center", color=ink, fontsize=9.5)
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
             if task["learnt_in"] == row["stage"]:
@@ -115,7 +118,9 @@ def validation_curves(matrix: Record, measure: str) -> Figure | None:
     points = [point for point in matrix["curves"] if point[measure] is not None]
     if not points:
         return None
-    figure, axes = _over_training(matrix, height=3.3)
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    axes = figure.subplots()
+    _stage_borders(axes, matrix)
     for colour, task in zip(_colours(matrix), matrix["tasks"], strict=True):
         mine = sorted((p for p in points if p["task"] == task["name"]), key=lambda p: p["total_step"])
         # An unseen task keeps its dotted line up to the first point of its own stage.
@@ -123,18 +128,10 @@ def validation_curves(matrix: Record, measure: str) -> Figure | None:
             (i for i, p in enumerate(mine) if p["stage"] >= task["learnt_in"] and p["kind"] != "start"),
             len(mine),
         )
-        for part, style in ((mine[: first + 1], (0.9, ":")), (mine[first:], (1.9, "-"))):
-            x, y = [p["total_step"] for p in part], [p[measure] for p in part]
-            axes.plot(x, y, color=colour, linewidth=style[0], linestyle=style[1])
-        seen = mine[first:]
-        axes.plot(
-            [p["total_step"] for p in seen],
-            [p[measure] for p in seen],
-            "o",
-            color=colour,
-            markersize=3,
-            label=task["name"],
-        )
+        unseen, seen = mine[: first + 1], mine[first:]
+        axes.plot([p["total_step"] for p in unseen], [p[measure] for p in unseen], ":", color=colour, linewidth=1)
+        x, y = [p["total_step"] for p in seen], [p[measure] for p in seen]
+        axes.plot(x, y, "o-", color=colour, linewidth=1.9, markersize=3, label=task["name"])
     _log_if_wide(axes, [p[measure] for p in points])
     axes.set(ylabel=UNITS[measure], xlabel="optimizer steps, all stages")
     axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
@@ -163,7 +160,7 @@ def forgetting_bars(matrix: Record) -> Figure | None:
             )
             axes.plot([100 * change["low"], 100 * change["high"]], [y, y], "|", color=INK, markersize=9)
             edge = max(edge, change["high"])
-        axes.text(100 * max(edge, 0) + 1.5, y, percent(change["estimate"]), va="center", fontsize=10)
+        axes.text(100 * max(edge, 0) + 1.5, y, percent(change["estimate"]), va="center", fontsize=10, bbox=LABEL_BOX)
     for name, label in (("well_retained_change", "slight"), ("slight_change", "significant")):
         limit = 100 * matrix["limits"][name]
         axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
@@ -220,25 +217,30 @@ def constant_bars(matrix: Record) -> Figure | None:
 
 
 def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]) -> Figure | None:
-    """Training loss (logged, and smoothed over 2 % of the run) above the learning rate."""
-    steps = {stage["index"]: stage["steps"] for stage in matrix["stages"]}
-    x, losses, rates, offset = [], [], [], 0
-    for stage, lines in metrics:
-        for line in lines:
-            x.append(offset + line["step"])
-            losses.append(float("nan") if line.get("loss") is None else line["loss"])
-            rates.append(float("nan") if line.get("lr") is None else line["lr"])
-        offset += steps[stage]
-    if not x:
+    """Training loss (logged, and smoothed over 5 % of a stage) above the learning rate; stages are not joined."""
+    if not any(lines for _, lines in metrics):
         return None
-    figure, loss_axes, rate_axes = _over_training_pair(matrix)
-    window = max(1, len(losses) // 50)
-    smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])]
-    thin = slice(None, None, max(1, len(x) // 2000))
-    loss_axes.plot(x[thin], losses[thin], color="#b9cde0", linewidth=0.8)
-    loss_axes.plot(x[thin], smooth[thin], color="#2f5d8c", linewidth=1.6)
-    _log_if_wide(loss_axes, losses)
-    rate_axes.plot(x[thin], rates[thin], color="#c9772b", linewidth=1.4)
+    steps = {stage["index"]: stage["steps"] for stage in matrix["stages"]}
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    _stage_borders(loss_axes, matrix)
+    _stage_borders(rate_axes, matrix, names=False)
+    everything: list[float] = []
+    offset = 0
+    for stage, lines in metrics:
+        thin = slice(None, None, max(1, len(lines) // 600))
+        x = [offset + line["step"] for line in lines]
+        losses = [nan if line.get("loss") is None else line["loss"] for line in lines]
+        rates = [nan if line.get("lr") is None else line["lr"] for line in lines]
+        window = max(1, len(losses) // 20)
+        parts = (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))
+        smooth = [sum(part) / len(part) for part in parts]
+        loss_axes.plot(x[thin], losses[thin], color="#b9cde0", linewidth=0.8)
+        loss_axes.plot(x[thin], smooth[thin], color="#2f5d8c", linewidth=1.6)
+        rate_axes.plot(x[thin], rates[thin], color="#c9772b", linewidth=1.5)
+        everything += losses
+        offset += steps[stage]
+    _log_if_wide(loss_axes, everything)
     loss_axes.set(ylabel="training loss")
     rate_axes.set(ylabel="learning rate", xlabel="optimizer steps, all stages")
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -294,21 +296,6 @@ def replay_bars(matrix: Record) -> Figure | None:
     return figure
 
 
-def _over_training(matrix: Record, *, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots()
-    _stage_borders(axes, matrix)
-    return figure, axes
-
-
-def _over_training_pair(matrix: Record) -> tuple[Figure, Axes, Axes]:
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    _stage_borders(upper, matrix)
-    _stage_borders(lower, matrix, names=False)
-    return figure, upper, lower
-
-
 def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
     start = 0
     for stage in matrix["stages"]:
@@ -342,5 +329,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     positive = [value for value in values if value is not None and value > 0]
     if positive and max(positive) / min(positive) > 8 and len(positive) == len(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.set_ylim(min(positive) / 1.2, max(positive) * 1.2)

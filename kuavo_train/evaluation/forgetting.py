@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from kuavo_train.evaluation.numbers import integer, whole_percent
 from kuavo_train.evaluation.statistics import Interval
 
 WELL_RETAINED = "well retained"
@@ -275,13 +276,13 @@ class RetentionLimits:
     def rule(self) -> str:
         """The rule of `judge`, in words for a report."""
         return (
-            "A task's verdict follows from how much its held-out loss has risen since the stage that "
-            "learnt it, as a share of the loss then. "
-            f"The lower end of the {self.confidence:.0%} interval (paired bootstrap over held-out episodes, "
-            f"{self.resamples} resamples) decides: at most {self.well_retained_change:.0%} is '{WELL_RETAINED}', "
-            f"at most {self.slight_change:.0%} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. "
-            "So a task is called forgotten only when the data show it; where the upper end would give "
-            "another verdict, the verdict is marked as not settled."
+            "A task's verdict follows from how much its held-out loss has risen since the stage that learnt it, as a "
+            f"share of the loss then. The lower end of the {whole_percent(self.confidence)} interval (paired "
+            f"bootstrap over held-out episodes, {integer(self.resamples)} resamples) decides: at most "
+            f"{whole_percent(self.well_retained_change)} is '{WELL_RETAINED}', at most "
+            f"{whole_percent(self.slight_change)} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. So a task "
+            "is called forgotten only when the data show it; where the upper end would give another verdict, the "
+            "verdict is marked as not settled."
         )
 
 

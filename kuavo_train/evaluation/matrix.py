@@ -159,7 +159,7 @@ def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) 
             "(FWT + sum of later successes) / (1 + later stages)",
             lambda: metrics.libero_auc(matrix, metrics.libero_fwt(curves)),
         )
-    rows = [
+    rows: list[Record] = [
         {"stage": stage, "values": dict(zip(matrix.tasks, row, strict=True))}
         for stage, row in zip(matrix.stages, matrix.values, strict=True)
     ]

@@ -23,6 +23,11 @@ def percent(value: float) -> str:
     return f"{100 * value:+.1f}{NARROW_SPACE}%".replace("-", MINUS)
 
 
+def whole_percent(value: float) -> str:
+    """A level or a limit: 95 %."""
+    return f"{100 * value:.3g}{NARROW_SPACE}%"
+
+
 def share(value: float) -> str:
     """A part of a whole: 20.0 %."""
     return f"{100 * value:.1f}{NARROW_SPACE}%"
@@ -41,25 +46,10 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def fingerprint(value: str) -> str:
-    """The first twelve characters of a hash; the whole stands in matrix.json."""
-    return value[:12]
-
-
 def _or_absent(form: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: ABSENT if value is None else form(value)
 
 
-FORMATS: dict[str, Callable[[Any], str]] = {
-    name: _or_absent(form)
-    for name, form in {
-        "number": number,
-        "percent": percent,
-        "share": share,
-        "integer": integer,
-        "seconds": seconds,
-        "fingerprint": fingerprint,
-        "text": str,
-    }.items()
-}
+_FORMS: tuple[Callable[[Any], str], ...] = (number, percent, whole_percent, share, integer, seconds)
+FORMATS = {form.__name__: _or_absent(form) for form in _FORMS} | {"text": _or_absent(str)}
 """Name → format; every one shows None as a dash."""

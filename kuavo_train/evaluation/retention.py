@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
-from kuavo_train.evaluation.numbers import number, percent
+from kuavo_train.evaluation.numbers import number, percent, whole_percent
 from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
 
@@ -35,12 +35,11 @@ def performance_matrix(run: StoredRun, measure: str) -> PerformanceMatrix | None
         return None
     learnt_in = run.learnt_in()
     for stage in run.finished if measure == "loss" else ():
-        for task, learnt in learnt_in.items():
-            if learnt <= stage.index and (stage.index, task) not in cells:
+        for name, learnt in learnt_in.items():
+            if learnt <= stage.index and (stage.index, name) not in cells:
                 raise RunFolderError(
-                    f"{stage.folder}/validation.jsonl has no line of kind 'end' for task {task}, which was "
-                    "learnt in stage "
-                    f"{learnt}: restore the line, or train stage {stage.index} again"
+                    f"{stage.folder}/validation.jsonl has no line of kind 'end' for task {name}, which was learnt in "
+                    f"stage {learnt}: restore the line, or train stage {stage.index} again"
                 )
     try:
         return PerformanceMatrix.from_cells(
@@ -108,7 +107,7 @@ def change_since_learnt(
 def task_verdict(
     run: StoredRun, matrices: Mapping[str, PerformanceMatrix], task: Record, limits: RetentionLimits
 ) -> Record:
-    """One task's losses and errors before training, when learnt and now, its verdict, and one sentence."""
+    """One task's losses and errors before training, when learnt and now, its verdict, and the evidence."""
     name, loss = task["name"], matrices["loss"]
     learnt, last = loss.stage_of(name), loss.last_stage
     entry: Record = {"task": name, "learnt_in": learnt, "verdict": None, "settled": None, "episodes": None}
@@ -122,7 +121,7 @@ def task_verdict(
     if name not in loss.learnt_tasks:
         stage = next((stage for stage in run.stages if stage.index == learnt), None)
         state = "has not been trained" if stage is None else f"is {stage.record['status']} at step {stage.steps}"
-        return entry | {"state": "not learnt", "sentence": f"not learnt yet: stage {learnt} {state}."}
+        return entry | {"state": "not learnt", "evidence": f"Not learnt yet: stage {learnt} {state}."}
 
     entry |= {f"{key}_when_learnt": _get(m, learnt, name) for key, m in matrices.items()}
     entry |= {f"{key}_now": _get(m, last, name) for key, m in matrices.items()}
@@ -136,8 +135,8 @@ def task_verdict(
     if learnt == last:
         before = entry["loss_before_training"]
         start = "" if before is None else f"{number(before)} before training, "
-        sentence = f"learnt last, so nothing has come after it yet. Held-out loss {start}{number(now)} now."
-        return entry | {"state": "learnt last", "sentence": sentence}
+        evidence = f"Nothing has come after it yet. Held-out loss {start}{number(now)} now."
+        return entry | {"state": "learnt last", "evidence": evidence}
 
     relative = change_since_learnt(run, "loss", name, limits, relative=True)
     if relative is None:  # no episodes on record: the means alone, which settle nothing
@@ -154,21 +153,22 @@ def task_verdict(
         "relative_change": interval_record(relative),
         "action_error_relative_change": interval_record(action),
         "forgetting": metrics.forgetting(loss)[name],
-        "sentence": _sentence(verdict, relative, then, now, limits),
+        "evidence": _evidence(verdict, relative, then, now, limits),
     }
 
 
-def _sentence(verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits) -> str:
+def _evidence(verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits) -> str:
+    """The sentence under a verdict."""
     if change.low is None or change.high is None:
         interval, doubt = "no interval from so few episodes", "More held-out episodes are needed to settle it."
     else:
-        interval = f"{change.level:.0%} interval {percent(change.low)} to {percent(change.high)}, {change.n} episodes"
+        level, span = whole_percent(change.level), f"{percent(change.low)} to {percent(change.high)}"
+        interval = f"{level} interval {span}, {change.n} episodes"
         worst = metrics.judge(dataclasses.replace(change, low=change.high), limits).word
         doubt = f"The interval reaches into “{worst}”: more held-out episodes would settle it."
-    improved = verdict.settled and change.high is not None and change.high < 0
+    better = ", better than when learnt" if change.high is not None and change.high < 0 else ""
     text = (
-        f"{verdict.word}{', even improved' if improved else ''}. "
-        f"Held-out loss {number(then)} when learnt, {number(now)} now: {percent(change.estimate)} ({interval})."
+        f"Held-out loss {number(then)} when learnt, {number(now)} now: {percent(change.estimate)} ({interval}){better}."
     )
     return text if verdict.settled else f"{text} {doubt}"
 

@@ -181,9 +181,7 @@ def _pairs(before: Scores, after: Scores) -> tuple[np.ndarray, np.ndarray]:
     values_after = np.array([after[episode] for episode in episodes], dtype=float)
     for values in (values_before, values_after):
         if not np.isfinite(values).all():
-            raise ValueError(
-                f"episode {episodes[int(np.argmin(np.isfinite(values)))]} has a score that is not finite"
-            )
+            raise ValueError(f"episode {episodes[int(np.argmin(np.isfinite(values)))]} has a score that is not finite")
     return values_before, values_after
 
 

@@ -98,18 +98,14 @@ def read_run(folder: Path | str) -> StoredRun:
     if not folder.is_dir():
         raise RunFolderError(f"{folder} does not exist: give the folder of a run, e.g. run=outputs/<run>")
     if not (folder / "run.json").is_file():
-        raise RunFolderError(
-            f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it"
-        )
+        raise RunFolderError(f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it")
     record = _read_json(folder / "run.json")
     _require(record, ("run", "tasks"), folder / "run.json")
     for task in record["tasks"]:
         _require(task, ("name", "index"), folder / "run.json")
     tasks = tuple(sorted(record["tasks"], key=lambda task: task["index"]))
     names = {task["name"] for task in tasks}
-    found = [
-        (path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))
-    ]
+    found = [(path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))]
     stages = sorted(
         (_read_stage(path, int(match[1]), match[2], names) for path, match in found if path.is_dir()),
         key=lambda stage: stage.index,
@@ -222,6 +218,4 @@ def _read_json(path: Path) -> Record:
 def _require(record: Any, keys: Iterable[str], where: Path | str) -> None:
     missing = [key for key in keys if not isinstance(record, Mapping) or key not in record]
     if missing:
-        raise RunFolderError(
-            f"{where} lacks {', '.join(map(repr, missing))}: it was not written by this trainer"
-        )
+        raise RunFolderError(f"{where} lacks {', '.join(map(repr, missing))}: it was not written by this trainer")
