@@ -56,6 +56,10 @@ class MemoryState:
     def device(self) -> torch.device:
         return self.tokens.device
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors()}
+
     def detach(self) -> Self:
         """The same values, with no gradient to where they came from."""
         return self._each(lambda tensor: tensor.detach())

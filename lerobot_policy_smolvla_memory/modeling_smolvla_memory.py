@@ -538,7 +538,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """Carry this memory from now on. Actions still to be executed are dropped: the next call is a query.
 
         Raises:
-            ValueError: the memory is of another number of tokens, width or cache.
+            ValueError: the memory is of another number of tokens, width or cache size.
         """
         if memory is not None:
             self._check_shape(memory)
@@ -549,14 +549,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     def _check_shape(self, memory: MemoryState) -> None:
         if self.model.memory is None:
             raise ValueError("this policy has no memory (num_mem_tokens=0), so it cannot carry one")
-        expected = self.model.memory.initial(memory.batch_size)
-        for name in MemoryState.__dataclass_fields__:
-            wanted, got = getattr(expected, name), getattr(memory, name)
-            if (wanted is None) != (got is None) or (wanted is not None and wanted.shape != got.shape):
-                raise ValueError(
-                    f"the memory's {name} must be of shape {wanted and tuple(wanted.shape)}, "
-                    f"got {got and tuple(got.shape)}"
-                )
+        expected = self.model.memory.initial(memory.batch_size).shapes
+        if memory.shapes != expected:
+            raise ValueError(f"the memory must be of shapes {expected}, got {memory.shapes}")
 
     def _check_memory(self, memory: MemoryState | None, lanes: int, device: torch.device) -> None:
         if memory is None:

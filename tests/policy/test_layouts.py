@@ -1,0 +1,181 @@
+"""Where the memory stands in the prefix, who sees it, and what it leaves alone."""
+
+import pytest
+import torch
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from tiny_sizes import CHUNK, PREFIX_LENGTH
+
+from lerobot_policy_smolvla_memory.memory import MemoryState
+from lerobot_policy_smolvla_memory.modeling_smolvla_memory import PrefixTokens
+
+LAYOUTS = {
+    "start": {"mem_at_start": True, "mem_at_end": False},
+    "both": {"mem_at_start": True, "mem_at_end": True},
+    "end": {"mem_at_start": False, "mem_at_end": True},
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+# Who sees whom. Columns: what is seen; 1 sees, 0 does not. M memory, I image, L language, P padding, S state,
+# A an action token, W the written memory. Nobody looks at what padding sees.
+SEES = {
+    "start": """
+          M M I L P S
+        M 1 1 1 1 0 0
+        M 1 1 1 1 0 0
+        I 1 1 1 1 0 0
+        L 1 1 1 1 0 0
+        S 1 1 1 1 0 1
+        A 1 1 1 1 0 1
+        W 1 1 1 1 0 0
+    """,
+    "both": """
+          M M I L P S
+        M 1 1 1 1 0 0
+        M 1 1 1 1 0 0
+        I 1 1 1 1 0 0
+        L 1 1 1 1 0 0
+        S 1 1 1 1 0 1
+        M 1 1 1 1 0 1
+        M 1 1 1 1 0 1
+        A 1 1 1 1 0 1
+        W 1 1 1 1 0 1
+    """,
+    "end": """
+          M M I L P S
+        I 0 0 1 1 0 0
+        L 0 0 1 1 0 0
+        S 0 0 1 1 0 1
+        M 1 1 1 1 0 1
+        M 1 1 1 1 0 1
+        A 1 1 1 1 0 1
+        W 1 1 1 1 0 1
+    """,
+}
+PLACES = {"start": "MMILPS", "both": "MMILPSMM", "end": "ILPSMM"}
+
+
+@every_layout
+def test_every_token_sees_what_the_table_says(make_policy, layout):
+    """Measured by gradients through the whole model, not read off a mask: what is not seen has none."""
+    model = make_policy(**LAYOUTS[layout]).model
+    hidden = model.state_proj.out_features
+    torch.manual_seed(0)
+    embeddings = torch.randn(1, 4, hidden, requires_grad=True)  # I L P S
+    memory = torch.randn(1, 2, hidden, requires_grad=True)
+    prefix = PrefixTokens.counted(
+        embeddings, torch.tensor([[True, True, False, True]]), torch.tensor([[False, False, False, True]])
+    )
+    encoded, written = model.encode(prefix, MemoryState(memory))
+    keys = encoded.cache.layers[-1].keys
+    outputs = [(name, keys[:, :, place]) for place, name in enumerate(PLACES[layout])]
+    outputs += [("A", model.velocity(encoded, torch.randn(1, CHUNK, 8), torch.tensor([0.5])))]
+    outputs += [("W", written.tokens)]
+
+    rows = []
+    for name, output in outputs:
+        if name == "P":
+            continue
+        weights = torch.randn(output.shape)  # against sums that cancel
+        gradients = torch.autograd.grad(
+            (output * weights).sum(), [memory, embeddings], retain_graph=True, allow_unused=True
+        )
+        seen = [
+            torch.zeros(length) if gradient is None else gradient.abs().sum((0, 2))
+            for gradient, length in zip(gradients, (2, 4), strict=True)
+        ]
+        rows.append([name, *("1" if value > 0 else "0" for value in torch.cat(seen))])
+    assert rows == [line.split() for line in SEES[layout].strip().splitlines()[1:]]
+
+
+def test_memory_at_the_start_shifts_the_positions_and_padding_takes_none():
+    prefix = PrefixTokens.counted(
+        torch.zeros(1, 4, 3),
+        torch.tensor([[True, True, False, True]]),
+        torch.tensor([[False, False, False, True]]),
+    )
+    start = prefix.with_memory_at_start(torch.zeros(1, 2, 3))
+    both = start.with_memory_at_end(torch.zeros(1, 2, 3))
+    end = prefix.with_memory_at_end(torch.zeros(1, 2, 3))
+    assert start.positions[start.valid].tolist() == [0, 1, 2, 3, 4]
+    assert both.positions[both.valid].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert end.positions[end.valid].tolist() == [0, 1, 2, 3, 4]
+    assert [layout.next_position.item() for layout in (prefix, start, both, end)] == [3, 5, 5, 3]
+
+
+def test_end_layout_leaves_all_before_it_bit_identical(make_policy, make_batch):
+    with_memory, without = make_policy(num_mem_tokens=2), make_policy(num_mem_tokens=0)
+    without.load_state_dict(with_memory.state_dict(), strict=False)
+    caches = []
+    for policy in (with_memory, without):
+        encoded, _ = policy.model.encode(policy.model.embed(*policy._observation(make_batch(3))))
+        caches.append(encoded.cache)
+    for layer, plain in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(layer.keys[:, :, :PREFIX_LENGTH], plain.keys)  # keys carry their positions
+        assert torch.equal(layer.values[:, :, :PREFIX_LENGTH], plain.values)
+        assert layer.keys.shape[2] == PREFIX_LENGTH + 2
+
+
+def test_end_layout_leaves_the_positions_of_the_actions(make_config, make_policy, make_batch, monkeypatch):
+    """Compared with those that LeRobot's own policy hands to the backbone."""
+    config = make_config()
+    lerobots = SmolVLAPolicy(
+        SmolVLAConfig(**{name: getattr(config, name) for name in SmolVLAConfig.__dataclass_fields__})
+    )
+    seen = []
+    for policy in (make_policy(), lerobots):
+        positions, backbone = [], policy.model.vlm_with_expert
+        forward = backbone.forward
+
+        def record(*, position_ids, inputs_embeds, forward=forward, positions=positions, **kwargs):
+            if inputs_embeds[0] is None:
+                positions.append(position_ids)
+            return forward(position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+        monkeypatch.setattr(backbone, "forward", record)
+        policy.select_action(make_batch(3))
+        seen.append(torch.stack(positions))
+    assert torch.equal(*seen)
+
+
+@every_layout
+def test_padding_to_a_fixed_prefix_length_changes_nothing(make_policy, make_batch, make_noise, layout):
+    batch, results = make_batch(4), []
+    for prefix_length in (-1, PREFIX_LENGTH + 3):
+        policy = make_policy(prefix_length=prefix_length, **LAYOUTS[layout])
+        loss, output = policy(dict(batch), **make_noise(4), queries=2, reduction="none")
+        results.append((loss, output["memory"].tokens))
+    for tight, padded in zip(*results, strict=True):
+        torch.testing.assert_close(tight, padded)
+
+
+def test_padded_language_is_not_seen_by_the_memory(make_policy, make_batch, make_noise):
+    policy, batch = make_policy(), make_batch(2)
+    padding = ~batch["observation.language.attention_mask"]
+    written = []
+    for token in (8, 99):
+        batch["observation.language.tokens"][padding] = token
+        written.append(policy(dict(batch), **make_noise(2))[1]["memory"].tokens)
+    assert torch.equal(*written)
+
+
+def test_end_layout_recurs_as_if_every_query_were_one_plain_pass(make_policy, make_batch, make_noise):
+    """Prefixes of all queries at once and memory behind them, against prefix and memory query by query."""
+    batch, results = make_batch(6), []
+    for plain in (False, True):
+        policy = make_policy()
+        if plain:
+            policy.model._append_memory = lambda prefix, tokens, encoded, rows, model=policy.model: (
+                model._prefill_with_memory(prefix, tokens)
+            )
+        loss, output = policy(dict(batch), **make_noise(6), queries=3)
+        loss.backward()
+        gradients = {
+            name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None
+        }
+        results.append((loss, output["memory"].tokens, gradients))
+    (loss, memory, gradients), (plain_loss, plain_memory, plain_gradients) = results
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(memory, plain_memory)
+    assert any(name.startswith("model.memory.update") for name in gradients)
+    torch.testing.assert_close(gradients, plain_gradients, rtol=1e-4, atol=1e-5)
