@@ -106,7 +106,7 @@ def check_shares(shares: Mapping[str, float], key: str) -> None:
     for task, share in shares.items():
         require(0 <= share <= 1, f"{key} {task}", "be in [0, 1]", share)
     total = sum(Fraction(str(share)) for share in shares.values())
-    require(abs(total - 1) <= Fraction(1, 10**6), f"{key}s: their sum", "be 1", f"{float(total)} from {dict(shares)}")
+    require(abs(total - 1) <= Fraction(1, 10**6), f"{key}s {', '.join(shares)}: their sum", "be 1", float(total))
 
 
 @dataclass(frozen=True)
@@ -274,13 +274,23 @@ class RunConfig:
 def resolve(composed: DictConfig) -> RunConfig:
     """Typed config from Hydra's composition. Raises `ConfigError`, also for unknown keys and wrong types."""
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        plain.pop("task", None)  # type: ignore[union-attr, call-overload]  # the group's own, empty node
-        return draccus.decode(RunConfig, plain)
-    except (OmegaConfBaseException, draccus.ParsingError) as error:
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).split("\n")[0]) from error
+    plain.pop("task", None)  # the group's own, empty node
+    for key, optional in (("simulation", SimulationConfig), ("tiny_vlm", TinyVLMConfig)):
+        if plain[key] is not None:  # decoded alone, because a failed `X | None` does not say what failed
+            _decode(optional, plain[key], f"{key}: ")
+    return _decode(RunConfig, plain)
+
+
+def _decode[T](into: type[T], plain: dict[str, Any], where: str = "") -> T:
+    try:
+        return draccus.decode(into, plain)
+    except draccus.ParsingError as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
-        raise ConfigError(str(error).split("\n")[0]) from error
+        raise ConfigError(where + " ".join(str(error).split())) from error
 
 
 def check_curriculum(tasks: list[StageConfig]) -> None:

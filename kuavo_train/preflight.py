@@ -23,7 +23,7 @@ def check_stage(
     *,
     tasks: Sequence[Task],
     normalization: Normalization,
-    image_shapes: Mapping[str, Mapping[str, tuple[int, int, int]]],
+    image_shapes: Sequence[Mapping[str, tuple[int, ...]]],
     policy: Any,
     steps: int,
 ) -> str:
@@ -31,7 +31,7 @@ def check_stage(
 
     Args:
         tasks: all tasks of the run, opened.
-        image_shapes: task → camera → (3, H, W).
+        image_shapes: of each task, camera → (3, H, W).
 
     Raises:
         ConfigError: one or more problems, each with its fix.
@@ -66,15 +66,13 @@ def _instruction_problems(policy_config: Any, tasks: Sequence[Task], lengths: Se
     ]
 
 
-def _agreement_problems(
-    tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, int, int]]]
-) -> list[str]:
+def _agreement_problems(tasks: Sequence[Task], image_shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> list[str]:
     problems = []
     rates = {task.name: task.meta.fps for task in tasks}
     if len(set(rates.values())) > 1:
         problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
     for camera in tasks[0].cameras:
-        shapes = {task.name: image_shapes[task.name][camera] for task in tasks}
+        shapes = {task.name: shape[camera] for task, shape in zip(tasks, image_shapes, strict=True)}
         if len(set(shapes.values())) > 1:
             problems.append(f"{camera} must have one size in all tasks, got {shapes}; set data.image_size=[H,W]")
     instructions = [task.instruction for task in tasks]
@@ -113,17 +111,26 @@ def _disk_problems(config: RunConfig, policy: Any) -> list[str]:
 
 
 def _table(config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | None], steps: int) -> str:
-    header = f"  {'task':<14} {'train':>7} {'held out':>9} {'frames':>8} {'hours':>6} {'fps':>4} {'state':>6} {'action':>7} {'tokens':>7} {'share':>6}"
-    lines = [
-        f"  {task.name:<14} {len(task.train_episodes):>7} {len(task.held_out_episodes):>9} {len(task.train_rows):>8,} "
-        f"{len(task.train_rows) / task.meta.fps / 3600:>6.2f} {task.meta.fps:>4} {len(task.state_names):>6} "
-        f"{len(task.action_names):>7} {length if length is not None else '–':>7} {config.replay.get(task.name, 0):>6.2f}"
+    columns = ("task", "train", "held out", "frames", "hours", "fps", "state", "action", "tokens", "share")
+    rows = [
+        (
+            task.name,
+            len(task.train_episodes),
+            len(task.held_out_episodes),
+            f"{len(task.train_rows):,}",
+            f"{len(task.train_rows) / task.meta.fps / 3600:.2f}",
+            task.meta.fps,
+            len(task.state_names),
+            len(task.action_names),
+            "–" if length is None else length,
+            f"{config.replay.get(task.name, 0):.2f}",
+        )
         for task, length in zip(tasks, lengths, strict=True)
     ]
+    lines = [f"  {row[0]:<14}" + "".join(f"{value!s:>9}" for value in row[1:]) for row in (columns, *rows)]
     training = config.training
     return "\n".join(
         [
-            header,
             *lines,
             f"  {steps:,} steps of {training.batch_size * training.gradient_accumulation_steps} samples, "
             f"{training.epochs} epochs of {config.stage.name}, learning rate {training.lr:g}",

@@ -6,6 +6,7 @@ a task, frames come without replacement, pass by pass.
 """
 
 import math
+import signal
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -95,6 +96,39 @@ class SampleOrder:
         place = [task.name for task in self.tasks].index(current)
         frames = len(self.tasks[place].train_rows) / self.quota.shares[place]
         return math.ceil(frames / samples_per_step)
+
+    def audit(
+        self, frames_drawn: Sequence[Mapping[int, int]], episodes_drawn: Sequence[Mapping[int, Sequence[int]]]
+    ) -> dict[str, Any]:
+        """Declared against really drawn: what replay_audit.json holds.
+
+        Args:
+            frames_drawn: per process, place in `tasks` → number of samples.
+            episodes_drawn: per process, place in `tasks` → the episodes they came from.
+
+        Raises:
+            RuntimeError: a task's count is a whole sample or more off its share, or a held-out episode was drawn.
+        """
+        frames = [sum(drawn.get(place, 0) for drawn in frames_drawn) for place in range(len(self.tasks))]
+        total = sum(frames)
+        for place, (task, share) in enumerate(zip(self.tasks, self.quota.shares, strict=True)):
+            if abs(frames[place] - share * total) >= 1:
+                raise RuntimeError(
+                    f"replay share of {task.name} must be {float(share)}, drawn {frames[place]} of {total} samples"
+                )
+            episodes = {episode for drawn in episodes_drawn for episode in drawn.get(place, [])}
+            held_out = episodes & set(task.held_out_episodes)
+            if held_out:
+                raise RuntimeError(f"held-out episodes of {task.name} must never be drawn, got {sorted(held_out)}")
+        names = [task.name for task in self.tasks]
+        return {
+            "declared": {name: float(share) for name, share in zip(names, self.quota.shares, strict=True)},
+            "drawn": {
+                name: {"frames": count, "share": count / total} for name, count in zip(names, frames, strict=True)
+            },
+            "total_frames": total,
+            "held_out_frames_drawn": 0,
+        }
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -196,8 +230,13 @@ class MixedDataset(Dataset):
             collate_fn=lambda batch: batch,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            persistent_workers=False,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the parent finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def preprocess(batch: Batch, preprocessor: Any) -> Batch:

@@ -131,7 +131,7 @@ def split_episodes(
     episodes = list(episodes)
     if len(episodes) <= held_out:
         raise ConfigError(
-            f"data.held_out_episodes must be less than the number of episodes of {task} ({len(episodes)}), got {held_out}"
+            f"data.held_out_episodes must be less than the {len(episodes)} episodes of {task}, got {held_out}"
         )
     by_hash = sorted(episodes, key=lambda episode: hashlib.sha256(f"{seed}/{task}/{episode}".encode()).digest())
     return tuple(sorted(by_hash[held_out:])), tuple(sorted(by_hash[:held_out]))

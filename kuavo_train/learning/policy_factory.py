@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def build_policy(
     config: RunConfig,
     *,
     normalization: Normalization,
-    image_shapes: dict[str, tuple[int, int, int]],
+    image_shapes: Mapping[str, tuple[int, ...]],
     instructions: Sequence[str],
     freeze: Sequence[str],
     checkpoint: str | Path | None,
@@ -98,7 +98,7 @@ def _lerobot_config(
     values: dict[str, Any],
     *,
     normalization: Normalization,
-    image_shapes: dict[str, tuple[int, int, int]],
+    image_shapes: Mapping[str, tuple[int, ...]],
 ) -> PreTrainedConfig:
     known = {item.name for item in fields(config_class)}
     for name in values:

@@ -1,0 +1,138 @@
+"""Files of a run and of its stages, each written in one move.
+
+outputs/<run>/run.json, normalization.json
+outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation.jsonl, replay_audit.json,
+                              parameters.json, checkpoints/
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task
+from kuavo_train.learning.checkpoint import CheckpointFolder
+from kuavo_train.learning.tracking import JsonLines
+
+VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "numpy")
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Files of one stage, and whether it may be entered."""
+
+    path: Path
+
+    @property
+    def status(self) -> str:
+        """absent, running, interrupted, failed or finished."""
+        return self.about["status"] if (self.path / "stage.json").is_file() else "absent"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return json.loads((self.path / "stage.json").read_text())
+
+    def tell(self, **values: Any) -> None:
+        """Update stage.json in one move."""
+        about = {**(self.about if self.status != "absent" else {}), **values}
+        write_json(self.path / "stage.json", about)
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints")
+
+    @property
+    def metrics(self) -> JsonLines:
+        return JsonLines(self.path / "metrics.jsonl")
+
+    @property
+    def validations(self) -> JsonLines:
+        return JsonLines(self.path / "validation.jsonl")
+
+
+def stage_folder(config: RunConfig, stage: StageConfig | None = None) -> StageFolder:
+    """Folder of a stage of the run, by default of the config's own."""
+    return StageFolder(config.run_folder / (stage or config.stage).folder_name)
+
+
+def write_run_facts(config: RunConfig, tasks: Sequence[Task], normalization: Normalization) -> None:
+    """run.json, once; a later stage with other data or another seed belongs to another run."""
+    path = config.run_folder / "run.json"
+    facts = {
+        "run": config.run,
+        "seed": config.seed,
+        "profile": config.profile,
+        "strategy": config.strategy,
+        "config_hash": _hash({"policy": config.policy, "tiny_vlm": config.tiny_vlm and asdict(config.tiny_vlm)}),
+        "tasks": [
+            {
+                "name": task.name,
+                "index": task.index,
+                "instruction": task.instruction,
+                "dataset": {
+                    "root": str(task.root),
+                    "hash": task.content_hash,
+                    "episodes": len(task.bounds),
+                    "frames": len(task.state),
+                    "train_episodes": list(task.train_episodes),
+                    "held_out_episodes": list(task.held_out_episodes),
+                },
+            }
+            for task in tasks
+        ],
+        "normalization": {"source": normalization.source, "hash": normalization.hash},
+    }
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        for key in ("seed", "strategy", "config_hash", "normalization"):
+            if stored[key] != facts[key]:
+                raise ConfigError(
+                    f"{key} must stay what run {config.run} began with ({stored[key]}), got {facts[key]}; "
+                    "choose another run=NAME"
+                )
+        known = {task["name"]: task for task in stored["tasks"]}
+        for task in facts["tasks"]:
+            if task["name"] in known and known[task["name"]]["dataset"]["hash"] != task["dataset"]["hash"]:
+                raise ConfigError(
+                    f"the dataset of {task['name']} must stay what run {config.run} began with "
+                    f"({known[task['name']]['dataset']['hash'][:12]}…), got {task['dataset']['hash'][:12]}… in "
+                    f"{task['dataset']['root']}; choose another run=NAME"
+                )
+        facts = {**stored, "tasks": facts["tasks"]}
+    else:
+        facts |= {
+            "created": now(),
+            "git_commit": _git_commit(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
+        }
+    write_json(path, facts)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write in one move, so that a kill leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -1,0 +1,171 @@
+"""The configuration composes, says the exact numbers of the four tasks, and refuses what cannot be meant."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kuavo_train.compose import compose_run, overrides_for_all_tasks
+from kuavo_train.config import CONFIG_FOLDER, ConfigError
+
+RECIPES = {  # task → epochs, lr, warm-up, decay, replay
+    "moving_grasp": (100, 5e-5, 1500, 25000, {"moving_grasp": 1.0}),
+    "weighing": (25, 3.5e-5, 800, 20000, {"moving_grasp": 0.2, "weighing": 0.8}),
+    "placement": (30, 2.5e-5, 800, 20000, {"moving_grasp": 0.1, "weighing": 0.2, "placement": 0.7}),
+    "sorting": (35, 2e-5, 800, 20000, {"moving_grasp": 0.1, "weighing": 0.1, "placement": 0.2, "sorting": 0.6}),
+}
+
+
+@pytest.mark.parametrize("profile", [file.stem for file in (CONFIG_FOLDER / "profile").glob("*.yaml")])
+@pytest.mark.parametrize("strategy", [file.stem for file in (CONFIG_FOLDER / "strategy").glob("*.yaml")])
+@pytest.mark.parametrize("policy", [file.stem for file in (CONFIG_FOLDER / "policy").glob("*.yaml")])
+def test_all_groups_compose_with_each_other(profile: str, strategy: str, policy: str) -> None:
+    configs = compose_run([f"profile={profile}", f"strategy={strategy}", f"policy={policy}"])
+    assert [config.stage.name for config in configs] == list(RECIPES)
+    assert {config.profile for config in configs} == {profile}
+    assert all(sum(config.replay.values()) == pytest.approx(1) for config in configs)
+
+
+def test_the_task_files_carry_the_exact_recipes() -> None:
+    for config in compose_run(["profile=robot"]):
+        stage, training = config.stage, config.training
+        epochs, lr, warmup, decay, replay = RECIPES[stage.name]
+        assert (stage.epochs, stage.lr, stage.warmup_steps, stage.decay_steps) == (epochs, lr, warmup, decay)
+        assert (training.epochs, training.lr) == (epochs, lr)
+        assert stage.replay == replay
+        assert (training.batch_size, training.betas, training.weight_decay) == (64, [0.9, 0.999], 5e-7)
+
+
+def test_the_embedded_profile_scales_the_recipe_and_keeps_its_decay() -> None:
+    rates = [config.training.lr for config in compose_run()]
+    assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 0.7, 0.5, 0.4])
+
+
+def test_instructions_are_the_exact_texts() -> None:
+    texts = [" ".join(config.stage.instruction.split()) for config in compose_run()]
+    assert [len(text.split()) for text in texts] == [39, 27, 51, 30]
+    assert texts[1].startswith("Pick up the package from the conveyor belt, weigh it on the electronic scale, then")
+    assert texts[2].endswith("bottle inside the yellow area, label facing up") is False
+    assert texts[2].endswith("most of the bottle body inside the yellow area, label facing up")
+
+
+def test_sequential_learns_without_replay() -> None:
+    assert [config.replay for config in compose_run(["strategy=sequential"])] == [{name: 1.0} for name in RECIPES]
+
+
+def test_a_fifth_task_is_one_more_file(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIG_FOLDER, folder)
+    recipe = (folder / "tasks" / "task4_sorting.yaml").read_text().replace("index: 4", "index: 5")
+    recipe = recipe.replace("name: sorting", "name: stacking").replace("Move from", "Stack from")
+    recipe = recipe.replace("sorting: 0.6", "sorting: 0.3, stacking: 0.3")
+    (folder / "tasks" / "task5_stacking.yaml").write_text(recipe)
+    configs = compose_run(folder=folder)
+    assert [config.stage.name for config in configs] == [*RECIPES, "stacking"]
+    assert configs[-1].stage.folder_name == "stage5_stacking"
+    assert configs[-1].replay["stacking"] == 0.3
+
+
+def test_a_skipped_task_is_refused_until_its_share_is_given_away() -> None:
+    with pytest.raises(ConfigError, match=r"stage 4 .* replay must name only tasks learnt by then"):
+        compose_run(["learn=[moving_grasp,weighing,sorting]"])
+    chosen = ["learn=[moving_grasp,weighing,sorting]"]
+    current = [*chosen, "stage.replay.placement=0", "stage.replay.sorting=0.8"]
+    stage4 = next(config for config in compose_with("task4_sorting", current) if config.stage.name == "sorting")
+    configs = compose_run(chosen, current=stage4)
+    assert [config.stage.index for config in configs] == [1, 2, 4]
+    assert configs[-1].replay == {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
+
+
+def compose_with(task: str, overrides: list[str]) -> list:
+    """The config of one task alone, as `python -m kuavo_train` composes it."""
+    import hydra
+
+    from kuavo_train.compose import register_task_aliases
+    from kuavo_train.config import resolve
+
+    register_task_aliases()
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return [resolve(hydra.compose("train", overrides=[f"task=tasks/{task}", *overrides]))]
+
+
+def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:
+    given = ["task=tasks/task2_weighing", "stage.epochs=3", "+stage.x=1", "~stage.replay.weighing", "seed=5"]
+    assert overrides_for_all_tasks(given) == ["seed=5"]
+
+
+BAD_OVERRIDES = [  # override, what the message must name
+    ("training.lr=-1", r"training.lr must be positive, got -1"),
+    ("training.lr=fast", r"training.lr.*fast"),
+    ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
+    ("training.batch_size=two", r"training.batch_size.*two"),
+    ("training.betas=[0.9]", r"training.betas must be two numbers in \[0, 1\)"),
+    ("training.betas=[0.9,1.5]", r"training.betas must be two numbers in \[0, 1\), got \[0.9, 1.5\]"),
+    ("training.decay_lr=1", r"training.decay_lr must not exceed training.lr"),
+    ("training.mixed_precision=fp16", r"training.mixed_precision must be one of no, bf16, got 'fp16'"),
+    ("training.device=tpu", r"training.device must be auto, cpu"),
+    ("training.max_steps=0", r"training.max_steps must be at least 1, got 0"),
+    ("training.gradient_accumulation_steps=0", r"gradient_accumulation_steps must be at least 1"),
+    ("training.learning_rate=1", r"training.learning_rate"),
+    ("+training.learning_rate=1", r"learning_rate.* not valid for TrainingConfig"),
+    ("data.held_out_episodes=0", r"data.held_out_episodes must be at least 1, got 0"),
+    ("data.cameras=[]", r"data.cameras must name at least one camera"),
+    ("data.cameras=[a,a]", r"data.cameras must not repeat a camera"),
+    ("data.normalization=task", r"data.normalization must be one of joint, first_stage, pretrained, got 'task'"),
+    ("data.video_backend=ffmpeg", r"data.video_backend must be one of"),
+    ("data.image_size=[8,8]", r"data.image_size must be \[height, width\]"),
+    ("data.num_workers=-1", r"data.num_workers must not be negative"),
+    ("simulation.episodes=1", r"simulation.episodes must be at least 2"),
+    ("simulation.renderer=vulkan", r"simulation.renderer must be one of rays, egl, got 'vulkan'"),
+    ("simulation.image_size=4", r"simulation.image_size must be at least 16"),
+    ("validation.draws=0", r"validation.draws must be at least 1"),
+    ("forgetting.well_retained_change=0.5", r"forgetting.well_retained_change must be in \[0, "),
+    ("seed=-1", r"seed must not be negative, got -1"),
+    ("run=a/b", r"run must be a folder name"),
+    ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
+    ("resume=perhaps", r"resume.*perhaps"),
+    ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),
+    ("profile=huge", r"profile/huge"),
+    ("task=tasks/task9_nothing", r"task9_nothing"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES, ids=[item[0] for item in BAD_OVERRIDES])
+def test_a_bad_value_is_refused_by_key_rule_and_value(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run([override])
+
+
+BAD_TASK_FILES: list[tuple[str, str, str]] = [  # text in task 2's file, its replacement, the message
+    (
+        "weighing: 0.8",
+        "weighing: 0.7",
+        r"stage 2 .* replay share of tasks moving_grasp, weighing: their sum must be 1, got 0.9",
+    ),
+    ("weighing: 0.8", "weighing: 1.8", r"replay share of task weighing must be in \[0, 1\], got 1.8"),
+    ("moving_grasp: 0.2, weighing", "placement: 0.2, weighing", r"must name only tasks learnt by then .*'placement'"),
+    ("moving_grasp: 0.2, weighing: 0.8", "moving_grasp: 1.0", r"replay must give the task itself a share"),
+    ("index: 2", "index: 1", r"stage.index must be unique, got 1"),
+    ("name: weighing", "name: moving_grasp", r"stage.name must be unique|replay"),
+    ("name: weighing", "name: Weighing!", r"stage.name must consist of lower-case letters"),
+    ("epochs: 25", "epochs: 0", r"stage 2 \(weighing\): epochs must be at least 1, got 0"),
+    ("lr: 3.5e-5", "lr: 0", r"stage 2 \(weighing\): lr must be positive"),
+    ("episodes: null", "episodes: [9, 3]", r"episodes must be \[first, last\] with 0 <= first <= last, got \[9, 3\]"),
+    ("warmup_steps: 800", "warm_up: 800", r"warm_up.*not valid for StageConfig|warmup_steps"),
+]
+
+
+@pytest.mark.parametrize(("text", "replacement", "message"), BAD_TASK_FILES)
+def test_a_bad_task_file_is_refused(tmp_path: Path, text: str, replacement: str, message: str) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIG_FOLDER, folder)
+    file = folder / "tasks" / "task2_weighing.yaml"
+    assert text in file.read_text()
+    file.write_text(file.read_text().replace(text, replacement))
+    with pytest.raises(ConfigError, match=message):
+        compose_run(folder=folder)
+
+
+def test_overrides_reach_every_task(small_run: Callable[..., list[str]]) -> None:
+    assert {config.training.batch_size for config in compose_run(small_run("training.batch_size=3"))} == {3}
