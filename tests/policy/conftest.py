@@ -46,7 +46,7 @@ def make_config(tiny_vlm) -> Callable[..., SmolVLAMemoryConfig]:
                 **{camera: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for camera in CAMERAS},
             },
             "output_features": {"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
-            "resize_imgs_with_padding": None,
+            "resize_imgs_with_padding": (32, 32),
             "chunk_size": CHUNK,
             "n_action_steps": 2,
             "max_state_dim": 8,

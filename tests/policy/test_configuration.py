@@ -1,0 +1,36 @@
+"""Impossible settings are refused with key, rule and value."""
+
+import pytest
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_mem_tokens": -1}, "num_mem_tokens must be 0 (off) or more, got -1"),
+        ({"mem_init": "ones"}, "mem_init must be one of normal, zeros, embedding, got 'ones'"),
+        ({"mem_update": "sum"}, "mem_update must be one of overwrite, gated, got 'sum'"),
+        ({"mem_cache_size": 0}, "mem_cache_size must be at least 1, got 0"),
+        ({"mem_backprop_depth": -2}, "mem_backprop_depth must be 0 or more queries, got -2"),
+        ({"mem_at_end": False}, "num_mem_tokens=4 needs mem_at_start or mem_at_end to be true"),
+        ({"compile_model": True}, "compile_model must be false with memory (num_mem_tokens=4), got true"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError) as error:
+        SmolVLAMemoryConfig(device="cpu", **settings)
+    assert message in str(error.value)
+
+
+def test_without_tokens_the_layout_does_not_matter():
+    SmolVLAMemoryConfig(device="cpu", num_mem_tokens=0, mem_at_end=False, compile_model=True)
+
+
+def test_a_plain_configuration_is_taken_over_whole():
+    plain = SmolVLAConfig(device="cpu", chunk_size=20, n_action_steps=5, vlm_model_name="elsewhere")
+    config = SmolVLAMemoryConfig.from_smolvla(plain, num_mem_tokens=8, n_action_steps=4)
+    assert (config.num_mem_tokens, config.n_action_steps) == (8, 4)
+    same = set(SmolVLAConfig.__dataclass_fields__) - {"n_action_steps"}
+    assert all(getattr(config, name) == getattr(plain, name) for name in same)

@@ -1,0 +1,156 @@
+"""Saving, loading, starting from plain SmolVLA, and which parameter belongs where."""
+
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_policy_config
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import load_file, save_file
+
+from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+
+
+@pytest.fixture
+def plain_checkpoint(make_config, tmp_path):
+    """A checkpoint as LeRobot's own SmolVLA writes it."""
+    config = make_config()
+    names = SmolVLAConfig.__dataclass_fields__
+    policy = SmolVLAPolicy(SmolVLAConfig(**{name: getattr(config, name) for name in names}))
+    policy.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_a_checkpoint_is_the_same_policy_again(make_policy, make_batch, tmp_path, tokens):
+    policy = make_policy(num_mem_tokens=tokens, read_mem_from_cache=True, mem_cache_size=3).eval()
+    policy.save_pretrained(tmp_path)
+    again = SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+    assert again.config == policy.config
+    for (name, weight), (other_name, other) in zip(
+        policy.state_dict().items(), again.state_dict().items(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(weight, other), name
+    noise = torch.randn(2, 6, 8)
+    for seed in range(2):
+        actions = [each.predict_action_chunk(make_batch(2, seed=seed), noise) for each in (policy, again)]
+        assert torch.equal(*actions)
+
+
+def test_a_plain_checkpoint_loads_and_only_the_memory_is_new(make_config, plain_checkpoint):
+    stored = load_file(plain_checkpoint / "model.safetensors")
+    policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint, config=make_config(num_mem_tokens=2))
+    new = {name for name in policy.state_dict() if name not in stored}
+    assert new == set(policy.parameter_groups()["memory"])
+    for name, weight in stored.items():
+        assert torch.equal(policy.state_dict()[name], weight), name
+
+
+def test_a_plain_checkpoint_brings_its_own_configuration(plain_checkpoint):
+    policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint)
+    assert isinstance(policy.config, SmolVLAMemoryConfig)
+    assert policy.config.num_mem_tokens == 4
+    assert policy.config.chunk_size == 6
+
+
+def test_memory_from_an_embedding_starts_from_the_loaded_one(make_config, plain_checkpoint):
+    policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint, config=make_config(mem_init="embedding"))
+    stored = load_file(plain_checkpoint / "model.safetensors")
+    token = policy.model.vlm_with_expert.processor.tokenizer.end_of_utterance_token_id
+    embedding = stored["model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"][token]
+    assert torch.equal(policy.model.memory.initial(1).tokens, embedding.expand(1, 2, -1))
+
+
+def test_loading_a_learnt_memory_does_not_start_it_from_the_embedding_again(make_policy, tmp_path):
+    policy = make_policy(mem_init="embedding")
+    torch.nn.init.ones_(policy.model.memory.mem_tokens)
+    policy.save_pretrained(tmp_path)
+    assert (SmolVLAMemoryPolicy.from_pretrained(tmp_path).model.memory.mem_tokens == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        (lambda weights: weights.pop("model.state_proj.weight"), "model.state_proj.weight is missing"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "extra is not part of this policy"),
+        (
+            lambda weights: weights.update({"model.state_proj.bias": torch.zeros(7)}),
+            r"model.state_proj.bias is of shape \(7,\), this policy's of \(32,\)",
+        ),
+        (lambda weights: weights.pop("model.memory.mem_tokens"), "model.memory.mem_tokens is missing"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(make_policy, tmp_path, edit, complaint):
+    make_policy().save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ValueError, match=f"1 of its weights\n  {complaint}"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+
+
+def test_a_memory_of_another_size_and_a_memory_nobody_asked_for_are_refused(make_policy, make_config, tmp_path):
+    make_policy(num_mem_tokens=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mem_tokens is of shape \(4, 1, 32\), this policy's of \(2, 1, 32\)"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(num_mem_tokens=2))
+    with pytest.raises(ValueError, match="mem_tokens is not part of this policy"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(num_mem_tokens=0))
+
+
+def test_of_many_problems_the_first_ten_are_listed(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: [weights.pop(name) for name in list(weights) if "vlm." in name])
+    with pytest.raises(ValueError, match="is missing") as error:
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+    assert str(error.value).count("is missing") == 10
+
+
+def test_missing_weights_are_never_replaced_by_random_ones(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_every_parameter_is_in_exactly_one_group(make_policy, tokens):
+    policy = make_policy(num_mem_tokens=tokens, read_mem_from_cache=True)
+    groups = policy.parameter_groups()
+    assert list(groups) == [
+        "vision",
+        "connector",
+        "vlm_text",
+        "expert",
+        "state_proj",
+        "action_proj",
+        "memory",
+    ]
+    named = sorted(name for names in groups.values() for name in names)
+    assert named == sorted(name for name, _ in policy.named_parameters())
+    assert [group for group, names in groups.items() if not names] == ([] if tokens else ["memory"])
+    assert sorted(groups["action_proj"]) == sorted(
+        f"model.action_{layer}.{kind}"
+        for layer in ("in_proj", "out_proj", "time_mlp_in", "time_mlp_out")
+        for kind in ("weight", "bias")
+    )
+    assert not any("lm_expert" in name for name in groups["vlm_text"])
+
+
+def test_a_parameter_of_no_group_is_an_error(make_policy):
+    policy = make_policy()
+    policy.model.memory_of_another_kind = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"model.memory_of_another_kind.weight belongs to none of the groups"):
+        policy.parameter_groups()
+
+
+def test_lerobots_factories_know_the_policy(make_config, tmp_path):
+    assert get_policy_class("smolvla_memory") is SmolVLAMemoryPolicy
+    assert isinstance(make_policy_config("smolvla_memory", device="cpu"), SmolVLAMemoryConfig)
+    config = make_config(num_mem_tokens=8, mem_update="overwrite")
+    config.save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_pretrained(tmp_path) == config
