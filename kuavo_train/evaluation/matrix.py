@@ -97,7 +97,7 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "curves": _curves(run),
         "error_by_group": _error_by_group(run),
         "replay": _replay(run),
-        "parameters": [{"stage": stage.index, **group} for stage in run.stages for group in stage.parameters or ()],
+        "parameters": _parameters(run),
         "hashes": _hashes(run),
         "checks": run_checks(run),
     }
@@ -272,6 +272,16 @@ def _dataset(task: Record) -> Record:
         "train_episodes": len(dataset.get("train_episodes") or ()),
         "held_out_episodes": len(dataset.get("held_out_episodes") or ()),
     }
+
+
+def _parameters(run: StoredRun) -> list[Record]:
+    """Groups of the finished stages; an unfinished one has no fingerprints after."""
+    keys = ("group", "parameters", "trainable", "fingerprint_before", "fingerprint_after")
+    return [
+        {"stage": stage.index, **{key: group.get(key) for key in keys}}
+        for stage in run.finished
+        for group in stage.parameters or ()
+    ]
 
 
 def _hashes(run: StoredRun) -> list[Record]:

@@ -60,13 +60,20 @@ class StoredRun:
         return tuple(stage for stage in self.stages if stage.finished)
 
     def learnt_in(self) -> dict[str, int]:
-        """Task → index of the stage that learns it: the first that ends with it seen, else as planned."""
-        seen: dict[str, int] = {}
-        for stage in self.finished:
-            for line in stage.validations:
-                if line["kind"] == "end" and line.get("seen"):
-                    seen.setdefault(line["task"], stage.index)
-        return {task["name"]: seen.get(task["name"], int(task["index"])) for task in self.tasks}
+        """Task → index of the stage that learns it: its own, or under joint training the first that ends with it seen.
+
+        Under any other strategy a task first seen by a later stage than its own is a stage that got lost.
+        """
+        learnt = {task["name"]: int(task["index"]) for task in self.tasks}
+        if self.record.get("strategy") != "joint":
+            return learnt
+        seen = {
+            line["task"]: stage.index
+            for stage in reversed(self.finished)
+            for line in stage.validations
+            if line["kind"] == "end" and line.get("seen")
+        }
+        return learnt | seen
 
 
 def newest_run(outputs: Path) -> Path:

@@ -1,0 +1,170 @@
+"""Metrics against cases worked out by hand, and the rule of the verdict at its edges."""
+
+import pytest
+
+from kuavo_train.evaluation import forgetting as f
+from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
+from kuavo_train.evaluation.statistics import Interval
+
+SUCCESS = ((0.1, 0.2, 0.3), (0.8, 0.3, 0.2), (0.6, 0.9, 0.5), (0.7, 0.6, 1.0))
+
+
+def success(values=SUCCESS, tasks=("a", "b", "c"), learnt_in=(1, 2, 3), stages=(0, 1, 2, 3)):
+    return PerformanceMatrix("success", True, tasks, learnt_in, stages, values)
+
+
+def loss(values, tasks=("a", "b", "c"), learnt_in=(1, 2, 3), stages=(0, 1, 2, 3)):
+    return PerformanceMatrix("loss", False, tasks, learnt_in, stages, values)
+
+
+def test_metrics_of_success_rates_equal_those_worked_out_by_hand():
+    matrix = success()
+    assert f.average_score(matrix) == pytest.approx((0.7 + 0.6 + 1.0) / 3)
+    assert f.backward_transfer(matrix) == pytest.approx(((0.7 - 0.8) + (0.6 - 0.9)) / 2)
+    assert f.forgetting(matrix) == pytest.approx({"a": 0.8 - 0.7, "b": 0.9 - 0.6})
+    assert f.mean_forgetting(matrix) == pytest.approx(0.2)
+    assert f.forward_transfer(matrix) == pytest.approx(((0.3 - 0.2) + (0.5 - 0.3)) / 2)
+    assert f.intransigence(matrix, {"a": 0.9, "b": 0.9, "c": 0.9}) == pytest.approx({"a": 0.1, "b": 0.0, "c": -0.1})
+
+
+def test_forgetting_counts_from_the_best_score_since_learnt_not_from_the_first():
+    matrix = success(((None, None), (0.5, None), (0.9, 0.4), (0.6, 0.4)), ("a", "b"), (1, 2), (0, 1, 2, 3))
+    assert f.forgetting(matrix)["a"] == pytest.approx(0.9 - 0.6)
+    assert f.backward_transfer(matrix) == pytest.approx(((0.6 - 0.5) + 0.0) / 2)
+
+
+def test_a_score_before_a_task_was_learnt_is_never_its_best():
+    matrix = success(((0.0, 1.0), (0.5, 1.0), (0.5, 0.3), (0.5, 0.2)), ("a", "b"), (1, 2), (0, 1, 2, 3))
+    assert f.forgetting(matrix)["b"] == pytest.approx(0.3 - 0.2)
+
+
+def test_libero_metrics_equal_those_worked_out_by_hand():
+    matrix = success()
+    fwt = f.libero_fwt({"a": [0.4, 0.8], "b": [0.3, 0.6, 0.9], "c": [1.0]})
+    assert fwt == pytest.approx({"a": 0.6, "b": 0.6, "c": 1.0})
+    assert f.libero_nbt(matrix) == pytest.approx({"a": (0.2 + 0.1) / 2, "b": 0.3})
+    assert f.libero_nbt(matrix, relative=True) == pytest.approx({"a": 0.15 / 0.8, "b": 0.3 / 0.9})
+    assert f.libero_auc(matrix, fwt) == pytest.approx({"a": (0.6 + 0.6 + 0.7) / 3, "b": (0.6 + 0.6) / 2, "c": 1.0})
+
+
+def test_losses_are_negated_so_that_a_rising_loss_is_forgetting():
+    matrix = loss(((1.0, 1.1), (0.2, 1.0), (0.5, 0.3)), ("a", "b"), (1, 2), (0, 1, 2))
+    assert f.average_score(matrix) == pytest.approx(-0.4)
+    assert f.backward_transfer(matrix) == pytest.approx(-0.3)
+    assert f.mean_forgetting(matrix) == pytest.approx(0.3)
+    assert f.forward_transfer(matrix) == pytest.approx(0.1)
+    assert f.intransigence(matrix, {"a": 0.1, "b": 0.3}) == pytest.approx({"a": 0.1, "b": 0.0})
+
+
+def test_a_single_task_has_an_average_and_nothing_that_compares():
+    matrix = loss(((1.0,), (0.2,)), ("a",), (1,), (0, 1))
+    assert f.average_score(matrix) == pytest.approx(-0.2)
+    assert f.backward_transfer(matrix) is f.mean_forgetting(matrix) is f.forward_transfer(matrix) is None
+    assert f.forgetting(matrix) == {}
+
+
+def test_a_skipped_stage_compares_with_the_stage_really_trained_before_it():
+    values = ((1.0, 1.0, 1.0), (0.2, 0.9, 0.8), (0.3, 0.2, 0.7), (0.4, 0.5, 0.2))
+    matrix = loss(values, ("a", "b", "d"), (1, 2, 4), (0, 1, 2, 4))
+    assert f.forward_transfer(matrix) == pytest.approx(((1.0 - 0.9) + (1.0 - 0.7)) / 2)
+    assert f.backward_transfer(matrix) == pytest.approx(-((0.4 - 0.2) + (0.5 - 0.2)) / 2)
+
+
+def test_a_run_cut_short_counts_only_the_tasks_it_learnt():
+    matrix = loss(((1.0, 1.0, None), (0.2, 0.9, None), (0.3, 0.2, None)), stages=(0, 1, 2))
+    assert f.average_score(matrix) == pytest.approx(-(0.3 + 0.2) / 2)
+    assert f.mean_forgetting(matrix) == pytest.approx(0.1)
+
+
+def test_tasks_learnt_jointly_in_one_stage_have_nothing_to_forget():
+    matrix = loss(((1.0, 1.0), (0.2, 0.3)), ("a", "b"), (1, 1), (0, 1))
+    assert f.average_score(matrix) == pytest.approx(-0.25)
+    assert f.backward_transfer(matrix) is None
+
+
+def test_a_hole_that_a_metric_needs_is_an_error_naming_stage_and_task():
+    matrix = loss(((1.0, 1.0), (0.2, None), (None, 0.3)), ("a", "b"), (1, 2), (0, 1, 2))
+    with pytest.raises(MissingCellError, match="loss of task a after stage 2"):
+        f.backward_transfer(matrix)
+    with pytest.raises(MissingCellError, match="loss of task b after stage 1"):
+        f.forward_transfer(matrix)
+
+
+def test_a_missing_row_0_stops_forward_transfer_alone():
+    matrix = loss(((None, None), (0.2, 0.9), (0.3, 0.3)), ("a", "b"), (1, 2), (0, 1, 2))
+    assert f.backward_transfer(matrix) == pytest.approx(-0.1)
+    with pytest.raises(MissingCellError, match=r"before training \(row 0\)"):
+        f.forward_transfer(matrix)
+
+
+def test_a_task_the_joint_run_lacks_is_an_error_not_a_zero():
+    with pytest.raises(MissingCellError, match="task c is missing from the joint run"):
+        f.intransigence(success(), {"a": 0.9, "b": 0.9})
+
+
+def test_libero_metrics_refuse_losses_and_tasks_that_never_succeeded():
+    with pytest.raises(ValueError, match="success rates, not on loss"):
+        f.libero_nbt(loss(((1.0,), (0.2,)), ("a",), (1,), (0, 1)))
+    with pytest.raises(ValueError, match="task a had no success"):
+        f.libero_nbt(success(((0.0, 0.0), (0.0, 0.0), (0.0, 0.5)), ("a", "b"), (1, 2), (0, 1, 2)), relative=True)
+    with pytest.raises(MissingCellError, match="task a was never measured"):
+        f.libero_fwt({"a": []})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ("a", "a", "c")}, "tasks must be distinct"),
+        ({"learnt_in": (1, 2)}, "learnt_in must give a stage"),
+        ({"learnt_in": (0, 1, 2)}, "learnt_in must give a stage from 1 on"),
+        ({"stages": (1, 2, 3, 4)}, "stages must start with 0"),
+        ({"stages": (0, 2, 1, 3)}, "stages must start with 0 and increase"),
+        ({"values": SUCCESS[:3]}, "must be 4 stages × 3 tasks"),
+        ({"values": (*SUCCESS[:3], (0.1, float("nan"), 0.2))}, "task b after stage 3 is nan"),
+    ],
+)
+def test_a_matrix_that_does_not_fit_together_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        success(**change)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word", "settled"),
+    [
+        (-0.20, 0.05, f.WELL_RETAINED, True),
+        (0.02, 0.10, f.WELL_RETAINED, True),
+        (0.02, 0.11, f.WELL_RETAINED, False),
+        (0.11, 0.30, f.SLIGHT_DEGRADATION, True),
+        (0.25, 0.40, f.SLIGHT_DEGRADATION, False),
+        (0.31, 0.90, f.SIGNIFICANT_FORGETTING, True),
+    ],
+)
+def test_the_lower_end_of_the_interval_decides_the_verdict_and_the_upper_end_whether_it_is_settled(
+    low, high, word, settled
+):
+    verdict = f.judge(Interval((low + high) / 2, low, high, 0.95, 12), RetentionLimits())
+    assert (verdict.word, verdict.settled) == (word, settled)
+
+
+def test_without_an_interval_the_estimate_decides_and_nothing_is_settled():
+    verdict = f.judge(Interval(0.5, None, None, 0.95, 1), RetentionLimits())
+    assert (verdict.word, verdict.settled) == (f.SIGNIFICANT_FORGETTING, False)
+
+
+def test_absolute_limits_judge_the_loss_alone():
+    words = [f.judge_absolute(value, RetentionLimits()) for value in (0.69, 0.7, 0.99, 1.0)]
+    assert words == [f.WELL_RETAINED, f.SLIGHT_DEGRADATION, f.SLIGHT_DEGRADATION, f.SIGNIFICANT_FORGETTING]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"well_retained_change": 0.4}, r"well_retained_change must be in \[0, slight_change = 0.3\], got 0.4"),
+        ({"well_retained_loss": 2.0}, r"well_retained_loss must be in \[0, slight_loss = 1.0\], got 2.0"),
+        ({"confidence": 1.0}, "confidence must be in"),
+        ({"resamples": 0}, "resamples must be at least 1"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(limits, message):
+    with pytest.raises(ValueError, match=message):
+        RetentionLimits(**limits)

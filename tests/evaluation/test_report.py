@@ -1,0 +1,348 @@
+"""A report from a stored run: its numbers are matrix.json's, a partial run is told as one, bad folders are refused."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_run import TASKS, write_run
+
+from kuavo_train.evaluation.forgetting import RetentionLimits
+from kuavo_train.evaluation.numbers import FORMATS
+from kuavo_train.evaluation.stored_run import RunFolderError, newest_run, read_run
+from kuavo_train.report import look_up, main, summary_table, write_matrix, write_report
+
+QUICK = RetentionLimits(resamples=500)
+
+
+class Page(HTMLParser):
+    """The page's numbers (pointer, form, text), whatever it would load from elsewhere, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.numbers: list[tuple[str, str, str]] = []
+        self.loaded: list[str] = []
+        self.text = ""
+        self._open: tuple[str, str] | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if "data-pointer" in attributes:
+            self._open = (attributes["data-pointer"], attributes["data-form"])
+            self.numbers.append((*self._open, ""))
+        self.loaded += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open:
+            self.numbers[-1] = (*self._open, data)
+            self._open = None
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("runs") / "four")
+    return folder, Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def edit(path: Path, change) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def edit_lines(path: Path, change) -> None:
+    """Rewrite a jsonl; `change` returns the new line or None to drop it."""
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
+
+
+def test_every_number_in_the_page_is_the_one_in_matrix_json(reported):
+    folder, page = reported
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    assert len(page.numbers) > 150
+    for pointer, form, text in page.numbers:
+        assert text == FORMATS[form](look_up(matrix, pointer)), pointer
+
+
+def test_the_matrix_holds_the_means_of_the_held_out_episodes(reported):
+    folder, _ = reported
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    rows = {row["stage"]: row["values"] for row in matrix["matrices"]["loss"]["rows"]}
+    assert list(rows) == [0, 1, 2, 3, 4]
+    lines = [json.loads(line) for line in (folder / "stage3_placement" / "validation.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["kind"] == "end" and line["task"] == "weighing"]
+    mean = sum(episode["loss"] for episode in line["episodes"]) / len(line["episodes"])
+    assert rows[3]["weighing"] == pytest.approx(mean)
+    bwt = matrix["matrices"]["loss"]["metrics"]["backward transfer"]["value"]
+    drops = [rows[own][name] - rows[4][name] for own, name in TASKS.items() if own < 4]
+    assert bwt == pytest.approx(sum(drops) / 3)
+
+
+def test_the_verdict_comes_first_one_for_each_task(reported):
+    _, page = reported
+    head = page.text[: page.text.index("The metrics")]
+    for task, word in zip(
+        TASKS.values(), ("well retained", "slight degradation", "significant forgetting", "learnt last"), strict=True
+    ):
+        assert re.search(rf"{task}\s+{word}", head)
+
+
+def test_the_page_stands_alone(reported):
+    folder, page = reported
+    assert page.loaded
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    html = (folder / "report" / "report.html").read_text()
+    assert "http" not in html
+    assert "<script" not in html
+    assert len(list((folder / "report").glob("*.png"))) == len(page.loaded) == 8
+
+
+def test_the_rule_signs_and_limits_are_told_in_words(reported):
+    folder, page = reported
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    assert matrix["rule"] in page.text
+    assert matrix["sign_convention"] in page.text
+    assert "losses and errors are negated" in matrix["sign_convention"]
+
+
+def test_a_run_that_kept_its_promises_passes_every_check(reported):
+    folder, _ = reported
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    assert [check["passed"] for check in matrix["checks"]] == [True] * 7
+    assert not matrix["partial"]
+    assert matrix["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "finished", "held_out"),
+    [((1, 2, 4), None, 12), ((2,), None, 12), ((1, 2, 3, 4), 2, 12), ((1, 2), 0, 12), ((1, 2), None, 1)],
+    ids=["skipped task", "one task", "cut short", "nothing finished", "one episode"],
+)
+def test_runs_of_every_shape_are_reported(tmp_path, stages, finished, held_out):
+    folder = write_run(tmp_path / "run", stages=stages, finished=finished, held_out=held_out)
+    page = Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    for pointer, form, text in page.numbers:
+        assert text == FORMATS[form](look_up(matrix, pointer)), pointer
+    done = stages if finished is None else stages[:finished]
+    assert [row["stage"] for row in matrix["matrices"]["loss"]["rows"]] == [0, *done]
+    assert summary_table(folder).count("\n") > len(stages)
+
+
+def test_a_partial_run_says_so_and_what_is_missing(tmp_path):
+    folder = write_run(tmp_path / "run", finished=2)
+    page = Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+    assert "Partial report" in page.text
+    assert "stage3_placement is interrupted at step 100" in page.text
+    assert "stage 4 (sorting) has not been trained" in page.text
+    assert "partial: stage 4 (sorting)" in summary_table(folder)
+
+
+def test_the_matrix_is_written_after_each_stage_with_the_rows_so_far(tmp_path):
+    folder = write_run(tmp_path / "run", finished=1)
+    matrix = write_matrix(folder, limits=QUICK)
+    assert matrix == json.loads((folder / "report" / "matrix.json").read_text())
+    assert [row["stage"] for row in matrix["matrices"]["loss"]["rows"]] == [0, 1]
+
+
+def test_a_stage_that_learnt_all_tasks_jointly_has_no_forgetting(run):
+    for index in (2, 3, 4):
+        shutil.rmtree(run / f"stage{index}_{TASKS[index]}")
+    edit(run / "run.json", lambda record: record.update(strategy="joint"))
+    edit_lines(run / "stage1_moving_grasp" / "validation.jsonl", lambda line: line | {"seen": line["kind"] != "start"})
+    matrix = write_matrix(run, limits=QUICK)
+    assert not matrix["partial"]
+    assert {verdict["state"] for verdict in matrix["verdicts"]} == {"learnt last"}
+    assert matrix["matrices"]["loss"]["metrics"]["backward transfer"]["value"] is None
+
+
+def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
+    for stage in read_run(run).stages:
+        edit_lines(
+            stage.folder / "validation.jsonl",
+            lambda line: line | {"success": {"successes": 10 if line["seen"] else 0, "trials": 20}},
+        )
+    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    matrix = json.loads((run / "report" / "matrix.json").read_text())
+    success = matrix["matrices"]["success"]
+    assert success["rows"][4]["intervals"]["weighing"]["low"] == pytest.approx(0.2993, abs=1e-4)
+    assert success["metrics"]["LIBERO NBT"]["value"] == {"moving_grasp": 0.0, "weighing": 0.0, "placement": 0.0}
+    assert success["metrics"]["LIBERO AUC"]["value"]["sorting"] == pytest.approx(0.5)
+    assert "LIBERO NBT" in page.text
+
+
+def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path):
+    joint = write_run(tmp_path / "joint", seed=1)
+    edit(joint / "run.json", lambda record: record.update(tasks=json.loads((run / "run.json").read_text())["tasks"]))
+    matrix = write_matrix(run, limits=QUICK, joint=joint)
+    gap = matrix["matrices"]["loss"]["metrics"]["intransigence"]["value"]
+    assert set(gap) == set(TASKS.values())
+    edit(joint / "run.json", lambda record: record["normalization"].update(hash="another"))
+    with pytest.raises(RunFolderError, match=r"joint have different normalization hashes .* do not\s+compare"):
+        write_matrix(run, limits=QUICK, joint=joint)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "name"),
+    [
+        (lambda run: edit(run / "stage2_weighing/replay_audit.json", lambda r: r.update(held_out_frames_drawn=3)),
+         "Held-out episodes were never trained on"),
+        (lambda run: edit(run / "stage2_weighing/replay_audit.json",
+                          lambda r: r["drawn"]["moving_grasp"].update(frames=900)),
+         "Replay shares drawn are those declared"),
+        (lambda run: edit(run / "stage3_placement/parameters.json",
+                          lambda r: r["groups"][0].update(fingerprint_after="0" * 64)),
+         "Frozen parameters did not change"),
+        (lambda run: edit(run / "run.json",
+                          lambda r: r["tasks"][0]["dataset"]["train_episodes"].append(
+                              r["tasks"][0]["dataset"]["held_out_episodes"][0])),
+         "Training and held-out episodes are disjoint"),
+        (lambda run: edit_lines(run / "stage4_sorting/validation.jsonl", lambda line: line | {"constant_error": 0.01}),
+         "The final policy beats a constant predictor on every task"),
+    ],
+)  # fmt: skip
+def test_a_broken_promise_stands_at_the_top_of_the_report_and_in_the_terminal(run, break_it, name):
+    break_it(run)
+    matrix = write_matrix(run, limits=QUICK)
+    assert [check["name"] for check in matrix["checks"] if check["passed"] is False] == [name]
+    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    assert page.text.index("Not everything held") < page.text.index(name) < page.text.index("The metrics")
+    assert f"FAILED: {name}" in summary_table(run)
+
+
+BAD_FOLDERS = {
+    "no folder": (lambda run: shutil.rmtree(run), "does not exist: give the folder of a run"),
+    "no run.json": (lambda run: (run / "run.json").unlink(), "has no run.json, so it is not a run"),
+    "run.json cut": (lambda run: (run / "run.json").write_text('{"run": '), "run.json is not JSON"),
+    "run.json of others": (lambda run: (run / "run.json").write_text('{"name": 1}'), "lacks 'run', 'tasks'"),
+    "no stage": (lambda run: [shutil.rmtree(p) for p in run.glob("stage*")], "has no stage in it: train one first"),
+    "stage missing": (
+        lambda run: shutil.rmtree(run / "stage2_weighing"),
+        "stage2_weighing is missing, yet stage4_sorting exists: restore the folder",
+    ),
+    "two stages 2": (
+        lambda run: shutil.copytree(run / "stage2_weighing", run / "stage2_other"),
+        "two folders for stage 2: stage2_other and stage2_weighing",
+    ),
+    "middle unfinished": (
+        lambda run: edit(run / "stage2_weighing/stage.json", lambda r: r.update(status="interrupted")),
+        "stage2_weighing is interrupted, yet a later stage exists: finish it with resume=true",
+    ),
+    "no validation": (
+        lambda run: (run / "stage2_weighing/validation.jsonl").unlink(),
+        "stage2_weighing is finished, yet its validation.jsonl has no line of kind 'end'",
+    ),
+    "hole in the matrix": (
+        lambda run: edit_lines(
+            run / "stage3_placement/validation.jsonl",
+            lambda line: None if line["kind"] == "end" and line["task"] == "weighing" else line,
+        ),
+        "stage3_placement/validation.jsonl has no line of kind 'end' for task weighing, which was learnt in stage 2",
+    ),
+    "broken line": (
+        lambda run: (run / "stage1_moving_grasp/metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n'),
+        "metrics.jsonl: line 2 is not JSON .*: repair or delete that line",
+    ),
+    "line without a task": (
+        lambda run: (run / "stage1_moving_grasp/validation.jsonl").write_text('{"kind": "end", "step": 1}\n'),
+        "validation.jsonl: line 1 lacks 'task', 'loss'",
+    ),
+    "another run's stage": (
+        lambda run: edit_lines(run / "stage2_weighing/validation.jsonl", lambda line: line | {"task": "welding"}),
+        "validates task welding, which is not in run.json",
+    ),
+    "loss not a number": (
+        lambda run: edit_lines(
+            run / "stage4_sorting/validation.jsonl",
+            lambda line: line | {"episodes": [], "loss": math.nan} if line["task"] == "sorting" else line,
+        ),
+        "loss of task sorting after stage 4 is nan",
+    ),
+    "other episodes": (
+        lambda run: edit_lines(
+            run / "stage4_sorting/validation.jsonl",
+            lambda line: line | {"episodes": [e | {"episode": e["episode"] + 100} for e in line["episodes"]]},
+        ),
+        "task moving_grasp after stage 1 and after stage 4 cannot be compared: the same episodes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_a_folder_that_cannot_be_reported_is_an_error_naming_it_and_the_fix(run, case):
+    break_it, message = BAD_FOLDERS[case]
+    break_it(run)
+    with pytest.raises(RunFolderError, match=message) as error:
+        write_matrix(run, limits=QUICK)
+    assert str(run) in str(error.value)
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(run):
+    path = run / "stage4_sorting" / "metrics.jsonl"
+    whole = len(read_run(run).stages[-1].metrics)
+    path.write_text(path.read_text() + '{"step": 205, "lo')
+    assert len(read_run(run).stages[-1].metrics) == whole
+
+
+def test_steps_logged_again_after_a_resume_count_once_and_as_logged_last(run):
+    path = run / "stage4_sorting" / "metrics.jsonl"
+    again = json.loads(path.read_text().splitlines()[-1]) | {"loss": 9.0}
+    path.write_text(path.read_text() + json.dumps(again) + "\n")
+    metrics = read_run(run).stages[-1].metrics
+    assert [line["step"] for line in metrics] == list(range(5, 201, 5))
+    assert metrics[-1]["loss"] == 9.0
+
+
+def test_limits_of_the_last_verdict_hold_until_others_are_given(run):
+    write_matrix(run, limits=RetentionLimits(slight_change=0.9, resamples=500))
+    assert write_matrix(run)["limits"]["slight_change"] == 0.9
+    assert write_matrix(run)["verdicts"][2]["verdict"] == "slight degradation"
+    assert write_matrix(run, limits=QUICK)["verdicts"][2]["verdict"] == "significant forgetting"
+
+
+def test_the_command_line_takes_the_newest_run_and_says_so(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "outputs" / "old")
+    write_run(tmp_path / "outputs" / "new")
+    (tmp_path / "outputs" / "cache").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert newest_run(Path("outputs")) == Path("outputs/new")
+    assert main(["resamples=200"]) == 0
+    printed = capsys.readouterr().out
+    assert "no run given: taking the one modified last, outputs/new" in printed
+    assert "report: outputs/new/report/report.html" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=outputs/none"], "error: outputs/none does not exist"),
+        (["outputs/none"], "'outputs/none' is not understood: give key=value with a key of run, joint"),
+        (["slight=0.3"], "'slight=0.3' is not understood"),
+        (["run=outputs/one", "slight_change=much"], "slight_change must be a number, got 'much'"),
+        (["run=outputs/one", "slight_change=0.01"], "well_retained_change must be in"),
+        ([], "no run under outputs/: train one first"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_that_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_report_starts_without_torch():
+    code = "import sys, kuavo_train.report; print({'torch', 'matplotlib', 'lerobot'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
