@@ -1,0 +1,152 @@
+"""The tasks as gymnasium environments: `gymnasium.make("kuavo_sim/Weighing-v0")`.
+
+Observations follow LeRobot's convention for environments:
+`{"pixels": {camera: [size, size, 3] uint8}, "agent_pos": [16] float32}`.
+"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from kuavo_sim.render import RENDERERS, Renderer, make_renderer
+from kuavo_sim.robot import CAMERAS, STATE_NAMES, action_limits
+from kuavo_sim.scene import FPS
+from kuavo_sim.tasks import TASKS
+from kuavo_sim.tasks.task import Task
+
+# Demonstrations use seeds below this, so evaluations that start here never meet a layout that was trained on.
+EVALUATION_SEED_START = 1_000_000_000
+
+_OVERVIEW_SIZE = 256
+
+
+class KuavoEnv(gymnasium.Env):
+    """One task, stepped at 10 Hz with absolute joint targets.
+
+    An action beyond its limits is clipped to them. The reward is the change of progress, plus 1 on success.
+    An episode terminates on success, or when the robot has acted on the wrong cue (then `info["failed"]`), and is
+    truncated at the time limit.
+
+    `info`: success and is_success (bool), failed (bool), subgoals (name → bool), progress (float in [0, 1]), cue and
+    choice (int or None: what was demanded, what the robot did), decision_point (bool: this observation is the first
+    whose right action depends on the cue).
+
+    Args:
+        task: name, one of `TASKS`.
+        image_size: side of the square pictures in pixels.
+        renderer: "rays", "egl" or "none" (black pictures, physics only).
+        phase_visible: whether lamps show which phase the job is in (weighing: the "done" light).
+        max_episode_steps: time limit in steps; the task's own when None.
+        render_mode: "rgb_array" or None. `render()` gives an outside view.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        image_size: int = 64,
+        renderer: str = "rays",
+        phase_visible: bool = True,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ):
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if not 8 <= image_size <= 1024:
+            raise ValueError(f"image_size must be in [8, 1024] pixels, got {image_size}")
+        if renderer not in RENDERERS:
+            raise ValueError(f"renderer must be one of {', '.join(RENDERERS)}, got {renderer!r}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f'render_mode must be "rgb_array" or None, got {render_mode!r}')
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
+        self.task: Task = TASKS[task](phase_visible=phase_visible)
+        self.image_size, self.renderer, self.render_mode = image_size, renderer, render_mode
+        self._max_episode_steps = max_episode_steps or self.task.time_limit  # LeRobot's evaluator reads this name
+        self.task_description = self.task.instruction  # and this one
+        self._renderer: Renderer | None = None
+        self._low, self._high = low, high = action_limits(mobile=self.task.mobile)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                "pixels": gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, picture)),
+                "agent_pos": gymnasium.spaces.Box(-np.pi, np.pi, (len(STATE_NAMES),), np.float32),
+            }
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Begin an episode; `options={"cue": i}` demands a cue, with everything else as the seed would have it."""
+        super().reset(seed=seed)
+        options = options or {}
+        if unknown := set(options) - {"cue"}:
+            raise ValueError(f"reset options may hold only 'cue', got {sorted(unknown)}")
+        cue = None
+        if self.task.cues:
+            drawn = int(self.np_random.integers(len(self.task.cues)))
+            cue = options.get("cue", drawn)
+            if cue not in range(len(self.task.cues)):
+                raise ValueError(f"cue of {self.task.name} must be in 0…{len(self.task.cues) - 1}, got {cue!r}")
+        elif options.get("cue") is not None:
+            raise ValueError(f"{self.task.name} has no cue, got {options['cue']!r}")
+        self.task.reset(self.np_random, cue)
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer = make_renderer(self.renderer, self.task.world.model, self.image_size)
+        return self._observation(), self._info()
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        if self._renderer is None:
+            raise RuntimeError("call reset() before step()")
+        action = np.asarray(action, np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(
+                f"action of {self.task.name} must have shape {self.action_space.shape}, got {action.shape}"
+            )
+        if not np.isfinite(action).all():
+            raise ValueError(f"action must be finite, got {action}")
+        before = self.task.progress
+        self.task.world.step(np.clip(action, self._low, self._high))
+        self.task.after_step()
+        success = self.task.success
+        reward = self.task.progress - before + float(success)
+        terminated = success or self.task.failed
+        truncated = not terminated and self.task.steps >= self._max_episode_steps
+        return self._observation(), reward, terminated, truncated, self._info()
+
+    def render(self) -> np.ndarray | None:
+        """The scene from outside, [256, 256, 3] uint8, with `render_mode="rgb_array"`."""
+        if self.render_mode is None:
+            return None
+        view = make_renderer(self.renderer, self.task.world.model, _OVERVIEW_SIZE)
+        try:
+            return view.render(self.task.world.data, "overview")
+        finally:
+            view.close()
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def _observation(self) -> dict:
+        assert self._renderer is not None
+        world = self.task.world
+        pixels = {camera: self._renderer.render(world.data, camera) for camera in CAMERAS}
+        return {"pixels": pixels, "agent_pos": np.clip(world.state(), -np.pi, np.pi).astype(np.float32)}
+
+    def _info(self) -> dict[str, Any]:
+        task = self.task
+        return {
+            "success": task.success,
+            "is_success": task.success,
+            "failed": task.failed,
+            "subgoals": dict(task.reached),
+            "progress": task.progress,
+            "cue": task.cue,
+            "choice": task.choice,
+            "decision_point": task.at_decision_point,
+        }

@@ -1,0 +1,335 @@
+"""Record demonstrations of the scripted expert as LeRobot datasets (v3, video).
+
+    python -m kuavo_sim.record task=all episodes=40 root=outputs/data
+
+writes one dataset per task to <root>/<task>, and nothing where the same one is already there. Beside LeRobot's own
+files a dataset holds
+
+    recording.json              the settings, the simulation's version and a hash of the content
+    kuavo_sim_episodes.jsonl    per episode: seed, cue, frames at which the cue is needed, frames of the sub-goals
+    contact_sheet.png           the first episode to look at
+
+A dataset is a function of its settings: episodes are written in the order of their seeds, whatever the number of
+workers. It is written beside its place and renamed into it when whole, so what carries a dataset's name is complete.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import kuavo_sim
+from kuavo_sim.arguments import boolean, parse_arguments
+from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
+from kuavo_sim.expert import Demonstration, demonstrate
+from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
+from kuavo_sim.scene import FPS
+from kuavo_sim.sheet import contact_sheet
+from kuavo_sim.tasks import TASKS
+
+_SEEDS_PER_RECORDING = 100_000
+_MAX_SEED = EVALUATION_SEED_START // _SEEDS_PER_RECORDING - 1
+_RECORDING, _EPISODES, _SHEET = "recording.json", "kuavo_sim_episodes.jsonl", "contact_sheet.png"
+_NOT_CONTENT = {_RECORDING, _SHEET}
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """All that a dataset depends on.
+
+    `action_noise` is the standard deviation in rad of the joint noise under which the expert acts (the recorded
+    actions are without it). Episode k is drawn from the seed `100_000 * seed + k`.
+    """
+
+    task: str
+    episodes: int
+    seed: int = 0
+    image_size: int = 64
+    renderer: str = "rays"
+    phase_visible: bool = True
+    action_noise: float = 0.025
+    fps: int = FPS
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("task", self.task in TASKS, f"be one of {', '.join(TASKS)}"),
+            ("episodes", 1 <= self.episodes <= _SEEDS_PER_RECORDING // 2, f"be in [1, {_SEEDS_PER_RECORDING // 2}]"),
+            ("seed", 0 <= self.seed <= _MAX_SEED, f"be in [0, {_MAX_SEED}]"),
+            # Video in yuv420p needs even sides.
+            ("image_size", 16 <= self.image_size <= 1024 and self.image_size % 2 == 0, "be even and in [16, 1024]"),
+            ("renderer", self.renderer in ("rays", "egl"), "be rays or egl"),
+            ("action_noise", 0 <= self.action_noise <= 0.1, "be in [0, 0.1] rad"),
+            ("fps", self.fps == FPS, f"be {FPS}, at which the simulation is stepped"),
+        )
+        for key, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{key} must {rule}, got {getattr(self, key)!r}")
+
+
+def ensure_recorded(settings: RecordSettings, root: Path, *, workers: int | None = None, progress: bool = True) -> bool:
+    """Record the dataset at `root` unless it is there already; True if it was recorded now.
+
+    Raises:
+        ValueError: the dataset at `root` was recorded under other settings, or was changed since.
+        FileExistsError: something else than a recording is at `root`.
+    """
+    root = Path(root)
+    with _lock(root):
+        if not root.exists():
+            _record(settings, root, workers=workers, progress=progress)
+            return True
+        _check_same(settings, root)
+        return False
+
+
+def record(settings: RecordSettings, root: Path, *, workers: int | None = None, progress: bool = True) -> Path:
+    """Record a dataset to the new folder `root` and return it. `workers` defaults to the number of CPUs.
+
+    Raises:
+        FileExistsError: `root` exists.
+        RuntimeError: the expert fails in more than half of the episodes.
+    """
+    root = Path(root)
+    with _lock(root):
+        if root.exists():
+            raise FileExistsError(
+                f"{root} exists already; remove it, or use ensure_recorded to keep a dataset that fits"
+            )
+        _record(settings, root, workers=workers, progress=progress)
+    return root
+
+
+def _record(settings: RecordSettings, root: Path, *, workers: int | None, progress: bool) -> None:
+    partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed: we hold the lock
+    try:
+        _write_dataset(settings, partial, workers=workers, progress=progress)
+        recording = {
+            "settings": asdict(settings),
+            "kuavo_sim": kuavo_sim.__version__,
+            "content": content_hash(partial),
+            "made_with": {name: importlib.metadata.version(name) for name in ("mujoco", "numpy", "lerobot")},
+        }
+        (partial / _RECORDING).write_text(json.dumps(recording, indent=2) + "\n")
+        _sync(partial)
+        partial.rename(root)
+        _sync_one(root.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | None, progress: bool) -> None:
+    import av
+    import datasets
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    av.logging.set_libav_level(av.logging.ERROR)  # x264 reports every episode otherwise
+    datasets.disable_progress_bars()
+    task = TASKS[settings.task]
+    size = settings.image_size
+    picture = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    actions = STATE_NAMES + BASE_NAMES if task.mobile else STATE_NAMES
+    features = {f"observation.images.{camera}": dict(picture) for camera in CAMERAS}
+    features["observation.state"] = {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)}
+    features["action"] = {"dtype": "float32", "shape": (len(actions),), "names": list(actions)}
+    dataset = LeRobotDataset.create(
+        f"kuavo_sim/{settings.task}",
+        settings.fps,
+        features,
+        root=folder,
+        robot_type="kuavo",
+        # Intra frames of constant quality: what a frame decodes to depends on that frame alone. Anything else lets
+        # traces of a cue that is gone linger in the compression, and random access costs more.
+        rgb_encoder=RGBEncoderConfig(
+            vcodec="h264", pix_fmt="yuv420p", g=1, crf=None, preset="veryfast", extra_options={"qp": 16}
+        ),
+        streaming_encoding=True,
+        encoder_queue_maxsize=task.time_limit + 1,  # a full queue drops frames
+        encoder_threads=1,  # what x264 writes depends on its number of threads
+        video_backend="pyav",
+    )
+    side_data = []
+    with contextlib.closing(_demonstrations(settings, workers)) as demonstrations:
+        bar = tqdm(total=settings.episodes, desc=f"recording {settings.task}", unit="episode", disable=not progress)
+        with bar:
+            for episode, demonstration in enumerate(demonstrations):
+                for t in range(len(demonstration.actions)):
+                    frame = {f"observation.images.{c}": p[t] for c, p in demonstration.pictures.items()}
+                    frame["observation.state"] = demonstration.states[t]
+                    frame["action"] = demonstration.actions[t]
+                    dataset.add_frame({**frame, "task": task.instruction})
+                dataset.save_episode()
+                side_data.append({"episode_index": episode, **_side_data(demonstration)})
+                if episode == 0:
+                    sheet = contact_sheet(task, demonstration)
+                bar.update()
+    dataset.finalize()
+    (folder / _EPISODES).write_text("".join(json.dumps(line) + "\n" for line in side_data))
+    sheet.save(folder / _SHEET, optimize=True)
+
+
+def _side_data(demonstration: Demonstration) -> dict:
+    return {
+        "seed": demonstration.seed,
+        "cue": demonstration.cue,
+        "length": len(demonstration.actions),
+        "decision_frames": demonstration.decision_frames,
+        "subgoal_frames": demonstration.subgoal_frames,
+    }
+
+
+def _demonstrations(settings: RecordSettings, workers: int | None) -> Generator[Demonstration]:
+    """The first `settings.episodes` successful demonstrations in the order of their seeds."""
+    first = settings.seed * _SEEDS_PER_RECORDING
+    done = 0
+    with contextlib.closing(_in_seed_order(settings, first, workers or _cpus())) as attempts:
+        for attempted, demonstration in enumerate(attempts, start=1):
+            if demonstration.success:
+                yield demonstration
+                done += 1
+            if done == settings.episodes:
+                return
+            if attempted >= 10 and done < attempted / 2:
+                raise RuntimeError(f"the expert succeeded in only {done} of {attempted} episodes of {settings.task}")
+
+
+def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Generator[Demonstration]:
+    seeds = range(first, first + _SEEDS_PER_RECORDING)
+    if workers == 1:
+        yield from (_demonstrate_seed(settings, seed) for seed in seeds)
+        return
+    # Workers are spawned, not forked: the parent may have threads (torch, video encoders).
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pending: deque[Future[Demonstration]] = deque()
+    try:
+        for seed in seeds:
+            pending.append(pool.submit(_demonstrate_seed, settings, seed))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to the whole process group; the parent decides what to do about it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _demonstrate_seed(settings: RecordSettings, seed: int) -> Demonstration:
+    task = TASKS[settings.task]
+    env = KuavoEnv(
+        settings.task,
+        image_size=settings.image_size,
+        renderer=settings.renderer,
+        phase_visible=settings.phase_visible,
+    )
+    try:
+        # Cues take turns, so that a small dataset holds as many of one as of the other.
+        cue = seed % len(task.cues) if task.cues else None
+        return demonstrate(env, seed, cue=cue, action_noise=settings.action_noise)
+    finally:
+        env.close()
+
+
+def content_hash(root: Path) -> str:
+    """SHA-256 over the names and bytes of a dataset's files, recording.json and the contact sheet left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name not in _NOT_CONTENT):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _check_same(settings: RecordSettings, root: Path) -> None:
+    remedy = f"Remove {root} to record it anew, or choose another root."
+    try:
+        recording = json.loads((root / _RECORDING).read_text())
+        recorded, version, content = recording["settings"], recording["kuavo_sim"], recording["content"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{root} holds no recording of kuavo_sim ({error!r}). {remedy}") from error
+    for key, wanted in asdict(settings).items():
+        if recorded.get(key) != wanted:
+            raise ValueError(f"{root} was recorded with {key}={recorded.get(key)!r}, wanted is {wanted!r}. {remedy}")
+    if version != kuavo_sim.__version__:
+        raise ValueError(f"{root} was recorded by kuavo_sim {version}, this is {kuavo_sim.__version__}. {remedy}")
+    if (found := content_hash(root)) != content:
+        raise ValueError(f"{root} was changed since it was recorded: content hash {content}, found {found}. {remedy}")
+
+
+@contextlib.contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """One recorder per dataset at a time; the operating system frees the lock of a process that dies."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.with_name(f".{root.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main(words: list[str]) -> int:
+    types: dict[str, Callable[[str], Any]] = {
+        "task": str,
+        "episodes": int,
+        "root": Path,
+        "seed": int,
+        "image_size": int,
+        "renderer": str,
+        "phase_visible": boolean,
+        "action_noise": float,
+        "workers": int,
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        arguments: dict[str, Any] = {"task": "all", "episodes": 40, "root": Path("outputs/data")}
+        arguments |= parse_arguments(words, types, f"{__doc__}\nArguments: {', '.join(f'{key}=…' for key in types)}")
+        root, workers, task = arguments.pop("root"), arguments.pop("workers", None), arguments.pop("task")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        for name in TASKS if task == "all" else [task]:
+            settings = RecordSettings(task=name, **arguments)
+            new = ensure_recorded(settings, root / name, workers=workers)
+            print(f"{root / name}: {settings.episodes} episodes, {'recorded' if new else 'there already'}")
+    except (ValueError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the dataset in the making was discarded", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""Pictures of the scene. "rays": one ray per pixel by `mj_multiRay`, shaded in numpy; needs no OpenGL and no display.
+
+The three renderers give different pictures of the same scene, so the choice is explicit and is written into a
+dataset's recording.json; none of them ever stands in for another.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import mujoco
+import numpy as np
+
+RENDERERS = ("rays", "egl", "none")
+
+_TO_LIGHT = np.array([-0.35, 0.25, 0.9]) / np.linalg.norm([-0.35, 0.25, 0.9])
+_AMBIENT, _DIFFUSE = 0.5, 0.5
+_BACKGROUND = np.array([168, 186, 204], np.float32)
+_FAR = 6.0  # m; rays end here
+_HIDDEN_GROUP = 3  # geoms that collide but are not drawn
+
+
+class Renderer(Protocol):
+    """Draws one camera of the scene it was made for."""
+
+    def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
+        """The picture [size, size, 3] uint8 that `camera` takes now."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RayRenderer:
+    """One ray per pixel, a fixed light, no shadows: the same picture on every machine."""
+
+    def __init__(self, model: mujoco.MjModel, size: int):
+        self._model, self._size = model, size
+        self._groups = np.ones(6, np.uint8)
+        self._groups[_HIDDEN_GROUP] = 0
+        self._rays = {model.camera(i).name: _pixel_rays(float(model.cam_fovy[i]), size) for i in range(model.ncam)}
+        n = size * size
+        self._geoms = np.empty(n, np.int32)
+        self._distances = np.empty(n)
+        self._normals = np.empty(3 * n)
+
+    def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
+        camera_id = self._model.camera(camera).id
+        directions = self._rays[camera] @ data.cam_xmat[camera_id].reshape(3, 3).T
+        mujoco.mj_multiRay(
+            self._model,
+            data,
+            data.cam_xpos[camera_id],
+            directions.ravel(),
+            self._groups,
+            True,
+            -1,
+            self._geoms,
+            self._distances,
+            self._normals,
+            len(self._geoms),
+            _FAR,
+        )
+        colours = np.empty((self._model.ngeom + 1, 3), np.float32)
+        colours[:-1] = self._model.geom_rgba[:, :3] * 255.0
+        colours[-1] = _BACKGROUND  # geom −1: the ray hit nothing
+        light = np.clip(self._normals.reshape(-1, 3) @ _TO_LIGHT, 0.0, 1.0)
+        light = np.where(self._geoms < 0, 1.0, _AMBIENT + _DIFFUSE * light).astype(np.float32)
+        picture = colours[self._geoms] * light[:, None]
+        return np.rint(picture).astype(np.uint8).reshape(self._size, self._size, 3)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class EglRenderer:
+    """MuJoCo's own OpenGL renderer on an EGL device."""
+
+    def __init__(self, model: mujoco.MjModel, size: int):
+        if os.environ.setdefault("MUJOCO_GL", "egl") != "egl":
+            raise RuntimeError(
+                f'renderer="egl" needs the environment variable MUJOCO_GL=egl, got {os.environ["MUJOCO_GL"]!r}'
+            )
+        try:
+            self._renderer = mujoco.Renderer(model, size, size)
+        except Exception as error:  # what is raised depends on the driver
+            raise RuntimeError(
+                f'renderer="egl" could not open an EGL device ({error}). Set MUJOCO_GL=egl before Python starts and '
+                'install a driver with EGL, or choose renderer="rays", which needs neither.'
+            ) from error
+
+    def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
+        self._renderer.update_scene(data, camera=camera)
+        return self._renderer.render()
+
+    def close(self) -> None:
+        self._renderer.close()
+
+
+class NoRenderer:
+    """Black pictures, for runs of which only the physics matters."""
+
+    def __init__(self, model: mujoco.MjModel, size: int):
+        self._size = size
+
+    def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
+        return np.zeros((self._size, self._size, 3), np.uint8)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def make_renderer(name: str, model: mujoco.MjModel, size: int) -> Renderer:
+    """The renderer called `name` for square pictures of `size` pixels.
+
+    Raises ValueError for an unknown name and RuntimeError where EGL is asked for and cannot be had.
+    """
+    makers: dict[str, Callable[[mujoco.MjModel, int], Renderer]] = dict(
+        zip(RENDERERS, (RayRenderer, EglRenderer, NoRenderer), strict=True)
+    )
+    if name not in makers:
+        raise ValueError(f"renderer must be one of {', '.join(RENDERERS)}, got {name!r}")
+    return makers[name](model, size)
+
+
+def _pixel_rays(fovy: float, size: int) -> np.ndarray:
+    """Unit directions [size², 3] in the camera's frame (x right, y up, looking along −z), row by row from the top."""
+    half = np.tan(np.deg2rad(fovy) / 2)
+    steps = (np.arange(size) + 0.5) / size * 2 - 1
+    x, y = np.meshgrid(steps * half, -steps * half)
+    rays = np.stack([x, y, -np.ones_like(x)], axis=-1).reshape(-1, 3)
+    return rays / np.linalg.norm(rays, axis=1, keepdims=True)

@@ -1,0 +1,52 @@
+"""A picture sheet of one episode: what the three cameras saw, with the cue and the sub-goals written in."""
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from kuavo_sim.expert import Demonstration
+from kuavo_sim.robot import CAMERAS
+from kuavo_sim.scene import FPS
+from kuavo_sim.tasks.task import Task
+
+_COLUMNS = 9
+_MIN_CELL = 128  # pixels; smaller pictures are enlarged without smoothing
+_GAP, _HEADER, _CAPTION = 4, 64, 34
+
+
+def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image:
+    """Rows are cameras, columns are moments: evenly spread ones, and those at which the cue is needed."""
+    frames = _moments(demonstration)
+    size = demonstration.pictures[CAMERAS[0]].shape[1]
+    cell = size * max(1, -(-_MIN_CELL // size))
+    width = len(frames) * (cell + _GAP) + _GAP
+    height = _HEADER + len(CAMERAS) * (cell + _GAP) + _CAPTION
+    sheet = Image.new("RGB", (width, height), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    cue = "none" if demonstration.cue is None else task.cues[demonstration.cue]
+    header = f"{task.name}   cue: {cue}   seed {demonstration.seed}   {len(demonstration.actions)} steps at {FPS} Hz"
+    draw.text((_GAP, 4), header, fill=(0, 0, 0), font=ImageFont.load_default(15))
+    lines = textwrap.wrap(task.instruction, width // 7)[:2]
+    draw.text((_GAP, 26), "\n".join(lines), fill=(70, 70, 70), font=ImageFont.load_default(12))
+    for column, frame in enumerate(frames):
+        x = _GAP + column * (cell + _GAP)
+        for row, camera in enumerate(CAMERAS):
+            picture = Image.fromarray(demonstration.pictures[camera][frame])
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x, _HEADER + row * (cell + _GAP)))
+        caption = _caption(demonstration, frame)
+        draw.text((x, height - _CAPTION), caption, fill=(0, 0, 0), font=ImageFont.load_default(12))
+    return sheet
+
+
+def _moments(demonstration: Demonstration) -> list[int]:
+    last = len(demonstration.actions) - 1
+    spread = np.linspace(0, last, _COLUMNS - len(demonstration.decision_frames)).round().astype(int).tolist()
+    return sorted({*spread, *demonstration.decision_frames})
+
+
+def _caption(demonstration: Demonstration, frame: int) -> str:
+    """Time, and the sub-goal reached last."""
+    reached = [name for name, first in demonstration.subgoal_frames.items() if first <= frame]
+    decision = "  CUE NEEDED" if frame in demonstration.decision_frames else ""
+    return f"{frame / FPS:.1f} s{decision}\n{reached[-1] if reached else ''}"
