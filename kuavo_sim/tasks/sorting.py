@@ -15,6 +15,7 @@ from kuavo_sim.scene import (
     GREY,
     RED,
     TABLE_TOP,
+    WHITE,
     Graspable,
     World,
     bin_xml,
