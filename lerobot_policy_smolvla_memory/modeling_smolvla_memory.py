@@ -25,6 +25,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.device_utils import resolve_safetensors_device
 from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
@@ -140,6 +141,12 @@ class EncodedPrefix:
             _lane_major([query.next_position for query in queries]),
         )
 
+    def followed_by(self, memory: "EncodedPrefix") -> "EncodedPrefix":
+        """This prefix with the memory behind it. Takes the cache over: this prefix is used up."""
+        for index, layer in enumerate(memory.cache.layers):
+            self.cache.update(layer.keys, layer.values, index)
+        return EncodedPrefix(self.cache, torch.cat([self.valid, memory.valid], dim=1), self.next_position)
+
 
 def _flags(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`valid` and `blocks` [B, size] of memory tokens that belong to the block before them."""
@@ -225,7 +232,8 @@ class MemoryFlowMatching(VLAFlowMatching):
             written = self.memory.write(memory, output)
             memory = written if skip is None else written.where(skip[rows], memory)
             encoded.append(with_memory)
-        return EncodedPrefix.interleave(encoded), memory
+        all_queries = EncodedPrefix.interleave(encoded)
+        return without_memory.followed_by(all_queries) if without_memory else all_queries, memory
 
     def _prefill(self, prefix: PrefixTokens) -> tuple[Tensor, EncodedPrefix]:
         """LeRobot's pass over a prefix: final-norm output [B, L, H], keys and values."""
@@ -254,7 +262,8 @@ class MemoryFlowMatching(VLAFlowMatching):
     ) -> tuple[Tensor, EncodedPrefix]:
         """The memory tokens alone, behind `rows` of prefixes that are encoded already (end layout).
 
-        The same as `_prefill_with_memory`, except that the prefix is not computed again.
+        The same numbers as from `_prefill_with_memory`, without computing the prefix again: the memory's
+        output [B, M, H], and keys and values of the memory alone.
         """
         size = tokens.shape[1]
         prefix = prefix.with_memory_at_end(tokens)
@@ -272,13 +281,14 @@ class MemoryFlowMatching(VLAFlowMatching):
             query = apply_rope(attention.q_proj(normed).view(heads), positions)
             key = apply_rope(attention.k_proj(normed).view(heads), positions)
             value = attention.v_proj(normed).view(heads)
+            cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
             before = encoded.cache.layers[index]
-            cache.update(before.keys[rows], before.values[rows], index)
-            keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
-            attended = attend(sees, len(query), attention.head_dim, query, keys.transpose(1, 2), values.transpose(1, 2))
+            keys = torch.cat([before.keys[rows].transpose(1, 2), key], dim=1)
+            values = torch.cat([before.values[rows].transpose(1, 2), value], dim=1)
+            attended = attend(sees, len(query), attention.head_dim, query, keys, values)
             hidden = hidden + attention.o_proj(attended.to(dtype))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return text_model.norm(hidden), EncodedPrefix(cache, prefix.valid, prefix.next_position)
+        return text_model.norm(hidden), EncodedPrefix(cache, prefix.valid[:, -size:], prefix.next_position)
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
         """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A].
@@ -590,7 +600,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         Always strict: `strict=False`, LeRobot's default, would go on with random weights and a warning.
         """
         memory_is_new = _check_weights(model, model_file)
-        load_model(model, model_file, strict=False, device=map_location)
+        load_model(model, model_file, strict=False, device=resolve_safetensors_device(map_location))
         if memory_is_new and model.model.memory is not None:
             model.model.memory.initialize_tokens(model.model.end_of_utterance_embedding())
         return model

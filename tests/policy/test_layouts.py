@@ -1,5 +1,7 @@
 """Where the memory stands in the prefix, who sees it, and what it leaves alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -7,7 +9,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tiny_sizes import CHUNK, PREFIX_LENGTH
 
 from lerobot_policy_smolvla_memory.memory import MemoryState
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import PrefixTokens
+from lerobot_policy_smolvla_memory.modeling_smolvla_memory import EncodedPrefix, PrefixTokens
 
 LAYOUTS = {
     "start": {"mem_at_start": True, "mem_at_end": False},
@@ -159,15 +161,23 @@ def test_padded_language_is_not_seen_by_the_memory(make_policy, make_batch, make
     assert torch.equal(*written)
 
 
-def test_end_layout_recurs_as_if_every_query_were_one_plain_pass(make_policy, make_batch, make_noise):
+def encode_query_by_query(model, prefix, memory, *, queries, **_):
+    memory, encoded = model.memory.initial(len(prefix.valid) // queries), []
+    for query in range(queries):
+        rows = prefix.rows(slice(query, None, queries))
+        output, each = model._prefill_with_memory(rows, model.memory.read(memory))
+        memory = model.memory.write(memory, output)
+        encoded.append(each)
+    return EncodedPrefix.interleave(encoded), memory
+
+
+def test_end_layout_recurs_as_if_every_query_were_one_plain_pass(make_policy, make_batch, make_noise, monkeypatch):
     """Prefixes of all queries at once and memory behind them, against prefix and memory query by query."""
     batch, results = make_batch(6), []
     for plain in (False, True):
         policy = make_policy()
         if plain:
-            policy.model._append_memory = lambda prefix, tokens, encoded, rows, model=policy.model: (
-                model._prefill_with_memory(prefix, tokens)
-            )
+            monkeypatch.setattr(policy.model, "encode", partial(encode_query_by_query, policy.model))
         loss, output = policy(dict(batch), **make_noise(6), queries=3)
         loss.backward()
         gradients = {
