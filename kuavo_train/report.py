@@ -124,6 +124,9 @@ def summary_table(run_folder: Path | str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Command line: key=value arguments; 0, or 1 with the error on stderr."""
+    if {"-h", "--help", "help"} & set(arguments):
+        print(__doc__)
+        return 0
     settings = {field.name: field for field in dataclasses.fields(RetentionLimits)}
     try:
         given = dict(_key_value(argument, ["run", "joint", *settings]) for argument in arguments)

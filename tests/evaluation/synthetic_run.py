@@ -1,6 +1,6 @@
 """A stored run that no training made: the files of a run folder, from a few made-up learning curves.
 
-    python tests/evaluation/synthetic_run.py outputs/example && python -m kuavo_train.report run=outputs/example
+python tests/evaluation/synthetic_run.py outputs/example && python -m kuavo_train.report run=outputs/example
 """
 
 import hashlib

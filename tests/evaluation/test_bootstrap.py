@@ -22,6 +22,11 @@ def test_the_same_numbers_give_the_same_interval_and_another_seed_another():
     assert paired_bootstrap(before, after, seed=1) != paired_bootstrap(before, after)
 
 
+def test_the_order_in_which_episodes_were_stored_does_not_matter():
+    before, after = episodes(np.linspace(0.1, 0.5, 9)), episodes(np.linspace(0.2, 0.4, 9))
+    assert paired_bootstrap(dict(reversed(before.items())), after) == paired_bootstrap(before, after)
+
+
 def test_episodes_are_paired_by_id_so_differences_between_episodes_cancel():
     """Episodes differ tenfold, the change is 1 % of each: unpaired, the interval would be far wider than the change."""
     before = {episode: float(value) for episode, value in enumerate(np.geomspace(0.1, 1.0, 12))}

@@ -90,6 +90,34 @@ def test_the_matrix_holds_the_means_of_the_held_out_episodes(reported):
     assert bwt == pytest.approx(sum(drops) / 3)
 
 
+def test_every_episode_counts_once_even_where_the_line_weights_them_otherwise(run):
+    """Else the change in the verdict would not be the mean whose interval is bootstrapped."""
+    edit_lines(run / "stage4_sorting" / "validation.jsonl", lambda line: line | {"loss": 77.0})
+    verdict = write_matrix(run, limits=QUICK)["verdicts"][0]
+    assert verdict["loss_now"] < 1
+    assert verdict["change"]["estimate"] == pytest.approx(verdict["loss_now"] - verdict["loss_when_learnt"])
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        ("number", 0.2034, "0.203"),
+        ("number", -0.04149, "−0.0415"),
+        ("number", 4.2e-5, "4.2e−05"),
+        ("number", 0.0, "0.000"),
+        ("number", None, "–"),
+        ("percent", 0.243, "+24.3\u202f%"),
+        ("share", 0.2, "20.0\u202f%"),
+        ("whole_percent", 0.95, "95\u202f%"),
+        ("integer", 86_433_024, "86\u202f433\u202f024"),
+        ("seconds", 172.4, "2 min 52 s"),
+        ("seconds", 7505, "2 h 05 min"),
+    ],
+)
+def test_numbers_read_as_a_person_would_write_them(form, value, text):
+    assert FORMATS[form](value) == text
+
+
 def test_the_verdict_comes_first_one_for_each_task(reported):
     _, page = reported
     head = page.text[: page.text.index("The metrics")]
