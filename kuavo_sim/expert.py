@@ -19,7 +19,7 @@ import numpy as np
 
 from kuavo_sim.arguments import parse_arguments
 from kuavo_sim.env import KuavoEnv
-from kuavo_sim.robot import ARM_SLICE, CLAW_INDEX, HOME, JOINT_NAMES, action_limits, joint_ranges
+from kuavo_sim.robot import ARM_SLICE, CLAW_INDEX, HOME, JOINT_NAMES, SIDES, action_limits, joint_ranges
 from kuavo_sim.scene import FPS, World, rotation
 from kuavo_sim.tasks import TASKS
 from kuavo_sim.tasks.task import Task
@@ -119,7 +119,10 @@ class Script:
     ik: InverseKinematics = field(init=False)
 
     def __post_init__(self) -> None:
+        # Arms start somewhat off; the expert wants them home, so that an idle arm's action does not depend on chance.
         self.action = self.world.target.copy()
+        for side in SIDES:
+            self.action[ARM_SLICE[side]] = HOME[side]
         self.ik = InverseKinematics(self.world)
 
     @property

@@ -28,8 +28,9 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from tqdm import tqdm
 
 import kuavo_sim
@@ -40,6 +41,9 @@ from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
 from kuavo_sim.scene import FPS
 from kuavo_sim.sheet import contact_sheet
 from kuavo_sim.tasks import TASKS
+
+if TYPE_CHECKING:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 _SEEDS_PER_RECORDING = 100_000
 _MAX_SEED = EVALUATION_SEED_START // _SEEDS_PER_RECORDING - 1
@@ -163,24 +167,37 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
         encoder_threads=1,  # what x264 writes depends on its number of threads
         video_backend="pyav",
     )
-    side_data = []
-    with contextlib.closing(_demonstrations(settings, workers)) as demonstrations:
-        bar = tqdm(total=settings.episodes, desc=f"recording {settings.task}", unit="episode", disable=not progress)
-        with bar:
-            for episode, demonstration in enumerate(demonstrations):
-                for t in range(len(demonstration.actions)):
-                    frame = {f"observation.images.{c}": p[t] for c, p in demonstration.pictures.items()}
-                    frame["observation.state"] = demonstration.states[t]
-                    frame["action"] = demonstration.actions[t]
-                    dataset.add_frame({**frame, "task": task.instruction})
-                dataset.save_episode()
-                side_data.append({"episode_index": episode, **_side_data(demonstration)})
-                if episode == 0:
-                    sheet = contact_sheet(task, demonstration)
-                bar.update()
-    dataset.finalize()
+    try:
+        side_data, sheet = _write_episodes(settings, dataset, workers=workers, progress=progress)
+    except BaseException:
+        dataset.clear_episode_buffer()  # stops the encoders, which would go on writing into the folder
+        raise
+    finally:
+        dataset.finalize()
     (folder / _EPISODES).write_text("".join(json.dumps(line) + "\n" for line in side_data))
     sheet.save(folder / _SHEET, optimize=True)
+
+
+def _write_episodes(
+    settings: RecordSettings, dataset: "LeRobotDataset", *, workers: int | None, progress: bool
+) -> tuple[list[dict], Image.Image]:
+    """Fill `dataset`; what is to be known beside it: side data per episode, and a picture sheet of the first."""
+    task = TASKS[settings.task]
+    side_data: list[dict] = []
+    bar = tqdm(total=settings.episodes, desc=f"recording {settings.task}", unit="episode", disable=not progress)
+    with bar, contextlib.closing(_demonstrations(settings, workers)) as demonstrations:
+        for demonstration in demonstrations:
+            for t in range(len(demonstration.actions)):
+                frame = {f"observation.images.{c}": p[t] for c, p in demonstration.pictures.items()}
+                frame["observation.state"] = demonstration.states[t]
+                frame["action"] = demonstration.actions[t]
+                dataset.add_frame({**frame, "task": task.instruction})
+            dataset.save_episode()
+            if not side_data:
+                sheet = contact_sheet(task, demonstration)
+            side_data.append({"episode_index": len(side_data), **_side_data(demonstration)})
+            bar.update()
+    return side_data, sheet
 
 
 def _side_data(demonstration: Demonstration) -> dict:

@@ -16,7 +16,7 @@ _GAP, _HEADER, _CAPTION = 4, 64, 34
 
 
 def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image:
-    """Rows are cameras, columns are moments: evenly spread ones, and those at which the cue is needed."""
+    """Rows are cameras, columns are moments: evenly spread, moved where needed to show the cue's decision point."""
     frames = _moments(demonstration)
     size = demonstration.pictures[CAMERAS[0]].shape[1]
     cell = size * max(1, -(-_MIN_CELL // size))
@@ -41,8 +41,11 @@ def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image
 
 def _moments(demonstration: Demonstration) -> list[int]:
     last = len(demonstration.actions) - 1
-    spread = np.linspace(0, last, _COLUMNS - len(demonstration.decision_frames)).round().astype(int).tolist()
-    return sorted({*spread, *demonstration.decision_frames})
+    moments = np.linspace(0, last, _COLUMNS).round().astype(int).tolist()
+    for decision in demonstration.decision_frames:
+        nearest = min(range(len(moments)), key=lambda i: abs(moments[i] - decision))
+        moments[nearest] = decision
+    return moments
 
 
 def _caption(demonstration: Demonstration, frame: int) -> str:
