@@ -24,7 +24,7 @@ def tiny_vlm(tmp_path_factory) -> Path:
     return make_tiny_vlm(
         tmp_path_factory.mktemp("vlm") / "tiny",
         text_hidden=32,
-        text_layers=3,
+        text_layers=4,
         head_dim=16,
         vision_hidden=32,
         vision_layers=1,
