@@ -25,6 +25,7 @@ from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
 from kuavo_train.data.mixture import MixedDataset, SampleOrder
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task
+from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.learning.checkpoint import Checkpoint
@@ -411,7 +412,7 @@ class Stage:
             checkpoint_hash=best.hash,
             finished=now(),
         )
-        write_matrix(config.run_folder)
+        write_matrix(config.run_folder, limits=RetentionLimits(**asdict(config.forgetting)))
         print(f"finished stage {config.stage.index} ({config.stage.name}): {folder.path / 'checkpoints' / 'best'}")
 
 

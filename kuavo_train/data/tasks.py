@@ -90,13 +90,15 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
             raise ConfigError(f"{where} has no feature {key}; it has {', '.join(meta.features)}")
     table = dataset.hf_dataset.with_format("numpy", columns=[OBS_STATE, ACTION, "episode_index", "frame_index"])[:]
     state, action = (np.asarray(np.stack(table[key]), dtype=np.float32) for key in (OBS_STATE, ACTION))
-    for key, values in ((OBS_STATE, state), (ACTION, action)):
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
+    state_names = _feature_names(meta, OBS_STATE, state.shape[1], where)
+    action_names = _feature_names(meta, ACTION, action.shape[1], where)
+    for key, names, values in ((OBS_STATE, state_names, state), (ACTION, action_names, action)):
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            row, column = bad[0]
             raise ConfigError(
-                f"{where}: {key} must be finite, got {values[row]} in episode {table['episode_index'][row]}, "
-                f"frame {table['frame_index'][row]}"
+                f"{where}: {key} must be finite, got {values[row, column]} for {names[column]} in episode "
+                f"{table['episode_index'][row]}, frame {table['frame_index'][row]} ({len(bad)} such values)"
             )
     bounds = np.stack([meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"]], axis=1).astype(np.int64)
     train, held_out = split_episodes(
@@ -108,8 +110,8 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
         instruction=" ".join(stage.instruction.split()),
         root=root,
         meta=meta,
-        state_names=_feature_names(meta, OBS_STATE, state.shape[1], where),
-        action_names=_feature_names(meta, ACTION, action.shape[1], where),
+        state_names=state_names,
+        action_names=action_names,
         state=state,
         action=action,
         episode=np.asarray(table["episode_index"], dtype=np.int64),

@@ -1,0 +1,186 @@
+"""Which frames are drawn, in which order: a pure function of (seed, stage, position), with exact shares."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASK_NAMES
+
+from kuavo_train.compose import compose_run
+from kuavo_train.data.cache import DecodedFrames, cached_frames
+from kuavo_train.data.mixture import MixedDataset, Quota, SampleOrder, StepSampler
+from kuavo_train.data.normalization import Normalization, fit_normalization
+from kuavo_train.data.tasks import Task, open_task
+
+STAGE_SHARES = [config.replay for config in compose_run()]
+SKIPPED = {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
+
+
+@pytest.fixture(scope="module")
+def tasks(datasets: Path) -> list[Task]:
+    configs = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+    return [open_task(config.stage, config.data) for config in configs]
+
+
+@pytest.fixture(scope="module")
+def normalization(tasks: list[Task]) -> Normalization:
+    return fit_normalization(tasks, "joint")
+
+
+def order_of(tasks: list[Task], shares: dict[str, float], *, seed: int = 0, stage: int = 4) -> SampleOrder:
+    return SampleOrder(seed=seed, stage=stage, tasks=[task for task in tasks if task.name in shares], shares=shares)
+
+
+@pytest.mark.parametrize("shares", [*STAGE_SHARES, SKIPPED, {"a": 1 / 3, "b": 2 / 3}, {"a": 0.137, "b": 0.863}])
+def test_after_any_number_of_samples_no_task_is_a_whole_sample_off_its_share(shares: dict[str, float]) -> None:
+    quota = Quota(list(shares.values()))
+    drawn, _ = quota.deal(np.arange(5000))
+    n = np.arange(1, 5001)
+    for task, share in enumerate(quota.shares):
+        counts = np.cumsum(drawn == task)
+        assert np.all(np.abs(counts - float(share) * n) < 1 - 1e-9)
+        assert float(share) == pytest.approx(list(shares.values())[task], abs=1e-4)
+
+
+def test_frames_of_a_task_come_without_replacement_pass_by_pass(tasks: list[Task]) -> None:
+    order = order_of(tasks, STAGE_SHARES[3])
+    draws = order(0, 2000)
+    for place, task in enumerate(order.tasks):
+        rows = draws[draws[:, 0] == place, 1]
+        size = len(task.train_rows)
+        passes = [rows[first : first + size] for first in range(0, len(rows) - size + 1, size)]
+        assert len(passes) >= 4
+        for rows_of_pass in passes:
+            assert sorted(rows_of_pass) == list(task.train_rows)
+        assert list(passes[0]) != list(passes[1])
+
+
+def test_the_order_is_a_function_of_seed_stage_and_position(tasks: list[Task]) -> None:
+    shares = STAGE_SHARES[2]
+    whole = order_of(tasks, shares)(0, 300)
+    pieces = np.concatenate([order_of(tasks, shares)(first, first + 60) for first in range(0, 300, 60)])
+    assert np.array_equal(whole, pieces)
+    np.random.seed(1)  # the global random state has no say
+    torch.manual_seed(1)
+    assert np.array_equal(whole, order_of(tasks, shares)(0, 300))
+    assert not np.array_equal(whole, order_of(tasks, shares, seed=1)(0, 300))
+    assert not np.array_equal(whole, order_of(tasks, shares, stage=3)(0, 300))
+
+
+def test_held_out_episodes_are_never_drawn(tasks: list[Task]) -> None:
+    order = order_of(tasks, STAGE_SHARES[3])
+    for place, row in order(0, 3000):
+        task = order.tasks[place]
+        assert task.episode[row] in task.train_episodes
+        assert task.episode[row] not in task.held_out_episodes
+
+
+def test_an_epoch_passes_once_over_the_current_task_whatever_is_replayed(tasks: list[Task]) -> None:
+    for shares in STAGE_SHARES:
+        current = list(shares)[-1]
+        order = order_of(tasks, shares)
+        steps = order.steps_per_epoch(current, 8)
+        draws = order(0, steps * 8)
+        place = [task.name for task in order.tasks].index(current)
+        rows = draws[draws[:, 0] == place, 1]
+        assert set(rows) == set(order.tasks[place].train_rows)
+        assert len(rows) - len(set(rows)) < 8
+
+
+def test_several_processes_share_the_order_of_one(tasks: list[Task]) -> None:
+    order = order_of(tasks, STAGE_SHARES[1])
+    alone = StepSampler(order, start=3, stop=6, batch_size=8)
+    pair = [StepSampler(order, start=3, stop=6, batch_size=4, process=rank, processes=2) for rank in range(2)]
+    together = [first + second for first, second in zip(*pair, strict=True)]
+    assert together == list(alone)
+
+
+def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], normalization: Normalization) -> None:
+    order = order_of(tasks, STAGE_SHARES[3])
+    frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in order.tasks]
+    dataset = MixedDataset(order.tasks, frames, normalization, chunk_size=4)
+    batches = []
+    for workers in (0, 2):
+        sampler = StepSampler(order, start=0, stop=3, batch_size=4)
+        batches.append(list(dataset.loader(sampler, num_workers=workers, pin_memory=False)))
+    for alone, parallel in zip(*batches, strict=True):
+        assert torch.equal(alone["frame_index"], parallel["frame_index"])
+        assert torch.equal(alone["action"], parallel["action"])
+        assert torch.equal(alone["observation.images.head_cam_h"], parallel["observation.images.head_cam_h"])
+
+
+def test_a_batch_holds_what_the_dataset_holds(tasks: list[Task], normalization: Normalization) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    task = tasks[3]
+    fps = task.meta.fps
+    reference = LeRobotDataset(
+        "local/x",
+        root=task.root,
+        video_backend="pyav",
+        return_uint8=True,
+        delta_timestamps={"action": [step / fps for step in range(6)]},
+    )
+    frames = [DecodedFrames(each, image_size=None, video_backend="pyav") for each in tasks]
+    dataset = MixedDataset(tasks, frames, normalization, chunk_size=6)
+    rows = [0, 5, 12, 13, 30]
+    batch = dataset.__getitems__([(3, row) for row in rows])
+    for place, row in enumerate(rows):
+        item = reference[row]
+        assert torch.allclose(batch["observation.state"][place], item["observation.state"])
+        assert torch.equal(batch["action_is_pad"][place], item["action_is_pad"])
+        assert torch.allclose(batch["action"][place], item["action"])
+        for camera in task.cameras:
+            assert torch.equal(batch[camera][place], item[camera])
+
+
+def test_cached_frames_are_the_decoded_ones(tasks: list[Task], tmp_path: Path) -> None:
+    task = tasks[1]
+    decoded = DecodedFrames(task, image_size=[24, 24], video_backend="pyav")
+    cached = cached_frames(decoded, tmp_path, progress=False)
+    rows = np.array([3, 20, 20, 41, 7])
+    for camera in task.cameras:
+        assert torch.equal(decoded(camera, rows), cached(camera, rows))
+        assert cached(camera, rows).shape == (5, 3, 24, 24)
+
+
+def test_an_interrupted_frame_cache_leaves_nothing_behind(tasks: list[Task], tmp_path: Path) -> None:
+    decoded = DecodedFrames(tasks[0], image_size=None, video_backend="pyav")
+    original, calls = decoded._decode, []
+
+    def stop_in_the_middle(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    decoded._decode = stop_in_the_middle  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cached_frames(decoded, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], normalization: Normalization) -> None:
+    frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in tasks]
+    dataset = MixedDataset(tasks, frames, normalization, chunk_size=4)
+    batch = dataset.__getitems__([(0, 3), (3, 3)])
+    assert batch["action"].shape == (2, 4, 20)
+    assert batch["action_dim_is_pad"].tolist() == [[False] * 16 + [True] * 4, [False] * 20]
+    names = normalization.space.action_names
+    assert names[16:] == ("cmd_pos_x", "cmd_pos_y", "cmd_pos_yaw", "ctrl_change_cmd")
+
+
+def test_the_audit_refuses_shares_that_were_not_drawn(tasks: list[Task]) -> None:
+    order = order_of(tasks, {"moving_grasp": 0.2, "weighing": 0.8})
+    audit = order.audit([{0: 20, 1: 80}], [{0: [1], 1: [2]}])
+    assert audit["drawn"]["weighing"] == {"frames": 80, "share": 0.8}
+    with pytest.raises(RuntimeError, match=r"replay share of moving_grasp must be 0.2, drawn 21 of 100"):
+        order.audit([{0: 21, 1: 79}], [{}])
+    held_out = tasks[0].held_out_episodes[0]
+    with pytest.raises(RuntimeError, match="held-out episodes of moving_grasp must never be drawn"):
+        order.audit([{0: 20, 1: 80}], [{0: [held_out]}])
+
+
+def test_the_fixture_has_all_tasks(tasks: list[Task]) -> None:
+    assert tuple(task.name for task in tasks) == TASK_NAMES

@@ -1,0 +1,334 @@
+"""Whole stages on small real datasets: order, replay, freezing, validation, interruption, resumption."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kuavo_train import stage as stage_module
+from kuavo_train.compose import compose_run
+from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.learning.trainer import Trainer, TrainingDiverged
+from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.stage import open_stage, run_stage
+
+Overrides = Callable[..., list[str]]
+
+
+def run(configs: list[RunConfig], place: int, **changes: Any) -> int:
+    return run_stage(replace(configs[place], **changes), [config.stage for config in configs])
+
+
+def weights(folder: StageFolder, link: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder.path / "checkpoints" / link / "pretrained_model" / "model.safetensors")
+
+
+def assert_equal_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def records(folder: StageFolder, kind: str | None = None) -> list[dict[str, Any]]:
+    return [record for record in folder.validations.read() if kind in (None, record["kind"])]
+
+
+@pytest.fixture(scope="module")
+def four_stages(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
+    """A run in which all four stages are finished."""
+    outputs = tmp_path_factory.mktemp("four") / "outputs"
+    configs = compose_run(
+        [
+            "profile=smoke",
+            "simulation=null",
+            f"outputs={outputs}",
+            f"data.root={datasets}",
+            "tiny_vlm.image_size=32",
+            "policy.resize_imgs_with_padding=[32,32]",
+            "policy.chunk_size=6",
+            "policy.n_action_steps=4",
+            "training.max_steps=5",
+            "training.batch_size=4",
+            "training.log_every=2",
+            "training.save_every=2",
+            "training.freeze=[vision,connector,vlm_text]",
+        ]
+    )
+    for place in range(4):
+        assert run(configs, place) == 0
+    return configs
+
+
+def test_each_stage_replays_what_its_shares_say(four_stages: list[RunConfig]) -> None:
+    for config in four_stages:
+        audit = json.loads((stage_folder(config).path / "replay_audit.json").read_text())
+        assert audit["declared"] == config.replay
+        assert audit["total_frames"] == 20
+        assert audit["held_out_frames_drawn"] == 0
+        for name, share in config.replay.items():
+            assert abs(audit["drawn"][name]["frames"] - share * 20) < 1
+
+
+def test_each_stage_starts_from_the_one_before(four_stages: list[RunConfig]) -> None:
+    for config in four_stages[1:]:
+        stage = open_stage(
+            config,
+            [each.stage for each in four_stages],
+            stage_folder(four_stages[config.stage.index - 2]).checkpoints.at("best"),
+        )
+        began = {name: value for name, value in stage.built.policy.state_dict().items() if "memory" in name}
+        before = weights(stage_folder(four_stages[config.stage.index - 2]), "best")
+        assert began
+        for name, value in began.items():
+            assert torch.equal(value, before[name])
+
+
+def test_frozen_groups_are_unchanged_and_trained_ones_are_not(four_stages: list[RunConfig]) -> None:
+    first, later = (weights(stage_folder(config), "best") for config in four_stages[:2])
+    groups = json.loads((stage_folder(four_stages[1]).path / "parameters.json").read_text())["groups"]
+    by_name = {row["group"]: row for row in groups}
+    for group in ("vision", "connector", "vlm_text"):
+        assert by_name[group]["trainable"] is False
+        assert by_name[group]["fingerprint_before"] == by_name[group]["fingerprint_after"]
+    for group in ("expert", "action_proj", "state_proj"):
+        assert by_name[group]["changed"] is True
+    vision = [name for name in first if "vision_model" in name]
+    assert vision
+    assert all(torch.equal(first[name], later[name]) for name in vision)
+    assert any(not torch.equal(first[name], later[name]) for name in first)
+
+
+def test_every_task_is_validated_on_the_same_questions_at_every_stage(four_stages: list[RunConfig]) -> None:
+    start = records(stage_folder(four_stages[0]), "start")
+    assert [record["task"] for record in start] == [config.stage.name for config in four_stages]
+    episodes = {r["task"]: [(e["episode"], e["frames"]) for e in r["episodes"]] for r in start}
+    for place, config in enumerate(four_stages):
+        folder = stage_folder(config)
+        end = records(folder, "end")
+        assert len(end) == 4
+        assert [record["seen"] for record in end] == [number <= place for number in range(4)]
+        for record in end:
+            assert [(e["episode"], e["frames"]) for e in record["episodes"]] == episodes[record["task"]]
+        assert {record["task"] for record in records(folder, "epoch")} == {
+            each.stage.name for each in four_stages[: place + 1]
+        }
+    base = end[0]["action_error_by_group"]
+    assert base["base"] is None
+    assert end[3]["action_error_by_group"]["base"] > 0
+
+
+def test_all_stages_share_one_normalization(four_stages: list[RunConfig]) -> None:
+    hashes = {stage_folder(config).checkpoints.at("best").manifest["normalization"] for config in four_stages}
+    run_file = json.loads((four_stages[0].run_folder / "run.json").read_text())
+    assert hashes == {run_file["normalization"]["hash"]}
+    stored = [
+        load_file(
+            next((stage_folder(config).path / "checkpoints/best/pretrained_model").glob("*unnormalizer*.safetensors"))
+        )
+        for config in four_stages
+    ]
+    for other in stored[1:]:
+        assert all(torch.equal(stored[0][name], other[name]) for name in stored[0])
+
+
+def test_a_checkpoint_with_another_normalization_is_refused(four_stages: list[RunConfig], tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    shutil.copytree(
+        Path(four_stages[0].outputs) / "smoke" / "stage1_moving_grasp", outputs / "smoke/stage1_moving_grasp"
+    )
+    normalization = json.loads((four_stages[0].run_folder / "normalization.json").read_text())
+    moved = [replace(config, outputs=str(outputs)) for config in four_stages]
+    with pytest.raises(ConfigError, match="must have the run's normalization none"):
+        run(moved, 1)
+    from kuavo_train.data.normalization import Normalization
+
+    normalization["statistics"]["action"]["mean"][0] += 0.5
+    Normalization("joint", normalization["statistics"]).save(outputs / "smoke" / "normalization.json")
+    with pytest.raises(ConfigError, match=r"must have the run's normalization .* it belongs to another run"):
+        run(moved, 1)
+
+
+def test_the_best_checkpoint_has_the_least_mean_loss_over_all_tasks_seen(four_stages: list[RunConfig]) -> None:
+    folder = stage_folder(four_stages[2])
+    means: dict[int, list[float]] = {}
+    for record in records(folder, "epoch"):
+        means.setdefault(record["step"], []).append(record["loss"])
+    best = min(means, key=lambda step: sum(means[step]) / len(means[step]))
+    assert folder.about["best"]["step"] == best == folder.checkpoints.at("best").step
+    end = {record["task"]: record["loss"] for record in records(folder, "end")}
+    during = {record["task"]: record["loss"] for record in records(folder, "epoch") if record["step"] == best}
+    assert {task: end[task] for task in during} == pytest.approx(during)
+
+
+def test_a_run_with_and_without_validation_ends_in_the_same_weights(small_run: Overrides, tmp_path: Path) -> None:
+    often = compose_run(small_run("training.max_steps=6", "validation.every_epochs=1", "training.batch_size=16"))
+    rarely = [replace(config, outputs=str(tmp_path / "rarely")) for config in often]
+    rarely = [replace(c, validation=replace(c.validation, every_epochs=99, draws=3)) for c in rarely]
+    assert run(often, 0) == run(rarely, 0) == 0
+    assert len(records(stage_folder(often[0]), "epoch")) > len(records(stage_folder(rarely[0]), "epoch"))
+    assert_equal_weights(weights(stage_folder(often[0])), weights(stage_folder(rarely[0])))
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_an_interrupted_stage_resumes_to_bit_identical_weights(
+    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    whole = compose_run(small_run("training.max_steps=6"))
+    assert run(whole, 0) == 0
+    cut = [replace(config, outputs=str(tmp_path / "cut")) for config in whole]
+    take_step, steps = Trainer._step, []
+
+    def interrupt(self: Trainer, step: int, *arguments: Any) -> tuple[float, float]:
+        steps.append(step)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, step, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", interrupt)
+    assert run(cut, 0) == 128 + signal.SIGTERM
+    folder = stage_folder(cut[0])
+    assert folder.status == "interrupted"
+    assert folder.checkpoints.at("last").step == stop_after
+    monkeypatch.setattr(Trainer, "_step", take_step)
+    assert run(cut, 0, resume=True) == 0
+    assert_equal_weights(weights(stage_folder(whole[0])), weights(folder))
+    states = [each.checkpoints.at("last").training_state() for each in (stage_folder(whole[0]), folder)]
+    for state in states:
+        for progress in state["progress"]:
+            progress.pop("seconds")
+    assert states[0]["scheduler"] == states[1]["scheduler"]
+    assert states[0]["progress"] == states[1]["progress"]
+    moments = [state["optimizer"]["state"] for state in states]
+    for number in moments[0]:
+        assert torch.equal(moments[0][number]["exp_avg_sq"], moments[1][number]["exp_avg_sq"])
+    for name in ("metrics", "validations"):
+        one, other = (getattr(each, name).read() for each in (stage_folder(whole[0]), folder))
+        keys = ("step", "task", "kind", "loss")
+        assert [[r.get(key) for key in keys] for r in one if r.get("kind") != "x"][-1] == [
+            other[-1].get(key) for key in keys
+        ]
+
+
+def test_a_stage_killed_before_its_first_checkpoint_starts_again(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = compose_run(small_run())
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(configs, 0)
+    assert run(configs, 0, resume=True) == 0
+    assert len(records(stage_folder(configs[0]), "start")) == 4
+
+
+def test_a_started_folder_is_refused_without_resume_and_a_finished_one_always(
+    four_stages: list[RunConfig], small_run: Overrides
+) -> None:
+    with pytest.raises(ConfigError, match=r"stage 1 .* is finished in .*; delete the folder to run it again"):
+        run(four_stages, 0)
+    configs = compose_run(small_run())
+    stage_folder(configs[0]).path.mkdir(parents=True)
+    (stage_folder(configs[0]).path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="must be empty to start into; continue with resume=true, or delete it"):
+        run(configs, 0)
+
+
+def test_a_stage_without_the_one_before_names_the_command_to_run(small_run: Overrides) -> None:
+    configs = compose_run(small_run())
+    message = r"must follow a finished stage 1 \(moving_grasp\), got absent .*task=tasks/task1_moving_grasp run=smoke"
+    with pytest.raises(ConfigError, match=message):
+        run(configs, 1)
+
+
+def test_a_damaged_checkpoint_is_refused(four_stages: list[RunConfig], tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    shutil.copytree(four_stages[0].run_folder, outputs / "smoke", symlinks=True)
+    shutil.rmtree(outputs / "smoke" / "stage2_weighing")
+    weights_file = outputs / "smoke/stage1_moving_grasp/checkpoints/best/pretrained_model/model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model.safetensors must have sha256 .*delete the checkpoint folder"):
+        run([replace(config, outputs=str(outputs)) for config in four_stages], 1)
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_its_samples(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = compose_run(small_run("training.save_every=1", "training.max_steps=5"))
+    build = stage_module.build_policy
+
+    def with_poison(*arguments: Any, **named: Any) -> Any:
+        built = build(*arguments, **named)
+        forward, calls = built.policy.forward, []
+
+        def poisoned(*batch: Any, **keys: Any) -> Any:
+            loss, values = forward(*batch, **keys)
+            calls.append(built.policy.training)
+            return (loss * float("nan") if sum(calls) == 3 else loss), values
+
+        built.policy.forward = poisoned
+        return built
+
+    monkeypatch.setattr(stage_module, "build_policy", with_poison)
+    with pytest.raises(TrainingDiverged, match=r"loss nan .* at step 3 .*\(moving_grasp, \d, \d+\)"):
+        run(configs, 0)
+    folder = stage_folder(configs[0])
+    assert folder.status == "failed"
+    assert folder.checkpoints.at("last").step == 2
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+def test_a_run_keeps_its_seed_data_and_policy(four_stages: list[RunConfig], tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    shutil.copytree(four_stages[0].run_folder, outputs / "smoke", symlinks=True)
+    shutil.rmtree(outputs / "smoke" / "stage2_weighing")
+    moved = [replace(config, outputs=str(outputs), seed=7) for config in four_stages]
+    with pytest.raises(
+        ConfigError, match=r"seed must stay what run smoke began with \(0\), got 7; choose another run="
+    ):
+        run(moved, 1)
+
+
+BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory must say
+    (
+        "policy.tokenizer_max_length=20",
+        r"instruction of moving_grasp must fit policy.tokenizer_max_length=20 tokens, got",
+    ),
+    ("policy.max_action_dim=16", r"policy.max_action_dim must be at least 20"),
+    ("+policy.no_such_field=1", r"policy.no_such_field must be a field of SmolVLAMemoryConfig, got 1"),
+    ("policy.type=smolvlaa", r"policy.type must be a policy LeRobot knows, got 'smolvlaa'"),
+    ("policy.n_action_steps=99", r"policy: .*99.*n_action_steps"),
+    ("policy.pretrained_path=/nowhere/at/all", r"policy.pretrained_path must be an existing folder or a hub id"),
+    ("policy.pretrained_path=nobody/nothing", r"policy weights must load from the hub id nobody/nothing.*"),
+    ("training.freeze_first_stage=[vision,eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),
+    ("training.freeze_first_stage=[vlm_text,vision]", r"a frozen VLM must have pretrained weights"),
+    ("data.normalization=pretrained", r"data.normalization=pretrained needs observation.state statistics"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_STAGES, ids=[item[0] for item in BAD_STAGES])
+def test_preflight_refuses_what_would_fail_silently(small_run: Overrides, override: str, message: str) -> None:
+    configs = compose_run(small_run(override))
+    with pytest.raises(ConfigError, match=message):
+        run(configs, 0)
+    assert not stage_folder(configs[0]).path.exists()
+
+
+def test_missing_datasets_are_all_named_at_once(small_run: Overrides, tmp_path: Path) -> None:
+    configs = compose_run(small_run(f"data.root={tmp_path / 'none'}"))
+    with pytest.raises(ConfigError) as refused:
+        run(configs, 0)
+    assert all(f"({config.stage.name}): dataset" in str(refused.value) for config in configs)

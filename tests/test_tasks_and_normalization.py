@@ -1,0 +1,175 @@
+"""Opening datasets: splits, features by name, shared statistics, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ARM_NAMES, write_dataset
+
+from kuavo_train.compose import compose_run
+from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normalization
+from kuavo_train.data.tasks import FeatureSpace, Task, open_task, split_episodes
+
+
+@pytest.fixture
+def configs(datasets: Path) -> list[RunConfig]:
+    return compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+
+
+@pytest.fixture
+def tasks(configs: list[RunConfig]) -> list[Task]:
+    return [open_task(config.stage, config.data) for config in configs]
+
+
+def test_splits_are_disjoint_complete_and_stable(tasks: list[Task], configs: list[RunConfig]) -> None:
+    for task, config in zip(tasks, configs, strict=True):
+        assert set(task.train_episodes) & set(task.held_out_episodes) == set()
+        assert set(task.train_episodes) | set(task.held_out_episodes) == set(range(5))
+        assert open_task(config.stage, config.data).held_out_episodes == task.held_out_episodes
+    assert split_episodes("a", range(100), 20, 0) != split_episodes("b", range(100), 20, 0)
+    assert split_episodes("a", range(100), 20, 0) != split_episodes("a", range(100), 20, 1)
+
+
+def test_more_episodes_hardly_change_which_are_held_out() -> None:
+    _, before = split_episodes("a", range(100), 20, 0)
+    _, after = split_episodes("a", range(110), 20, 0)
+    assert len(set(before) & set(after)) >= 15
+
+
+def test_statistics_are_those_of_the_training_frames_alone(tasks: list[Task]) -> None:
+    statistics = fit_normalization(tasks, "joint").statistics["action"]
+    pooled = np.concatenate([task.action[task.train_rows, 2] for task in tasks])
+    assert statistics["mean"][2] == pytest.approx(pooled.mean(), abs=1e-6)
+    assert statistics["std"][2] == pytest.approx(pooled.std(), rel=1e-5)
+    base = tasks[3].action[tasks[3].train_rows, 17]
+    assert statistics["mean"][17] == pytest.approx(base.mean(), abs=1e-6)
+    assert statistics["count"][0] == sum(len(task.train_rows) for task in tasks)
+    assert statistics["count"][17] == len(tasks[3].train_rows)
+
+
+def test_held_out_frames_do_not_enter_the_statistics(tasks: list[Task]) -> None:
+    before = fit_normalization(tasks, "joint").hash
+    spoilt = tasks[0].action.copy()
+    spoilt[tasks[0].rows_of(tasks[0].held_out_episodes)] = 1e6
+    assert fit_normalization([replace(tasks[0], action=spoilt), *tasks[1:]], "joint").hash == before
+
+
+def test_a_joint_that_never_moves_gets_the_floor(tasks: list[Task]) -> None:
+    still = tasks[0].state.copy()
+    still[:, 0] = 0.3
+    normalization = fit_normalization([replace(tasks[0], state=still)], "first_stage")
+    assert normalization.statistics["observation.state"]["std"][0] == STD_FLOOR
+
+
+def test_a_normalization_file_that_was_edited_is_refused(tasks: list[Task], tmp_path: Path) -> None:
+    path = tmp_path / "normalization.json"
+    fit_normalization(tasks, "joint").save(path)
+    assert Normalization.load(path).hash == fit_normalization(tasks, "joint").hash
+    stored = json.loads(path.read_text())
+    stored["statistics"]["action"]["mean"][0] += 1
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="content must have the hash"):
+        Normalization.load(path)
+
+
+def test_a_dimension_without_statistics_is_refused(tasks: list[Task]) -> None:
+    first = fit_normalization(tasks[:1], "first_stage")
+    first.check_covers(tasks[1])
+    with pytest.raises(ConfigError, match="must cover every dimension of sorting's action, missing cmd_pos_x"):
+        first.check_covers(tasks[3])
+
+
+def test_features_meet_by_name_not_by_place(tasks: list[Task]) -> None:
+    names = list(reversed(tasks[1].action_names))
+    turned = replace(tasks[1], action_names=tuple(names), action=tasks[1].action[:, ::-1])
+    space = FeatureSpace.of([tasks[0], turned])
+    assert space.action_names == tasks[0].action_names
+    assert list(space.action_columns(turned)) == list(range(15, -1, -1))
+    assert {group: len(columns) for group, columns in FeatureSpace.of(tasks).action_groups().items()} == {
+        "left_arm": 7,
+        "claws": 2,
+        "right_arm": 7,
+        "base": 4,
+    }
+
+
+def edit_info(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        path = root / "meta" / "info.json"
+        info = json.loads(path.read_text())
+        change(info)
+        path.write_text(json.dumps(info))
+
+    return edit
+
+
+def spoil_action(root: Path) -> None:
+    path = next((root / "data").rglob("*.parquet"))
+    table = pd.read_parquet(path)
+    spoilt = table["action"][17].copy()
+    spoilt[3] = np.nan
+    table.at[17, "action"] = spoilt
+    table.to_parquet(path)
+
+
+BAD_DATASETS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("no folder", shutil.rmtree, r"dataset .* does not exist; record it, or set stage.root or data.root"),
+    (
+        "20 names for 16 dimensions",
+        edit_info(lambda info: info["features"]["observation.state"].update(names=[*ARM_NAMES, "a", "b", "c", "d"])),
+        r"observation.state must name each of its 16 dimensions once, got 20 names",
+    ),
+    (
+        "a name twice",
+        edit_info(lambda info: info["features"]["action"].update(names=[*ARM_NAMES[:15], ARM_NAMES[0]])),
+        r"action must name each of its 16 dimensions once",
+    ),
+    (
+        "a value that is no number",
+        spoil_action,
+        r"action must be finite, got nan for zarm_l4_link in episode 1, frame 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "spoil", "message"), BAD_DATASETS, ids=[item[0] for item in BAD_DATASETS])
+def test_a_bad_dataset_is_refused(
+    datasets: Path, tmp_path: Path, what: str, spoil: Callable[[Path], None], message: str
+) -> None:
+    root = tmp_path / "moving_grasp"
+    shutil.copytree(datasets / "moving_grasp", root)
+    spoil(root)
+    config = compose_run(["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=2"])[0]
+    with pytest.raises(ConfigError, match=message):
+        open_task(config.stage, config.data)
+
+
+def test_a_missing_camera_is_named_and_may_be_mapped(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "moving_grasp", cameras=("front", "wrist_cam_l", "wrist_cam_r"), episodes=3)
+    given = ["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=1"]
+    config = compose_run(given)[0]
+    with pytest.raises(ConfigError, match=r"cameras must include observation.images.head_cam_h, got .*front"):
+        open_task(config.stage, config.data)
+    mapped = replace(config.stage, cameras={"observation.images.front": "observation.images.head_cam_h"})
+    task = open_task(mapped, config.data)
+    assert list(task.cameras) == config.data.cameras
+    assert task.cameras["observation.images.head_cam_h"] == "observation.images.front"
+
+
+def test_a_part_of_the_episodes_may_be_used(configs: list[RunConfig]) -> None:
+    config = configs[0]
+    task = open_task(replace(config.stage, episodes=[1, 3]), config.data)
+    assert set(task.train_episodes) | set(task.held_out_episodes) == {1, 2, 3}
+    with pytest.raises(ConfigError, match=r"episodes must end before 5, .* got \[1, 5\]"):
+        open_task(replace(config.stage, episodes=[1, 5]), config.data)
+
+
+def test_too_many_held_out_episodes_are_refused(configs: list[RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="must be less than the 5 episodes of moving_grasp, got 5"):
+        open_task(configs[0].stage, replace(configs[0].data, held_out_episodes=5))
