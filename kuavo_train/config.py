@@ -105,7 +105,7 @@ def check_shares(shares: Mapping[str, float], key: str) -> None:
     """Replay shares are fractions in [0, 1] whose sum is 1, compared as the decimals the user typed."""
     for task, share in shares.items():
         require(0 <= share <= 1, f"{key} {task}", "be in [0, 1]", share)
-    total = sum(Fraction(str(share)) for share in shares.values())
+    total = sum((Fraction(str(share)) for share in shares.values()), Fraction())
     require(abs(total - 1) <= Fraction(1, 10**6), f"{key}s {', '.join(shares)}: their sum", "be 1", float(total))
 
 

@@ -67,7 +67,7 @@ def stage_folder(config: RunConfig, stage: StageConfig | None = None) -> StageFo
 def write_run_facts(config: RunConfig, tasks: Sequence[Task], normalization: Normalization) -> None:
     """run.json, once; a later stage with other data or another seed belongs to another run."""
     path = config.run_folder / "run.json"
-    facts = {
+    facts: dict[str, Any] = {
         "run": config.run,
         "seed": config.seed,
         "profile": config.profile,

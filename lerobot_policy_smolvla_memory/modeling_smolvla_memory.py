@@ -497,7 +497,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """The next action [B, A], normalized, from a query every n_action_steps calls.
 
         Each element keeps its own count, so that elements reset on their own are queried on their own; those
-        that are due together are one batch.
+        that are due together are one batch. `observation.memory_reset` resets elements as `reset` does.
 
         Raises:
             ValueError: another batch size or device than since the last reset.
@@ -506,36 +506,37 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         self.eval()
         batch = self._prepare_batch(batch)
         size, steps = len(batch[OBS_STATE]), self.config.n_action_steps
-        if self._chunk is None:
-            self._chunk = torch.zeros(size, steps, self.config.action_feature.shape[0])
-            self._chunk = self._chunk.to(batch[OBS_STATE].device)
-            self._executed = [steps] * size
-        if len(self._chunk) != size:
+        if self._chunk is not None and len(self._chunk) != size:
             raise ValueError(
                 f"the batch has {size} elements, but actions are planned for {len(self._chunk)}; "
                 "call reset() when the number of environments changes"
             )
-        due = [index for index, executed in enumerate(self._executed) if executed == steps]
+        if MEMORY_RESET in batch:
+            self.reset(batch[MEMORY_RESET].nonzero().flatten().tolist())
+        executed = self._executed or [steps] * size
+        due = [index for index in range(size) if executed[index] == steps]
         if due:
             self._query(batch, due, noise)
+        assert self._chunk is not None
         action = self._chunk[range(size), self._executed]
         self._executed = [executed + 1 for executed in self._executed]
         return action
 
     def _query(self, batch: dict[str, Tensor], due: list[int], noise: Tensor | None) -> None:
-        """Plan anew for the elements `due`, and advance their memory."""
-        assert self._chunk is not None
+        """Plan anew for the elements `due` of the batch, and advance their memory."""
+        size = len(batch[OBS_STATE])
         memory = self._memory
         if memory is None and self.model.memory is not None:
-            memory = self.model.memory.initial(len(self._chunk))
-        self._check_memory(memory, len(self._chunk), batch[OBS_STATE].device)
-        if len(due) < len(self._chunk):
-            rows = {key: _take(value, due, len(self._chunk)) for key, value in batch.items()}
-            noise = None if noise is None else noise[due]
-            actions, advanced = self.sample_actions_with(rows, memory and memory.select(due), noise)
-            self._memory = memory and advanced and memory.put(due, advanced)
-        else:
-            actions, self._memory = self.sample_actions_with(batch, memory, noise)
+            memory = self.model.memory.initial(size)
+        self._check_memory(memory, size, batch[OBS_STATE].device)
+        rows = {key: _take(value, due, size) for key, value in batch.items()}
+        noise = None if noise is None else noise[due]
+        actions, advanced = self.sample_actions_with(rows, memory and memory.select(due), noise)
+        if memory is not None and advanced is not None:
+            self._memory = memory.put(due, advanced)
+        if self._chunk is None:
+            self._chunk = actions[:, : self.config.n_action_steps].clone()
+            self._executed = [0] * size
         self._chunk[due] = actions[:, : self.config.n_action_steps]
         for index in due:
             self._executed[index] = 0

@@ -82,7 +82,7 @@ def fit_normalization(tasks: Sequence[Task], source: str) -> Normalization:
 
     A dimension's statistics come from the tasks that have it.
     """
-    statistics = {}
+    statistics: dict[str, dict[str, list[Any]]] = {}
     for feature in (OBS_STATE, ACTION):
         columns: dict[str, list[np.ndarray]] = {}
         for task in tasks:
@@ -116,7 +116,7 @@ def normalization_from_checkpoint(folder: Path, space: FeatureSpace) -> Normaliz
 
     states = sorted(folder.glob("policy_preprocessor*normalizer*.safetensors"))
     stored = load_file(states[0]) if states else {}
-    statistics = {}
+    statistics: dict[str, dict[str, list[Any]]] = {}
     for feature, names in ((OBS_STATE, space.state_names), (ACTION, space.action_names)):
         values = {kind: stored.get(f"{feature}.{kind}") for kind in ("mean", "std", "min", "max")}
         if values["mean"] is None or values["std"] is None or len(values["mean"]) != len(names):

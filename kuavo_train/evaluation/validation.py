@@ -114,7 +114,7 @@ class Validator:
         """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
-        episodes = [list(range(*task.bounds[episode], stride)) for episode in task.held_out_episodes]
+        episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.held_out_episodes]
         if getattr(policy.config, "num_mem_tokens", 0) > 0:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]

@@ -21,8 +21,9 @@ class ParameterGroup:
 
 def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
     """Group → parameter names. Policies without groups of their own get one per top-level module."""
-    if hasattr(policy, "parameter_groups"):
-        return policy.parameter_groups()
+    own_groups = getattr(policy, "parameter_groups", None)
+    if own_groups is not None:
+        return own_groups()
     groups: dict[str, list[str]] = {}
     for name, _ in policy.named_parameters():
         parts = name.split(".")

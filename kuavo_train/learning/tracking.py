@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 
 class JsonLines:
@@ -49,7 +49,12 @@ class WandbTracker:
         import wandb
 
         self.run = wandb.init(
-            project="kuavo_train", group=run, name=f"{run}/{stage}", dir=str(folder), config=config, mode=mode
+            project="kuavo_train",
+            group=run,
+            name=f"{run}/{stage}",
+            dir=str(folder),
+            config=config,
+            mode=cast(Literal["offline", "online"], mode),
         )
 
     def log(self, values: dict[str, float], step: int) -> None:

@@ -79,9 +79,12 @@ def test_an_element_reset_on_its_own_starts_anew_and_disturbs_no_other(make_poli
     policy = make_policy()
     sizes, actions = count_queries(policy), []
     for step in range(6):
-        if step == 3:
+        batch = make_batch(2, seed=step)
+        if step == 3 and not by_batch:
             policy.reset([1])
-        actions.append(policy.select_action(make_batch(2, seed=step), noise))
+        if by_batch:
+            batch["observation.memory_reset"] = torch.tensor([False, step == 3])
+        actions.append(policy.select_action(batch, noise))
     torch.testing.assert_close(torch.stack(actions), expected)
     assert sizes == [2, 2, 1, 1, 1]  # steps 0 and 2 together; then 3 and 5 for one, 4 for the other
 
@@ -111,6 +114,7 @@ def test_another_batch_size_is_an_error_in_words(make_policy, make_batch):
     policy.set_memory(policy.get_memory())
     with pytest.raises(ValueError, match="memory is of 2 elements, the batch of 3; call reset"):
         policy.select_action(make_batch(3))
+    policy.select_action(make_batch(2))  # as if nothing had happened
 
 
 def test_another_device_is_an_error_in_words(make_policy, make_batch):
