@@ -73,7 +73,7 @@ class MemoryState:
 
     def select(self, indices: Tensor | list[int]) -> Self:
         """The states of some batch elements, in the order of `indices`."""
-        index = torch.as_tensor(indices, device=self.device)
+        index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         return self._each(lambda tensor: tensor[index])
 
     def where(self, mask: Tensor, other: "MemoryState") -> Self:
@@ -86,7 +86,7 @@ class MemoryState:
 
     def put(self, indices: list[int], other: "MemoryState") -> Self:
         """This state with the elements `indices` taken from `other`, whose batch size is len(indices)."""
-        index = torch.as_tensor(indices, device=self.device)
+        index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         return replace(
             self, **{name: mine.index_copy(0, index, getattr(other, name)) for name, mine in self._tensors()}
         )

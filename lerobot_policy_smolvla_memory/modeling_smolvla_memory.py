@@ -513,8 +513,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             )
         if MEMORY_RESET in batch:
             self.reset(batch[MEMORY_RESET].nonzero().flatten().tolist())
-        executed = self._executed or [steps] * size
-        due = [index for index in range(size) if executed[index] == steps]
+        due = [index for index in range(size) if self._chunk is None or self._executed[index] == steps]
         if due:
             self._query(batch, due, noise)
         assert self._chunk is not None

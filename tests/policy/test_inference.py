@@ -64,7 +64,10 @@ def test_reset_begins_a_new_episode(make_policy, make_batch, noise):
     assert torch.equal(torch.stack(first), torch.stack(again))
 
 
-def test_an_element_reset_on_its_own_starts_anew_and_disturbs_no_other(make_policy, make_batch, noise, count_queries):
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_an_element_reset_on_its_own_starts_anew_and_disturbs_no_other(
+    make_policy, make_batch, noise, count_queries, by_batch
+):
     """Two environments, the second of which ends in the middle of a chunk."""
     alone = []
     for element, starts in ((0, [0]), (1, [0, 3])):
