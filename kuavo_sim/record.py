@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -232,7 +233,7 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
         return
     # Workers are spawned, not forked: the parent may have threads (torch, video encoders).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     pending: deque[Future[Demonstration]] = deque()
     try:
         for seed in seeds:
@@ -248,9 +249,17 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C goes to the whole process group; the parent decides what to do about it."""
+def _follow_parent() -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the parent, and do not outlive it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def exit_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _demonstrate_seed(settings: RecordSettings, seed: int) -> Demonstration:

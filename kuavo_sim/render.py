@@ -76,16 +76,15 @@ class EglRenderer:
     """MuJoCo's own OpenGL renderer on an EGL device."""
 
     def __init__(self, model: mujoco.MjModel, size: int):
-        if os.environ.setdefault("MUJOCO_GL", "egl") != "egl":
-            raise RuntimeError(
-                f'renderer="egl" needs the environment variable MUJOCO_GL=egl, got {os.environ["MUJOCO_GL"]!r}'
-            )
+        # MuJoCo reads the variable when it is first imported, so it cannot be set for the user here.
+        if (chosen := os.environ.get("MUJOCO_GL")) != "egl":
+            raise RuntimeError(f'renderer="egl" needs MUJOCO_GL=egl in the environment of the process, got {chosen!r}')
         try:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # what is raised depends on the driver
             raise RuntimeError(
-                f'renderer="egl" could not open an EGL device ({error}). Set MUJOCO_GL=egl before Python starts and '
-                'install a driver with EGL, or choose renderer="rays", which needs neither.'
+                f'renderer="egl" could not open an EGL device ({error!r}). Install a driver with EGL, or choose '
+                'renderer="rays", which needs none.'
             ) from error
 
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:

@@ -49,7 +49,8 @@ def _moments(demonstration: Demonstration) -> list[int]:
 
 
 def _caption(demonstration: Demonstration, frame: int) -> str:
-    """Time, and the sub-goal reached last."""
-    reached = [name for name, first in demonstration.subgoal_frames.items() if first <= frame]
+    """Time, and the sub-goal reached last; under the last frame the one that its action reached."""
+    until = frame + (frame == len(demonstration.actions) - 1)
+    reached = [name for name, first in demonstration.subgoal_frames.items() if first <= until]
     decision = "  CUE NEEDED" if frame in demonstration.decision_frames else ""
     return f"{frame / FPS:.1f} s{decision}\n{reached[-1] if reached else ''}"

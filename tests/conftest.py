@@ -56,7 +56,13 @@ def write_dataset(
         },
     }
     dataset = LeRobotDataset.create(
-        f"local/{root.name}", fps, features, root=root, use_videos=True, rgb_encoder=RGBEncoderConfig(vcodec="h264")
+        f"local/{root.name}",
+        fps,
+        features,
+        root=root,
+        use_videos=True,
+        video_backend="pyav",
+        rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
     random = np.random.default_rng(seed)
     for _ in range(episodes):

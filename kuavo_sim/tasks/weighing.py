@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _BELT_X, _BELT_END = 0.50, -0.19  # m
 _PICK_Y = -0.30
 _SCALE_HALF, _SCALE_TOP = 0.075, TABLE_TOP + 0.03
+_PLAY = 0.008  # m: a parcel lifted by no more still lies on the scale
 _BIN_HALF = 0.085
 _DECISION_PLACE = (0.36, -0.06, 1.03)  # tool point, halfway between the bins
 _COLOURS = (RED, BLUE)
@@ -88,14 +89,14 @@ class Weighing(Task):
         world = self.world
         parcel = world.object_position()
         lifted = world.held and parcel[2] > _SCALE_TOP + self._half + 0.03
-        on_scale = world.touches("scale") and within(parcel, self._scale, _SCALE_HALF)
+        self._on_scale = within(parcel, self._scale, _SCALE_HALF) and parcel[2] < _SCALE_TOP + self._half + _PLAY
         for i, centre in enumerate(self._bins):
             in_bin = not world.held and within(parcel, centre, _BIN_HALF) and parcel[2] < TABLE_TOP + 0.08
             if self.lasts(f"bin{i}", in_bin) and self.choice is None:
                 self.choice = i
         return {
             "picked": lifted,
-            "weighed": self.lasts("weighed", on_scale and not world.held),
+            "weighed": self.lasts("weighed", self._on_scale and not world.held),
             "picked_again": lifted,
             "stored": self.choice is not None and self.choice == self.cue,
         }
@@ -105,8 +106,8 @@ class Weighing(Task):
         return held and near(self.world.tool_position("right"), _DECISION_PLACE, 0.03)
 
     def paint(self) -> None:
-        lit = self.world.touches("scale") and self.cue is not None
-        self.world.paint("lamp", _COLOURS[self.cue] if lit and self.cue is not None else DARK)
+        lit = self._on_scale and self.cue is not None
+        self.world.paint("lamp", _COLOURS[self.cue or 0] if lit else DARK)
         self.world.paint("done", WHITE if self.reached["weighed"] and self.phase_visible else DARK)
 
     def demonstrate(self, script: "Script") -> Iterator["Command"]:

@@ -71,7 +71,9 @@ class DecodedFrames:
         return frames
 
     def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
-        dataset = LeRobotDataset(f"local/{self.task.name}", root=self.task.root, download_videos=False)
+        dataset = LeRobotDataset(
+            f"local/{self.task.name}", root=self.task.root, video_backend=self.video_backend, download_videos=False
+        )
         images = dataset.hf_dataset.with_format(None)[[int(row) for row in rows]][key]
         return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) for image in images])
 

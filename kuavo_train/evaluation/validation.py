@@ -144,7 +144,9 @@ class Validator:
         columns = self.normalization.space.action_columns(task)
         std = self.normalization.array(ACTION, "std")
         errors = {
-            kind: np.array([np.mean([query[kind] for query in queries], axis=0) for queries in by_episode.values()])
+            kind: np.array(
+                [np.mean([query[kind] for query in queries], axis=0, dtype=float) for queries in by_episode.values()]
+            )
             for kind in ("loss", "error", "constant")
         }  # loss [E], error and constant [E, A]
         in_units = errors["error"].mean(axis=0) * std

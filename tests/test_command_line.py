@@ -1,0 +1,126 @@
+"""The commands of the README, as a user types them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Overrides = Callable[..., list[str]]
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def call(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(module, *arguments), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def outputs_of(overrides: list[str]) -> Path:
+    return Path(next(item.split("=", 1)[1] for item in overrides if item.startswith("outputs=")))
+
+
+def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(small_run: Overrides, tmp_path: Path) -> None:
+    overrides = small_run()
+    done = call("kuavo_train.curriculum", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = outputs_of(overrides) / "smoke"
+    stages = ["stage1_moving_grasp", "stage2_weighing", "stage3_placement", "stage4_sorting"]
+    assert [json.loads((run / stage / "stage.json").read_text())["status"] for stage in stages] == ["finished"] * 4
+    matrix = json.loads((run / "report" / "matrix.json").read_text())
+    ends = [json.loads(line) for line in (run / stages[3] / "validation.jsonl").read_text().splitlines()]
+    losses = {record["task"]: record["loss"] for record in ends if record["kind"] == "end"}
+    last_row = matrix["matrices"]["loss"]["rows"][-1]["values"]
+    page = (run / "report" / "report.html").read_text()
+    for task, loss in losses.items():
+        assert last_row[task] == pytest.approx(loss), task
+        assert re.search(rf"\b{loss:.3f}\b", page), task
+    assert "well retained" in done.stdout or "slight degradation" in done.stdout or "significant" in done.stdout
+
+    again = call("kuavo_train.curriculum", *overrides, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("is finished in") == 4
+
+    refused = call("kuavo_train", "task=tasks/task2_weighing", *overrides)
+    assert refused.returncode == 2
+    assert "stage 2 (weighing) is finished" in refused.stderr
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run: Overrides) -> None:
+    overrides = small_run("training.max_steps=400", "training.epochs=400", "training.save_every=1000")
+    process = subprocess.Popen(
+        command("kuavo_train", *overrides), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
+    )
+    metrics = outputs_of(overrides) / "smoke" / "stage1_moving_grasp" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-3000:]
+    assert "continue with resume=true" in stdout
+    assert "Traceback" not in stderr
+    stage = metrics.parent
+    step = json.loads((stage / "stage.json").read_text())["steps"]
+    assert (stage / "checkpoints" / "last").resolve().name == f"{step:06d}"
+    refused = call("kuavo_train", *overrides)
+    assert refused.returncode == 2
+    assert "continue with resume=true" in refused.stderr
+
+
+def test_help_and_cfg_are_useful_to_read() -> None:
+    shown = call("kuavo_train", "--help")
+    assert shown.returncode == 0
+    for word in ("task/tasks: task1_moving_grasp, task2", "profile: embedded, robot, smoke", "strategy: replay, sequential", "replay"):
+        assert word in shown.stdout, word
+    job = call("kuavo_train", "task=tasks/task3_placement", "--cfg", "job", "--resolve")
+    assert job.returncode == 0
+    assert "name: placement" in job.stdout
+    assert "lr: 0.0005" in job.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.lr=-1"], "error: training.lr must be positive, got -1.0"),
+        (["task=tasks/task7_juggling"], "task7_juggling"),
+        (["training.lerning_rate=1"], "lerning_rate"),
+        (["task=tasks/task2_weighing"], "must follow a finished stage 1 (moving_grasp)"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    refused = call("kuavo_train", *arguments, f"outputs={tmp_path / 'outputs'}", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curriculum_refuses_what_holds_for_one_stage_only() -> None:
+    refused = call("kuavo_train.curriculum", "stage.epochs=3")
+    assert refused.returncode == 2
+    assert "must hold for every stage, got stage.epochs=3" in refused.stderr
+
+
+def test_the_readme_shows_the_layout_that_is_there() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    layout = readme.split("## The layout")[1].split("Imports go one way")[0]
+    for name in re.findall(r"\b\w+\.py\b", layout):
+        assert list((REPOSITORY / "kuavo_train").rglob(name)), name
+    for module in (REPOSITORY / "kuavo_train").glob("*.py"):
+        assert module.name == "__init__.py" or module.name in layout, module.name
+    for target in re.findall(r"\$ make ([a-z-]+)", readme):
+        assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), target
+    assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
