@@ -11,14 +11,15 @@ ABSENT = torch.tensor([[False, False, False, False], [False, True, False, True]]
 @with_and_without_memory
 def test_they_carry_no_gradient_and_what_stands_there_does_not_matter(make_policy, make_batch, make_noise, tokens):
     losses = []
-    for value in (0.0, float("nan")):
+    for value in (0.0, 5.0, float("nan")):
         policy, noise = make_policy(num_mem_tokens=tokens), make_noise(2)
         batch = {**make_batch(2), "action_dim_is_pad": ABSENT}
         batch["action"] = batch["action"].masked_fill(ABSENT[:, None], value).requires_grad_()
         noise["noise"].requires_grad_()
         losses.append(policy(batch, **noise, reduction="none")[0])
-    assert torch.equal(*losses)
-    gradients = torch.autograd.grad(losses[1].sum(), [batch["action"], noise["noise"]])
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    gradients = torch.autograd.grad(losses[2].sum(), [batch["action"], noise["noise"]])
     for gradient in gradients:
         touched = gradient[:, :, :ACTION_DIM].abs().sum(1) > 0
         assert torch.equal(touched, ~ABSENT)

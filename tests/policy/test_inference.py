@@ -102,9 +102,8 @@ def test_a_robot_process_can_restart_with_its_memory(make_policy, make_batch, no
     restarted = make_policy()
     restarted.select_action(make_batch(2, seed=9), noise)
     restarted.set_memory(kept)
+    kept.tokens.zero_()  # what was handed over is the policy's own from then on
     assert torch.equal(restarted.select_action(make_batch(2, seed=2), noise), expected)
-    kept.tokens.zero_()
-    assert restarted.get_memory().tokens.any()
 
 
 def test_another_batch_size_is_an_error_in_words(make_policy, make_batch):
