@@ -86,6 +86,18 @@ def test_at_the_decision_point_two_cues_look_the_same(task):
 
 
 @pytest.mark.parametrize("task", WITH_CUE)
+def test_seeds_draw_every_cue_and_demanding_one_changes_nothing_else(task):
+    env = KuavoEnv(task, renderer="none", image_size=8)
+    drawn = [env.reset(seed=seed)[1]["cue"] for seed in range(12)]
+    assert set(drawn) == {0, 1}
+    qpos = env.task.world.data.qpos.copy()
+    for cue in (0, 1):
+        _, info = env.reset(seed=11, options={"cue": cue})
+        assert info["cue"] == cue
+        np.testing.assert_array_equal(env.task.world.data.qpos, qpos)
+
+
+@pytest.mark.parametrize("task", WITH_CUE)
 def test_acting_on_the_wrong_cue_ends_the_episode_without_success(task):
     env = KuavoEnv(task, renderer="none", image_size=8)
     demonstration = demonstrate(env, 5, cue=0, action_noise=0)
