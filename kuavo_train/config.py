@@ -153,6 +153,7 @@ class TrainingConfig:
     freeze_first_stage: list[str] = field(default_factory=list)  # parameter groups held fixed while learning task 1
     freeze: list[str] = field(default_factory=list)  # and in all later stages
     max_steps: int | None = None  # an upper limit, for trials
+    query_jitter: int = 0  # frames by which the queries of a recurrent policy are moved in training
     log_every: int = 20  # steps
     save_every: int = 500  # steps; a checkpoint is also written at every validation
     device: str = "auto"
@@ -162,7 +163,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", "be at least 1", getattr(self, name))
         for name in ("lr", "eps", "grad_clip_norm"):
             require(getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name))
-        for name in ("decay_lr", "weight_decay", "warmup_steps"):
+        for name in ("decay_lr", "weight_decay", "warmup_steps", "query_jitter"):
             require(getattr(self, name) >= 0, f"training.{name}", "not be negative", getattr(self, name))
         require(self.decay_lr <= self.lr, "training.decay_lr", f"not exceed training.lr ({self.lr})", self.decay_lr)
         valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)

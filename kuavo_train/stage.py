@@ -22,8 +22,10 @@ from safetensors.torch import load_model
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import ConfigError, RunConfig, StageConfig
 from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
-from kuavo_train.data.mixture import MixedDataset, SampleOrder
+from kuavo_train.data.lanes import LaneOrder
+from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
+from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import write_matrix
@@ -37,6 +39,7 @@ from kuavo_train.learning.freezing import (
     take_fingerprints,
 )
 from kuavo_train.learning.policy_factory import BuiltPolicy, build_optimizer, build_policy, choose_device
+from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, step_seed
 from kuavo_train.preflight import check_stage
@@ -150,14 +153,9 @@ def open_stage(config: RunConfig, curriculum: Sequence[StageConfig], start: Chec
     )
     freeze(built.policy, frozen)
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision, cpu=device.type == "cpu")
-    order = SampleOrder(
-        seed=config.seed,
-        stage=config.stage.index,
-        tasks=[task for task in tasks if task.name in config.replay],
-        shares=config.replay,
-    )
+    order, recurrence = _order(config, [task for task in tasks if task.name in config.replay], built.policy)
     batches_per_step = config.training.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = order.steps_per_epoch(config.stage.name, config.training.batch_size * batches_per_step)
+    steps_per_epoch = order.steps_per_epoch(config.stage.name, batches_per_step)
     steps = config.training.epochs * steps_per_epoch
     if config.training.max_steps is not None:
         steps = min(steps, config.training.max_steps)
@@ -174,10 +172,25 @@ def open_stage(config: RunConfig, curriculum: Sequence[StageConfig], start: Chec
         normalization=normalization,
         built=built,
         order=order,
+        recurrence=recurrence,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         table=table,
     )
+
+
+def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
+    """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
+    about = {"seed": config.seed, "stage": config.stage.index, "batch_size": config.training.batch_size}
+    depth = getattr(policy.config, "mem_backprop_depth", 0)
+    if depth == 0 or policy.config.num_mem_tokens == 0:
+        return SampleOrder(tasks=tasks, shares=config.replay, **about), NoRecurrence()
+    stride, jitter = policy.config.n_action_steps, config.training.query_jitter
+    try:
+        order = LaneOrder(tasks=tasks, shares=config.replay, depth=depth, stride=stride, jitter=jitter, **about)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return order, CarriedMemory(policy.model.memory.initial(sum(order.streams)), depth=depth)
 
 
 def _open_tasks(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[Task]:
@@ -229,7 +242,8 @@ class Stage:
     frames: list[FrameSource]
     normalization: Normalization
     built: BuiltPolicy
-    order: SampleOrder
+    order: Order
+    recurrence: Recurrence
     steps: int
     steps_per_epoch: int
     table: str
@@ -310,7 +324,9 @@ class Stage:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         print(f"  resumed at step {resumed.step} of {self.steps}", flush=True)
-        return Progress(**state["progress"][self.accelerator.process_index])
+        mine = state["processes"][self.accelerator.process_index]
+        self.recurrence.load_state_dict(mine["memory"])
+        return Progress(**mine["progress"])
 
     def _train(self, progress: Progress) -> None:
         config = self.config
@@ -336,6 +352,7 @@ class Stage:
                 scheduler=self.scheduler,
                 dataset=self._dataset(self.order.tasks),
                 order=self.order,
+                recurrence=self.recurrence,
                 config=config.training,
                 steps=self.steps,
                 steps_per_epoch=self.steps_per_epoch,
@@ -364,7 +381,7 @@ class Stage:
         return float(np.mean([record["loss"] for record in records if record["task"] in (seen or names)]))
 
     def _save(self, progress: Progress) -> None:
-        per_process = gather_object([asdict(progress)])
+        per_process = gather_object([{"progress": asdict(progress), "memory": self.recurrence.state_dict()}])
         if not self.accelerator.is_main_process:
             return
         checkpoints = self.folder.checkpoints
@@ -375,7 +392,7 @@ class Stage:
             training_state={
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
-                "progress": per_process,
+                "processes": per_process,
             },
             about={
                 "run": self.config.run,

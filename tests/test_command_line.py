@@ -81,7 +81,12 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run:
 def test_help_and_cfg_are_useful_to_read() -> None:
     shown = call("kuavo_train", "--help")
     assert shown.returncode == 0
-    for word in ("task/tasks: task1_moving_grasp, task2", "profile: embedded, robot, smoke", "strategy: replay, sequential", "replay"):
+    for word in (
+        "task/tasks: task1_moving_grasp, task2",
+        "profile: embedded, robot, smoke",
+        "strategy: replay, sequential",
+        "replay",
+    ):
         assert word in shown.stdout, word
     job = call("kuavo_train", "task=tasks/task3_placement", "--cfg", "job", "--resolve")
     assert job.returncode == 0

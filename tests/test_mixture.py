@@ -9,8 +9,9 @@ from conftest import TASK_NAMES
 
 from kuavo_train.compose import compose_run
 from kuavo_train.data.cache import DecodedFrames, cached_frames
-from kuavo_train.data.mixture import MixedDataset, Quota, SampleOrder, StepSampler
+from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization
+from kuavo_train.data.order import Draw, Quota, SampleOrder, StepSampler
 from kuavo_train.data.tasks import Task, open_task
 
 STAGE_SHARES = [config.replay for config in compose_run()]
@@ -28,8 +29,11 @@ def normalization(tasks: list[Task]) -> Normalization:
     return fit_normalization(tasks, "joint")
 
 
-def order_of(tasks: list[Task], shares: dict[str, float], *, seed: int = 0, stage: int = 4) -> SampleOrder:
-    return SampleOrder(seed=seed, stage=stage, tasks=[task for task in tasks if task.name in shares], shares=shares)
+def order_of(
+    tasks: list[Task], shares: dict[str, float], *, seed: int = 0, stage: int = 4, batch_size: int = 8
+) -> SampleOrder:
+    chosen = [task for task in tasks if task.name in shares]
+    return SampleOrder(seed=seed, stage=stage, tasks=chosen, shares=shares, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("shares", [*STAGE_SHARES, SKIPPED, {"a": 1 / 3, "b": 2 / 3}, {"a": 0.137, "b": 0.863}])
@@ -80,7 +84,7 @@ def test_an_epoch_passes_once_over_the_current_task_whatever_is_replayed(tasks: 
     for shares in STAGE_SHARES:
         current = list(shares)[-1]
         order = order_of(tasks, shares)
-        steps = order.steps_per_epoch(current, 8)
+        steps = order.steps_per_epoch(current, 1)
         draws = order(0, steps * 8)
         place = [task.name for task in order.tasks].index(current)
         rows = draws[draws[:, 0] == place, 1]
@@ -89,20 +93,20 @@ def test_an_epoch_passes_once_over_the_current_task_whatever_is_replayed(tasks: 
 
 
 def test_several_processes_share_the_order_of_one(tasks: list[Task]) -> None:
-    order = order_of(tasks, STAGE_SHARES[1])
-    alone = StepSampler(order, start=3, stop=6, batch_size=8)
-    pair = [StepSampler(order, start=3, stop=6, batch_size=4, process=rank, processes=2) for rank in range(2)]
+    alone = StepSampler(order_of(tasks, STAGE_SHARES[1]), start=3, stop=6)
+    halves = order_of(tasks, STAGE_SHARES[1], batch_size=4)
+    pair = [StepSampler(halves, start=3, stop=6, process=rank, processes=2) for rank in range(2)]
     together = [first + second for first, second in zip(*pair, strict=True)]
     assert together == list(alone)
 
 
 def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], normalization: Normalization) -> None:
-    order = order_of(tasks, STAGE_SHARES[3])
+    order = order_of(tasks, STAGE_SHARES[3], batch_size=4)
     frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in order.tasks]
     dataset = MixedDataset(order.tasks, frames, normalization, chunk_size=4)
     batches = []
     for workers in (0, 2):
-        sampler = StepSampler(order, start=0, stop=3, batch_size=4)
+        sampler = StepSampler(order, start=0, stop=3)
         batches.append(list(dataset.loader(sampler, num_workers=workers, pin_memory=False)))
     for alone, parallel in zip(*batches, strict=True):
         assert torch.equal(alone["frame_index"], parallel["frame_index"])
@@ -125,7 +129,7 @@ def test_a_batch_holds_what_the_dataset_holds(tasks: list[Task], normalization: 
     frames = [DecodedFrames(each, image_size=None, video_backend="pyav") for each in tasks]
     dataset = MixedDataset(tasks, frames, normalization, chunk_size=6)
     rows = [0, 5, 12, 13, 30]
-    batch = dataset.__getitems__([(3, row) for row in rows])
+    batch = dataset.__getitems__([Draw(3, row) for row in rows])
     for place, row in enumerate(rows):
         item = reference[row]
         assert torch.allclose(batch["observation.state"][place], item["observation.state"])
@@ -164,7 +168,7 @@ def test_an_interrupted_frame_cache_leaves_nothing_behind(tasks: list[Task], tmp
 def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], normalization: Normalization) -> None:
     frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in tasks]
     dataset = MixedDataset(tasks, frames, normalization, chunk_size=4)
-    batch = dataset.__getitems__([(0, 3), (3, 3)])
+    batch = dataset.__getitems__([Draw(0, 3), Draw(3, 3)])
     assert batch["action"].shape == (2, 4, 20)
     assert batch["action_dim_is_pad"].tolist() == [[False] * 16 + [True] * 4, [False] * 20]
     names = normalization.space.action_names

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.order import Draw
 from kuavo_train.data.tasks import Task
 
 Lane = list[int]  # rows of one episode, in order
@@ -129,7 +130,7 @@ class Validator:
                 rows = [lane[query] for lane in group if query < len(lane)]  # lanes are sorted by length
                 if held[0] is not None:
                     held[0] = held[0].select(torch.arange(len(rows)))
-                batch = self.dataset.__getitems__([(place, row) for row in rows])
+                batch = self.dataset.__getitems__([Draw(place, row, begins=query == 0) for row in rows])
                 yield batch, held[0], lambda memory, held=held: held.__setitem__(0, memory)  # type: ignore[misc]
 
     def _constant_prediction(self, task: Task) -> torch.Tensor:

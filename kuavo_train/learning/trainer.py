@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from kuavo_train.config import TrainingConfig
-from kuavo_train.data.mixture import Batch, MixedDataset, SampleOrder, StepSampler, preprocess
+from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
+from kuavo_train.data.order import Order, StepSampler
+from kuavo_train.learning.recurrence import Recurrence
 
 
 class TrainingDiverged(RuntimeError):
@@ -73,7 +75,8 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     dataset: MixedDataset
-    order: SampleOrder
+    order: Order
+    recurrence: Recurrence
     config: TrainingConfig
     steps: int
     steps_per_epoch: int
@@ -113,6 +116,7 @@ class Trainer:
                     self._report(progress, window, bar)
                     window = MetricsWindow()
                 self._validate_and_save(progress)
+                window.go_on()
                 signal_number = self.stop_signal()
                 if signal_number is not None:
                     self.save(progress)
@@ -125,7 +129,6 @@ class Trainer:
             self.order,
             start=start,
             stop=self.steps,
-            batch_size=self.config.batch_size,
             batches_per_step=per_step,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
@@ -143,7 +146,8 @@ class Trainer:
             prepared = preprocess(batch, self.preprocessor)
             last = number == len(batches) - 1
             with self.accelerator.autocast(), _sync(self.accelerator, self.policy, enabled=last):
-                loss, _ = self.policy(prepared)
+                loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
+                self.recurrence.after(batch, outputs)
                 window.mark("forward")
                 self.accelerator.backward(loss / len(batches))
                 window.mark("backward")
@@ -216,6 +220,10 @@ class MetricsWindow:
         """The batch has arrived: the time since the last step went into waiting for it."""
         self.parts["wait"] = self.parts.get("wait", 0.0) + time.perf_counter() - self.marked
         self.marked = time.perf_counter()
+
+    def go_on(self) -> None:
+        """What came between two steps, such as a validation, is not their time."""
+        self.began = self.marked = time.perf_counter()
 
     def mark(self, part: str) -> None:
         now = time.perf_counter()

@@ -1,0 +1,169 @@
+"""Which frames, from which task, in which order.
+
+The order of samples is a pure function of (seed, stage, position): no global random state, no dependence on
+workers. A task's share is a quota: after any n samples |n_task − w_task·n| < 1. Inside a task, frames come
+without replacement, pass by pass.
+"""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from kuavo_train.data.tasks import Task
+
+
+class Quota:
+    """Deals positions 0, 1, 2, … to tasks so that each one's count never strays a whole sample from its share.
+
+    A single-processor Pfair schedule: the j-th sample of a task with share w may come from position ⌊(j−1)/w⌋
+    on and must come before ⌈j/w⌉; of those that may come, the one due first does (Baruah, Cohen, Plaxton and
+    Varvel 1996; earliest due first suffices on one processor). Shares are rational, so the schedule repeats.
+    """
+
+    def __init__(self, shares: Sequence[float]):
+        self.shares = _exact(shares)
+        period = math.lcm(*(share.denominator for share in self.shares))
+        counts = [0] * len(self.shares)
+        pattern, ranks = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+        for position in range(period):
+            due = [
+                (math.ceil((count + 1) / share), task)
+                for task, (share, count) in enumerate(zip(self.shares, counts, strict=True))
+                if share > 0 and math.floor(count / share) <= position
+            ]
+            task = min(due)[1]
+            pattern[position], ranks[position] = task, counts[task]
+            counts[task] += 1
+        self.pattern, self.ranks, self.counts = pattern, ranks, np.array(counts)
+
+    def deal(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Task of each position, and how many samples of that task came before it."""
+        period, place = np.divmod(positions, len(self.pattern))
+        tasks = self.pattern[place]
+        return tasks, period * self.counts[tasks] + self.ranks[place]
+
+
+def _exact(shares: Sequence[float]) -> list[Fraction]:
+    """Shares as fractions of sum 1; what rounding leaves over goes to the largest."""
+    exact = [Fraction(str(share)).limit_denominator(10_000) for share in shares]
+    exact[exact.index(max(exact))] += 1 - sum(exact)
+    return exact
+
+
+class Draw(NamedTuple):
+    """One sample: a row of a task and, where memory recurs, the stream it belongs to.
+
+    `begins` is True where the memory starts anew before the sample.
+    """
+
+    task: int  # place in the order's tasks
+    row: int
+    stream: int = 0
+    begins: bool = True
+
+
+class Order(ABC):
+    """Which samples make up a batch. `tasks` are those with a share, the current one among them."""
+
+    def __init__(self, *, seed: int, stage: int, tasks: Sequence[Task], shares: Mapping[str, float], batch_size: int):
+        self.seed, self.stage, self.tasks, self.batch_size = seed, stage, list(tasks), batch_size
+        self.quota = Quota([shares[task.name] for task in self.tasks])
+
+    @abstractmethod
+    def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
+        """The samples of a process's batch, `number` counting from the stage's beginning."""
+
+    def steps_per_epoch(self, current: str, batches_per_step: int) -> int:
+        """Steps in which the current task's training frames come once; replayed frames are on top."""
+        place = [task.name for task in self.tasks].index(current)
+        frames = len(self.tasks[place].train_rows) / self.quota.shares[place]
+        return math.ceil(frames / (self.batch_size * batches_per_step))
+
+    def tolerance(self, processes: int) -> int:
+        """How many samples a task's count stays below being off its share."""
+        return 1
+
+    def audit(
+        self, frames_drawn: Sequence[Mapping[int, int]], episodes_drawn: Sequence[Mapping[int, Sequence[int]]]
+    ) -> dict[str, Any]:
+        """Declared against really drawn: what replay_audit.json holds.
+
+        Args:
+            frames_drawn: per process, place in `tasks` → number of samples.
+            episodes_drawn: per process, place in `tasks` → the episodes they came from.
+
+        Raises:
+            RuntimeError: a share is off by more than the order allows, or a held-out episode was drawn.
+        """
+        frames = [sum(drawn.get(place, 0) for drawn in frames_drawn) for place in range(len(self.tasks))]
+        total = sum(frames)
+        for place, (task, share) in enumerate(zip(self.tasks, self.quota.shares, strict=True)):
+            if abs(frames[place] - share * total) >= self.tolerance(len(frames_drawn)):
+                raise RuntimeError(
+                    f"replay share of {task.name} must be {float(share)}, drawn {frames[place]} of {total} samples"
+                )
+            episodes = {episode for drawn in episodes_drawn for episode in drawn.get(place, [])}
+            held_out = episodes & set(task.held_out_episodes)
+            if held_out:
+                raise RuntimeError(f"held-out episodes of {task.name} must never be drawn, got {sorted(held_out)}")
+        names = [task.name for task in self.tasks]
+        return {
+            "declared": {name: float(share) for name, share in zip(names, self.quota.shares, strict=True)},
+            "drawn": {
+                name: {"frames": count, "share": count / total} for name, count in zip(names, frames, strict=True)
+            },
+            "total_frames": total,
+            "held_out_frames_drawn": 0,
+        }
+
+
+class SampleOrder(Order):
+    """Every sample on its own; the batches of all processes together are one sequence."""
+
+    def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
+        first = (number * processes + process) * self.batch_size
+        return [Draw(int(task), int(row)) for task, row in self(first, first + self.batch_size)]
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """[stop − start, 2] (place in `tasks`, row) of the samples from `start` up to `stop`."""
+        tasks, ranks = self.quota.deal(np.arange(start, stop))
+        rows = np.empty_like(ranks)
+        for place, task in enumerate(self.tasks):
+            mine = tasks == place
+            passes, offsets = np.divmod(ranks[mine], len(task.train_rows))
+            drawn = np.empty_like(offsets)
+            for number in np.unique(passes):
+                drawn[passes == number] = self._shuffled(place, int(number))[offsets[passes == number]]
+            rows[mine] = drawn
+        return np.stack([tasks, rows], axis=1)
+
+    @lru_cache(maxsize=16)  # noqa: B019 - lives as long as its stage
+    def _shuffled(self, place: int, number: int) -> np.ndarray:
+        """The task's training rows in the order of its `number`-th pass."""
+        task = self.tasks[place]
+        sequence = np.random.SeedSequence([self.seed, self.stage, zlib.crc32(task.name.encode()), number])
+        return np.random.Generator(np.random.PCG64(sequence)).permutation(task.train_rows)
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """Batches of this process from step `start` to `stop`."""
+
+    def __init__(
+        self, order: Order, *, start: int, stop: int, batches_per_step: int = 1, process: int = 0, processes: int = 1
+    ):
+        self.order, self.start, self.stop, self.batches_per_step = order, start, stop, batches_per_step
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.batches_per_step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for number in range(self.start * self.batches_per_step, self.stop * self.batches_per_step):
+            yield self.order.batch(number, process=self.process, processes=self.processes)

@@ -1,0 +1,148 @@
+"""Clips of consecutive queries: walks as the robot makes them, shares to the clip, memory never across episodes."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kuavo_train.data.lanes import LaneOrder
+from kuavo_train.data.order import Draw
+from kuavo_train.learning.recurrence import CarriedMemory
+from lerobot_policy_smolvla_memory.memory import RecurrentMemory
+
+STRIDE = 4
+
+
+class Episodes(SimpleNamespace):
+    """What an order needs of a task: names, training episodes and their rows."""
+
+    def rows_of(self, episodes: Sequence[int]) -> np.ndarray:
+        return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
+
+
+def task(name: str, lengths: Sequence[int], held_out: int = 1) -> Episodes:
+    ends = np.cumsum(lengths)
+    bounds = np.stack([ends - lengths, ends], axis=1)
+    made = Episodes(name=name, bounds=bounds, episode=np.repeat(np.arange(len(lengths)), lengths))
+    made.train_episodes = tuple(range(len(lengths) - held_out))
+    made.held_out_episodes = tuple(range(len(lengths) - held_out, len(lengths)))
+    made.train_rows = made.rows_of(made.train_episodes)
+    return made
+
+
+TASKS = [task("a", [13, 9, 22, 17, 11]), task("b", [30, 8, 12]), task("c", [10, 14, 9, 21])]
+SHARES = {"a": 0.1, "b": 0.2, "c": 0.7}
+
+
+def lanes(**changes) -> LaneOrder:
+    settings = {"seed": 0, "stage": 3, "tasks": TASKS, "shares": SHARES, "batch_size": 24, "depth": 3, "stride": STRIDE}
+    return LaneOrder(**{**settings, **changes})
+
+
+def clips(batch: list[Draw], depth: int = 3) -> list[list[Draw]]:
+    return [batch[first : first + depth] for first in range(0, len(batch), depth)]
+
+
+def test_a_stream_walks_one_episode_after_another_at_the_query_stride() -> None:
+    order = lanes()
+    streams: dict[int, list[Draw]] = {}
+    for number in range(60):
+        for clip in clips(order.batch(number)):
+            assert len({draw.stream for draw in clip}) == 1
+            streams.setdefault(clip[0].stream, []).extend(clip)
+    for draws in streams.values():
+        assert draws[0].begins
+        for before, after in pairwise(draws):
+            episodes = [TASKS[draw.task].episode[draw.row] for draw in (before, after)]
+            if not after.begins:
+                assert after.task == before.task
+                assert episodes[0] == episodes[1]
+                assert after.row == before.row + STRIDE
+            else:
+                first = TASKS[after.task].bounds[episodes[1], 0]
+                assert after.row - first < STRIDE
+                assert before.row + STRIDE >= TASKS[before.task].bounds[episodes[0], 1]
+
+
+def test_shares_hold_to_the_clip_at_every_moment() -> None:
+    order = lanes()
+    drawn = np.array([draw.task for number in range(50) for draw in order.batch(number)])
+    n = np.arange(1, len(drawn) + 1)
+    for place, share in enumerate(SHARES.values()):
+        assert np.all(np.abs(np.cumsum(drawn == place) - share * n) < 2 * order.depth)
+        at_batches = np.cumsum(drawn == place)[order.batch_size - 1 :: order.batch_size]
+        assert np.all(np.abs(at_batches - share * n[order.batch_size - 1 :: order.batch_size]) < order.depth)
+
+
+def test_no_stream_is_asked_twice_in_a_batch() -> None:
+    order = lanes()
+    for number in range(40):
+        streams = [clip[0].stream for clip in clips(order.batch(number))]
+        assert len(set(streams)) == len(streams)
+
+
+def test_every_frame_comes_once_in_as_many_passes_as_the_stride() -> None:
+    order = lanes()
+    walks = order.walks(0, process=0)
+    rows: list[int] = []
+    while len(rows) < len(TASKS[0].train_rows):
+        rows += next(walks)
+    assert sorted(rows) == list(TASKS[0].train_rows)
+
+
+def test_held_out_episodes_are_never_walked() -> None:
+    order = lanes()
+    for number in range(80):
+        for draw in order.batch(number):
+            assert TASKS[draw.task].episode[draw.row] not in TASKS[draw.task].held_out_episodes
+
+
+def test_the_order_is_a_function_of_seed_stage_process_and_batch() -> None:
+    whole = [lanes().batch(number) for number in range(12)]
+    order = lanes()
+    assert order.batch(9) == whole[9]  # as after a resume
+    assert order.batch(3) == whole[3]  # and back
+    assert lanes(seed=1).batch(5) != whole[5]
+    assert lanes(stage=4).batch(5) != whole[5]
+    assert lanes().batch(5, process=1, processes=2) != whole[5]
+
+
+def test_jitter_moves_queries_within_their_episode() -> None:
+    steady, moved = (lanes(jitter=jitter) for jitter in (0, 1))
+    difference = [
+        b.row - a.row for number in range(20) for a, b in zip(steady.batch(number), moved.batch(number), strict=True)
+    ]
+    assert set(difference) == {-1, 0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 5}, "training.batch_size must be a multiple of policy.mem_backprop_depth=5, got 24"),
+        ({"jitter": 2}, r"training.query_jitter must be in \[0, policy.n_action_steps / 2 = 2.0\), got 2"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lanes(**changes)
+
+
+def test_a_stream_gets_back_the_memory_it_left_and_no_other() -> None:
+    import torch
+
+    memory = RecurrentMemory(2, 8)
+    carried = CarriedMemory(memory.initial(5), depth=2)
+    batch = {"stream": torch.tensor([3, 3, 1, 1])}
+    given = carried.before(batch)
+    assert given["queries"] == 2
+    written = given["memory"].__class__(torch.stack([torch.full((2, 8), 3.0), torch.full((2, 8), 1.0)]))
+    untouched = carried.states.tokens[[0, 2, 4]].clone()
+    carried.after(batch, {"memory": written})
+    assert torch.equal(carried.states.tokens[3], torch.full((2, 8), 3.0))
+    assert torch.equal(carried.before({"stream": torch.tensor([1, 1])})["memory"].tokens[0], torch.full((2, 8), 1.0))
+    assert torch.equal(carried.states.tokens[[0, 2, 4]], untouched)
+    restored = CarriedMemory(memory.initial(5), depth=2)
+    restored.load_state_dict(carried.state_dict())
+    assert torch.equal(restored.states.tokens, carried.states.tokens)
