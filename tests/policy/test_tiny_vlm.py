@@ -26,7 +26,7 @@ def test_equal_settings_write_equal_bytes_and_another_seed_does_not(tmp_path):
     assert contents(make_tiny_vlm(tmp_path / "b", corpus=[SENTENCE], **SMALL)) == first
     other = contents(make_tiny_vlm(tmp_path / "c", corpus=[SENTENCE], seed=1, **SMALL))
     assert other["model.safetensors"] != first["model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing half-written stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
 def test_the_folder_is_reused_when_it_fits_and_written_anew_when_not(tmp_path):
@@ -39,10 +39,13 @@ def test_the_folder_is_reused_when_it_fits_and_written_anew_when_not(tmp_path):
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
+    thesis = tmp_path / "mine" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
     with pytest.raises(ValueError, match="holds something that is not a tiny VLM"):
-        make_tiny_vlm(tmp_path, **SMALL)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+        make_tiny_vlm(thesis.parent, **SMALL)
+    assert thesis.read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
 def test_the_global_random_state_is_left_as_it_was(tmp_path):
