@@ -170,9 +170,9 @@ class TrainingConfig:
         require(valid_betas, "training.betas", "be two numbers in [0, 1)", self.betas)
         one_of("training.mixed_precision", self.mixed_precision, ("no", "bf16"))
         require(
-            bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)),
+            self.device in ("auto", "cpu", "cuda", "mps"),
             "training.device",
-            "be auto, cpu, cuda, cuda:N or mps",
+            "be auto, cpu, cuda or mps (which GPU: CUDA_VISIBLE_DEVICES)",
             self.device,
         )
         if self.max_steps is not None:

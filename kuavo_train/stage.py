@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from safetensors.torch import load_model
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
@@ -53,10 +53,17 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
         ConfigError: before training; nothing is written that a later run would stumble over.
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
     """
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        cpu=choose_device(config.training.device).type == "cpu",
+        # Parameters that one batch does not reach (the write path at depth 1) must not stall several processes.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     folder = stage_folder(config)
-    start = _starting_point(config, curriculum, folder)
-    record_missing_data(config, curriculum)
-    stage = open_stage(config, curriculum, start)
+    with accelerator.main_process_first():  # what the first process records and caches, the others find
+        start = _starting_point(config, curriculum, folder)
+        record_missing_data(config, curriculum)
+        stage = open_stage(config, curriculum, start, accelerator)
     resumed = start if start is not None and start.folder.is_relative_to(folder.path.resolve()) else None
     return stage.run(resumed)
 
@@ -123,7 +130,9 @@ def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:
     return checkpoint
 
 
-def open_stage(config: RunConfig, curriculum: Sequence[StageConfig], start: Checkpoint | None) -> "Stage":
+def open_stage(
+    config: RunConfig, curriculum: Sequence[StageConfig], start: Checkpoint | None, accelerator: Accelerator
+) -> "Stage":
     """Open data, build the policy from `start`, freeze, and let preflight look at all of it.
 
     Raises:
@@ -140,7 +149,6 @@ def open_stage(config: RunConfig, curriculum: Sequence[StageConfig], start: Chec
     ]
     is_first = curriculum[0].name == config.stage.name
     frozen = config.training.freeze_first_stage if is_first else config.training.freeze
-    device = choose_device(config.training.device)
     torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
     built = build_policy(
         config,
@@ -149,10 +157,9 @@ def open_stage(config: RunConfig, curriculum: Sequence[StageConfig], start: Chec
         instructions=[task.instruction for task in tasks],
         freeze=frozen,
         checkpoint=start.pretrained_model if start else None,
-        device=device,
+        device=accelerator.device,
     )
     freeze(built.policy, frozen)
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision, cpu=device.type == "cpu")
     order, recurrence = _order(config, [task for task in tasks if task.name in config.replay], built.policy)
     batches_per_step = config.training.gradient_accumulation_steps * accelerator.num_processes
     steps_per_epoch = order.steps_per_epoch(config.stage.name, batches_per_step)
@@ -254,7 +261,7 @@ class Stage:
         self._open_folder(resumed)
         before = self._fingerprints_before(resumed)
         where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
-        print(f"\n{where}\n{self.table}\n{parameter_table(before)}", flush=True)
+        self.accelerator.print(f"\n{where}\n{self.table}\n{parameter_table(before)}", flush=True)
         parameters = self.built.policy.parameters()
         optimizer, self.scheduler = build_optimizer(parameters, config.training, steps=self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.built.policy, optimizer)
@@ -273,15 +280,15 @@ class Stage:
         try:
             self._train(progress)
         except Interrupted as interrupted:
-            self.folder.tell(status="interrupted", steps=interrupted.step)
-            print(
+            self._tell(status="interrupted", steps=interrupted.step)
+            self.accelerator.print(
                 f"interrupted: the checkpoint of step {interrupted.step} is in {self.folder.path / 'checkpoints'}; "
                 "continue with resume=true",
                 flush=True,
             )
             return 128 + interrupted.signal_number
         except TrainingDiverged:
-            self.folder.tell(status="failed")
+            self._tell(status="failed")
             raise
         self._conclude(progress, before)
         return 0
@@ -296,9 +303,15 @@ class Stage:
         frames = [self.frames[self.tasks.index(task)] for task in tasks]
         return MixedDataset(tasks, frames, self.normalization, chunk_size=self.built.policy.config.chunk_size)
 
+    def _tell(self, **values: Any) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.tell(**values)
+
     def _open_folder(self, resumed: Checkpoint | None) -> None:
         """Create the stage's files; forget what lies beyond the checkpoint the stage resumes from."""
         config, folder = self.config, self.folder
+        if not self.accelerator.is_main_process:
+            return
         write_run_facts(config, self.tasks, self.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for lines in (folder.metrics, folder.validations):
@@ -313,7 +326,8 @@ class Stage:
         path = self.folder.path / "parameters.json"
         groups = take_fingerprints(self.built.policy)
         if resumed is None:
-            write_json(path, {"groups": [asdict(group) for group in groups]})
+            if self.accelerator.is_main_process:
+                write_json(path, {"groups": [asdict(group) for group in groups]})
             return groups
         return [ParameterGroup(**row) for row in json.loads(path.read_text())["groups"]]
 
@@ -323,7 +337,7 @@ class Stage:
         state = resumed.training_state()
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        print(f"  resumed at step {resumed.step} of {self.steps}", flush=True)
+        self.accelerator.print(f"  resumed at step {resumed.step} of {self.steps}", flush=True)
         mine = state["processes"][self.accelerator.process_index]
         self.recurrence.load_state_dict(mine["memory"])
         return Progress(**mine["progress"])
@@ -331,7 +345,7 @@ class Stage:
     def _train(self, progress: Progress) -> None:
         config = self.config
         tracker = make_tracker(
-            config.tracking,
+            config.tracking if self.accelerator.is_main_process else "off",
             run=config.run,
             stage=config.stage.folder_name,
             folder=self.folder.path,
@@ -361,13 +375,20 @@ class Stage:
                 log=log,
                 validate=lambda step, epoch: self._validate("epoch", step=step, epoch=epoch, names=self._seen),
                 save=self._save,
-                stop_signal=lambda: received[0] if received else None,
+                stop_signal=lambda: self._agreed(received),
                 description=config.stage.folder_name,
             )
             try:
                 trainer.run(progress)
             finally:
                 tracker.finish()
+
+    def _agreed(self, received: Sequence[int]) -> int | None:
+        """The signal any process has received: all stop after the same step."""
+        number = received[0] if received else 0
+        if self.accelerator.num_processes > 1:
+            number = max(gather_object([number]))
+        return number or None
 
     def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> float:
         """Append a record per task to validation.jsonl; returns the mean loss over the tasks seen."""
@@ -408,6 +429,7 @@ class Stage:
     def _conclude(self, progress: Progress, before: Sequence[ParameterGroup]) -> None:
         """The stage's result is its best checkpoint: validate it on all tasks, audit, record."""
         config, folder = self.config, self.folder
+        self.accelerator.wait_for_everyone()
         best = folder.checkpoints.at("best")
         policy = self.accelerator.unwrap_model(self.policy)
         if best.step != progress.step:

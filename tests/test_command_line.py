@@ -129,3 +129,16 @@ def test_the_readme_shows_the_layout_that_is_there() -> None:
     for target in re.findall(r"\$ make ([a-z-]+)", readme):
         assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), target
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_policy_and_share_the_quota(small_run: Overrides, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*launch, "kuavo_train", *small_run()], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    stage = outputs_of(small_run()) / "smoke" / "stage1_moving_grasp"
+    audit = json.loads((stage / "replay_audit.json").read_text())
+    assert audit["total_frames"] == 4 * 4 * 2
+    assert json.loads((stage / "stage.json").read_text())["status"] == "finished"

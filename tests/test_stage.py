@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from kuavo_train import stage as stage_module
@@ -84,6 +85,7 @@ def test_each_stage_starts_from_the_one_before(four_stages: list[RunConfig]) -> 
             config,
             [each.stage for each in four_stages],
             stage_folder(four_stages[config.stage.index - 2]).checkpoints.at("best"),
+            Accelerator(cpu=True),
         )
         began = {name: value for name, value in stage.built.policy.state_dict().items() if "memory" in name}
         before = weights(stage_folder(four_stages[config.stage.index - 2]), "best")

@@ -68,7 +68,7 @@ def build_policy(
     policy_class = _policy_class(kind)
     lerobot_config = _lerobot_config(
         policy_class.config_class,
-        {**fields_given, **_freezing_flags(policy_class.config_class, freeze), "device": str(device)},
+        {**fields_given, **_freezing_flags(policy_class.config_class, freeze), "device": device.type},
         normalization=normalization,
         image_shapes=image_shapes,
     )
@@ -175,6 +175,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name.split(":")[0]]:
+    if not available[name]:
         raise ConfigError(f"training.device must be available, got {name}; use training.device=cpu, or auto")
     return torch.device(name)
