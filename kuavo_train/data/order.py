@@ -120,6 +120,7 @@ class Order(ABC):
                 name: {"frames": count, "share": count / total} for name, count in zip(names, frames, strict=True)
             },
             "total_frames": total,
+            "dealt_together": self.tolerance(len(frames_drawn)),
             "held_out_frames_drawn": 0,
         }
 

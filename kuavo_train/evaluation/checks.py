@@ -66,8 +66,11 @@ def _same_episodes(run: StoredRun) -> Outcome:
 
 
 def _shares_as_declared(run: StoredRun) -> Outcome:
-    """|frames − declared × total| < 1 for every task: a share is a quota, not a dice roll."""
-    worst, where = 0.0, ""
+    """|frames − declared × total| < 1 for every task: a share is a quota, not a dice roll.
+
+    Where memory recurs, frames are dealt in clips, and the count is exact to the clip: `dealt_together` frames.
+    """
+    worst, most, where, allowed = 0.0, 0.0, "", 1
     audits = [stage for stage in run.stages if stage.replay]
     for stage in audits:
         replay = stage.replay or {}
@@ -75,11 +78,14 @@ def _shares_as_declared(run: StoredRun) -> Outcome:
         for task in sorted({*declared, *drawn}):
             frames = (drawn.get(task) or {}).get("frames", 0)
             difference = abs(frames - declared.get(task, 0.0) * (replay.get("total_frames") or 0))
-            if difference > worst:
-                worst, where = difference, f" ({task} in stage {stage.index})"
+            together = replay.get("dealt_together") or 1
+            if difference / together > most:
+                most, worst, allowed = difference / together, difference, together
+                where = f" ({task} in stage {stage.index})"
     if not audits:
         return None, "no stage wrote replay_audit.json"
-    return worst < 1, f"largest difference {worst:.2f} frames{where}; less than 1 is exact"
+    rule = "less than 1 is exact" if allowed == 1 else f"frames are dealt in clips, less than {allowed} is exact"
+    return most < 1, f"largest difference {worst:.2f} frames{where}; {rule}"
 
 
 def _frozen_unchanged(run: StoredRun) -> Outcome:

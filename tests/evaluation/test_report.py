@@ -250,6 +250,19 @@ def test_a_broken_promise_stands_at_the_top_of_the_report_and_in_the_terminal(ru
     assert f"FAILED: {name}" in summary_table(run)
 
 
+@pytest.mark.parametrize(("off_by", "passes"), [(3, True), (4, False)])
+def test_shares_dealt_in_clips_are_exact_to_the_clip(run, off_by, passes):
+    def in_clips(record):
+        task = record["drawn"]["moving_grasp"]
+        exact = record["declared"]["moving_grasp"] * record["total_frames"]
+        task["frames"] = exact + off_by
+        record["dealt_together"] = 4
+
+    edit(run / "stage2_weighing/replay_audit.json", in_clips)
+    checks = {check["name"]: check["passed"] for check in write_matrix(run, limits=QUICK)["checks"]}
+    assert checks["Replay shares drawn are those declared"] is passes
+
+
 BAD_FOLDERS = {
     "no folder": (lambda run: shutil.rmtree(run), "does not exist: give the folder of a run"),
     "no run.json": (lambda run: (run / "run.json").unlink(), "has no run.json, so it is not a run"),
