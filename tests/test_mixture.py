@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TASK_NAMES
+from small_datasets import TASK_NAMES
 
 from kuavo_train.compose import compose_run
 from kuavo_train.data.cache import DecodedFrames, cached_frames

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ARM_NAMES, write_dataset
+from small_datasets import ARM_NAMES, write_dataset
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
