@@ -115,8 +115,8 @@ def test_a_linear_probe_reads_what_is_linear_and_nothing_else() -> None:
     random = np.random.default_rng(0)
     labels = np.arange(60) % 3
     noise = random.normal(size=(120, 40))
-    features = noise[:60] + 3 * np.eye(3, 40)[labels]
-    held_out = noise[60:] + 3 * np.eye(3, 40)[labels]
+    features = noise[:60] + 5 * np.eye(3, 40)[labels]
+    held_out = noise[60:] + 5 * np.eye(3, 40)[labels]
     assert (linear_probe(features, labels, held_out) == labels).mean() > 0.9
     assert (linear_probe(noise[:60], labels, noise[60:]) == labels).mean() < 0.6
 
@@ -130,7 +130,7 @@ def test_a_run_is_recorded_and_its_seeds_are_pooled(folder: Path) -> None:
     shown = table(records).splitlines()
     assert len(shown) == 3
     assert "K=3 end gated M=2" in shown[2]
-    assert shown[2].count("n=32") == 6
+    assert shown[2].count(" n=32") == 6
 
 
 def test_arguments_multiply_and_bad_ones_are_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

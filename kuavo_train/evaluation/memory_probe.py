@@ -1,0 +1,260 @@
+"""What the memory does: walks along episodes, and the same question again with another memory in its place.
+
+A *walk* queries the policy as the robot does, every `n_action_steps` frames from an episode's first, and keeps the
+memory before each query. A question is then one query of such a walk. Whatever might have happened to the memory
+until then is a matter of which state is handed to that query:
+
+    on        the one of the walk
+    reset     the initial one: as if the memory were reset at every query
+    frozen    the one after the last query that could see the cue: as if nothing were written since
+    swapped   the one of another episode, the donor, before its own question
+
+The observation, the noise and the weights are the same each time, so a difference comes from the memory alone.
+
+Letters: E episodes, Q queries, M memory tokens, H hidden size, C chunk length, A action dimensions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
+
+from kuavo_train.data.mixture import MixedDataset, preprocess
+from kuavo_train.data.order import Draw
+
+QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
+INTERVENTIONS = ("on", "reset", "frozen", "swapped")
+PROBE_RIDGE = 1.0  # per sample, on features of unit variance
+Draws = Sequence[Draw]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The memory along E episodes that were walked side by side.
+
+    Attributes:
+        episodes: the queries of each, in order.
+        states: the memory of all E before query 0, 1, …, and after the last; an episode that has ended keeps its
+            own. None where the policy has no memory.
+    """
+
+    episodes: Sequence[Draws]
+    states: Sequence[Any] | None
+
+    def before(self, queries: Sequence[int]) -> Any:
+        """The memory [E] of each episode before its query `queries[e]` (after its last: the number of queries)."""
+        if self.states is None:
+            return None
+        state = self.states[0].clone()
+        for episode, query in enumerate(queries):
+            state = state.put([episode], self.states[query].select([episode]))
+        return state
+
+    def tokens(self, episode: int) -> np.ndarray:
+        """[Q + 1, M, H] the memory tokens of an episode before each query, and after the last."""
+        assert self.states is not None
+        queries = range(len(self.episodes[episode]) + 1)
+        return np.stack([self.states[query].tokens[episode].float().cpu().numpy() for query in queries])
+
+
+@dataclass(frozen=True)
+class MemoryProbe:
+    """A policy with the data to walk it along."""
+
+    policy: Any
+    dataset: MixedDataset
+    preprocessor: Any
+
+    @property
+    def has_memory(self) -> bool:
+        return getattr(self.policy.config, "num_mem_tokens", 0) > 0
+
+    def queries_of(self, place: int, episode: int) -> Draws:
+        """The queries of an episode of the task at `place`, as on the robot."""
+        rows = self.dataset.tasks[place].rows_of([episode])[:: self.policy.config.n_action_steps]
+        return [Draw(place, int(row), begins=number == 0) for number, row in enumerate(rows)]
+
+    @torch.no_grad()
+    def walk(self, episodes: Sequence[Draws]) -> Walk:
+        """The memory along the episodes. Nothing is denoised: the memory depends on observations only."""
+        if not self.has_memory:
+            return Walk(episodes, None)
+        self.policy.eval()
+        state = self.policy.model.memory.initial(len(episodes)).clone()
+        states = [state]
+        with torch.random.fork_rng(devices=_cuda_devices(self.policy)):
+            for query in range(max(map(len, episodes))):
+                batch = self._prepared([draws[min(query, len(draws) - 1)] for draws in episodes])
+                ended = [query >= len(draws) for draws in episodes]
+                batch[QUERY_IS_PAD] = torch.tensor(ended, device=state.device)
+                batch["observation.memory_reset"] &= ~batch[QUERY_IS_PAD]
+                _, outputs = self.policy.forward(batch, reduction="none", memory=state)
+                state = outputs["memory"]
+                states.append(state)
+        return Walk(episodes, states)
+
+    @torch.no_grad()
+    def ask(self, draws: Draws, memory: Any, noise: torch.Tensor) -> np.ndarray:
+        """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it."""
+        self.policy.eval()
+        batch = self._prepared([draw._replace(begins=False) for draw in draws])
+        actions, _ = self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
+        return actions.float().cpu().numpy()
+
+    def initial(self, episodes: int) -> Any:
+        return self.policy.model.memory.initial(episodes).clone() if self.has_memory else None
+
+    def intervened(
+        self, walk: Walk, questions: Sequence[int], cue_seen: Sequence[int], donors: Sequence[int]
+    ) -> dict[str, Any]:
+        """Intervention → the memory [E] that each episode's question is asked with.
+
+        Args:
+            questions: of each episode, the query that is asked.
+            cue_seen: of each episode, the last query that sees the cue, before `questions`.
+            donors: of each episode, the place of another that gives its memory.
+        """
+        if not self.has_memory:
+            return {"on": None}
+        on = walk.before(questions)
+        return {
+            "on": on,
+            "reset": self.initial(len(questions)),
+            "frozen": walk.before([query + 1 for query in cue_seen]),
+            "swapped": on.select(list(donors)),
+        }
+
+    @torch.no_grad()
+    def attention(self, draws: Draws, memory: Any, noise: torch.Tensor) -> dict[str, float]:
+        """Share of the action tokens' attention that goes to each kind of token; the shares sum to 1.
+
+        The mean over layers, heads, action tokens, denoising steps and the queries `draws`. In the expert's
+        self-attention layers a part goes to the action tokens themselves.
+        """
+        self.policy.eval()
+        batch = self._prepared([draw._replace(begins=False) for draw in draws])
+        with watched_attention(self.policy) as seen:
+            self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
+        places = _places_in_prefix(
+            self.policy.config, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
+        )
+        shares = {
+            kind: float(np.mean([weights[place].sum() for weights in seen.weights])) for kind, place in places.items()
+        }
+        return {**shares, "actions": float(np.mean([weights[seen.length :].sum() for weights in seen.weights]))}
+
+    def _prepared(self, draws: Draws) -> dict[str, Any]:
+        return preprocess(self.dataset.__getitems__(list(draws)), self.preprocessor)
+
+
+@dataclass
+class WatchedAttention:
+    """What the action tokens attended to.
+
+    Attributes:
+        weights: of each layer and denoising step, [L] or in self-attention layers [L + C], the mean over queries,
+            heads and action tokens.
+        state_place: of the state token in a prefix without memory.
+    """
+
+    weights: list[np.ndarray]
+    state_place: int = 0
+
+    @property
+    def length(self) -> int:
+        """L, the prefix with memory: all that the cross-attention layers can see."""
+        return min(map(len, self.weights))
+
+
+@contextmanager
+def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
+    """Collect the attention of the action tokens while the policy denoises."""
+    model, vlm = policy.model, policy.model.vlm_with_expert
+    embed, velocity, interface = model.embed, model.velocity, vlm.get_attention_interface
+    seen = WatchedAttention([])
+
+    def watched_embed(*observation: Any) -> Any:
+        prefix = embed(*observation)
+        seen.state_place = int(prefix.blocks[0].int().argmax())  # the first block after images and language
+        return prefix
+
+    def watched_interface() -> Callable[..., torch.Tensor]:
+        attend = interface()
+
+        def watched(mask: torch.Tensor, batch_size: int, head_dim: int, query: Any, key: Any, value: Any) -> Any:
+            keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+            scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys) * head_dim**-0.5
+            scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+            seen.weights.append(scores.softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
+            return attend(mask, batch_size, head_dim, query, key, value)
+
+        return watched
+
+    def watched_velocity(*arguments: Any) -> Any:
+        vlm.get_attention_interface = watched_interface
+        try:
+            return velocity(*arguments)
+        finally:
+            del vlm.get_attention_interface
+
+    model.embed, model.velocity = watched_embed, watched_velocity
+    try:
+        yield seen
+    finally:
+        del model.embed, model.velocity
+
+
+def _places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
+    """Kind of token → its places in a prefix of `length` tokens, memory included."""
+    memory = getattr(config, "num_mem_tokens", 0)
+    start = memory if memory and config.mem_at_start else 0
+    places = {
+        "images": list(range(start, start + state_place - language)),
+        "language": list(range(start + state_place - language, start + state_place)),
+        "state": [start + state_place],
+    }
+    if memory:
+        end = range(length - memory, length) if config.mem_at_end else ()
+        places = {"memory": [*range(start), *end], **places}
+    return places
+
+
+def nearest(predicted: np.ndarray, references: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[E] which of R references each prediction is nearest to, by the Euclidean distance over the valid entries.
+
+    Args:
+        predicted: [E, C, A]. references: [E, R, C, A]. valid: [E, C, A] bool.
+    """
+    difference = (references - predicted[:, None]) * valid[:, None]
+    return np.square(difference, dtype=np.float64).sum(axis=(2, 3)).argmin(axis=1)
+
+
+def linear_probe(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """[T] what a linear classifier reads from `held_out` [T, F] after fitting `features` [N, F], `labels` [N].
+
+    Ridge regression of the one-hot labels, on features standardized by those it is fitted on.
+    """
+    mean, std = features.mean(axis=0), features.std(axis=0)
+    x, t = ((values - mean) / np.maximum(std, 1e-6) for values in (features, held_out))
+    classes = np.unique(labels)
+    targets = (labels[:, None] == classes).astype(np.float64)
+    offset = targets.mean(axis=0)
+    ridge = PROBE_RIDGE * len(x) * np.eye(len(x))  # the dual form: far fewer samples than features
+    weights = x.T @ np.linalg.solve(x @ x.T + ridge, targets - offset)
+    return classes[(t @ weights + offset).argmax(axis=1)]
+
+
+def seeded_noise(policy: Any, keys: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[len(keys), C, max_action_dim] standard normal, each row a function of its key."""
+    shape = (policy.config.chunk_size, policy.config.max_action_dim)
+    rows = [np.random.default_rng(list(key)).standard_normal(shape, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _cuda_devices(policy: Any) -> list[int]:
+    device = next(policy.parameters()).device
+    return [device.index or 0] if device.type == "cuda" else []
