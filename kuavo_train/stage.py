@@ -72,7 +72,7 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
     """Record the demonstrations of simulated tasks that are not there yet, saying so.
 
     Raises:
-        ConfigError: the dataset there was recorded under other settings.
+        ConfigError: the dataset there was recorded under other settings, or is not a recording.
     """
     if config.simulation is None:
         return
@@ -85,6 +85,8 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
             print(f"recording {settings.episodes} demonstrations of {stage.name} into {root}", flush=True)
         try:
             ensure_recorded(settings, root, workers=config.data.record_workers)
+        except FileExistsError as error:
+            raise ConfigError(f"{error}; to train on a dataset of your own there, set simulation=null") from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -333,6 +333,15 @@ def test_preflight_refuses_what_would_fail_silently(small_run: Overrides, overri
     assert not stage_folder(configs[0]).path.exists()
 
 
+def test_a_dataset_of_the_users_own_is_not_taken_for_a_recording(small_run: Overrides) -> None:
+    configs = compose_run([item for item in small_run() if item != "simulation=null"] + ["simulation.episodes=3"])
+    assert configs[0].simulation is not None
+    with pytest.raises(
+        ConfigError, match=r"moving_grasp.*; to train on a dataset of your own there, set simulation=null"
+    ):
+        run(configs, 0)
+
+
 def test_missing_datasets_are_all_named_at_once(small_run: Overrides, tmp_path: Path) -> None:
     configs = compose_run(small_run(f"data.root={tmp_path / 'none'}"))
     with pytest.raises(ConfigError) as refused:
