@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, check_curriculum, require, resolve
+from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, RunError, check_curriculum, require, resolve
 
 
 def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
@@ -95,6 +95,9 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130

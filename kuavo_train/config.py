@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """A value the user can correct; its text names the key, the rule and the value."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; its text says where it stopped and what is kept."""
+
+
 def require(condition: bool, key: str, rule: str, value: object) -> None:
     """Raise `ConfigError` saying that `key` must obey `rule`, unless `condition` holds."""
     if not condition:

@@ -289,9 +289,11 @@ class Stage:
                 flush=True,
             )
             return 128 + interrupted.signal_number
-        except TrainingDiverged:
+        except TrainingDiverged as error:
             self._tell(status="failed")
-            raise
+            last = self.folder.checkpoints.latest()
+            kept = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written yet"
+            raise TrainingDiverged(f"{error}; {kept}") from error
         self._conclude(progress, before)
         return 0
 

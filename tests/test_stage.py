@@ -289,7 +289,9 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
         return built
 
     monkeypatch.setattr(stage_module, "build_policy", with_poison)
-    with pytest.raises(TrainingDiverged, match=r"loss nan .* at step 3 .*\(moving_grasp, \d, \d+\)"):
+    with pytest.raises(
+        TrainingDiverged, match=r"loss nan .* step 3 .*\(moving_grasp, \d, \d+\).*last good checkpoint is .*000002"
+    ):
         run(configs, 0)
     folder = stage_folder(configs[0])
     assert folder.status == "failed"

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from kuavo_train.config import TrainingConfig
+from kuavo_train.config import RunError, TrainingConfig
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.order import Order, StepSampler
 from kuavo_train.learning.recurrence import Recurrence
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunError):
     """The loss or the gradient is no longer finite; names the step and the samples."""
 
 
