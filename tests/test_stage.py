@@ -289,9 +289,8 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
         return built
 
     monkeypatch.setattr(stage_module, "build_policy", with_poison)
-    with pytest.raises(
-        TrainingDiverged, match=r"loss nan .* step 3 .*\(moving_grasp, \d, \d+\).*last good checkpoint is .*000002"
-    ):
+    message = r"loss nan .* step 3 .*\(moving_grasp, \d, \d+\).*last good checkpoint is .*000002"
+    with pytest.raises(TrainingDiverged, match=message):
         run(configs, 0)
     folder = stage_folder(configs[0])
     assert folder.status == "failed"
@@ -342,6 +341,12 @@ def test_a_dataset_of_the_users_own_is_not_taken_for_a_recording(small_run: Over
         ConfigError, match=r"moving_grasp.*; to train on a dataset of your own there, set simulation=null"
     ):
         run(configs, 0)
+
+
+def test_offline_tracking_leaves_a_weights_and_biases_run_in_the_stage_folder(small_run: Overrides) -> None:
+    configs = compose_run(small_run("tracking=offline", "training.max_steps=2"))
+    assert run(configs, 0) == 0
+    assert list((stage_folder(configs[0]).path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_missing_datasets_are_all_named_at_once(small_run: Overrides, tmp_path: Path) -> None:
