@@ -69,8 +69,8 @@ class Settings:
     depth: int = 8
     layout: str = "end"
     update: str = "gated"
-    steps: int = 900
-    short_steps: int = 300  # of them, the first with delays of 1 and 2 only
+    steps: int = 1500
+    short_steps: int = 600  # of them, the first with delays of 1 and 2 only
     seed: int = 0
     frozen_vlm: bool = False
     batch_size: int = 64  # queries per step, whatever the depth
