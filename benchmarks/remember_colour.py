@@ -74,12 +74,12 @@ class Settings:
     seed: int = 0
     frozen_vlm: bool = False
     batch_size: int = 64  # queries per step, whatever the depth
-    lr: float = 2e-3
+    lr: float = 1e-3
     longest_delay: int = 10  # in training
     training_layouts: int = 4
     held_out_layouts: int = 4
-    hidden: int = 96
-    layers: int = 2
+    hidden: int = 64
+    layers: int = 4
 
     def __post_init__(self) -> None:
         rules = (

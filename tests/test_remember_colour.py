@@ -164,6 +164,7 @@ def test_cost_is_measured_against_no_memory(capsys: pytest.CaptureFixture) -> No
 def test_a_memory_trained_through_time_is_used(folder: Path) -> None:
     """The smallest that learns it: one query between the colour and the decision."""
     settings = Settings(depth=3, steps=300, short_steps=0, batch_size=48, longest_delay=1, training_layouts=8)
+    settings = replace(settings, hidden=96, layers=2, lr=2e-3)
     record = run(replace(settings, held_out_layouts=8), folder)
     found = record["trained_delays"]
     assert found["reset"] == found["n"] / 4
