@@ -196,11 +196,13 @@ def _question(
         )
     decision = entry["decision_frames"][0]
     query = decision // stride
-    differs = np.zeros(decision + 1, bool)  # frames whose pictures depend on the cue
+    until = slice(decision + 1)
+    differs = np.zeros(decision + 1, bool)  # frames whose observation depends on the cue
+    own = shown[entry["cue"]]
     for other in shown:
+        differs |= (other.states[until] != own.states[until]).any(axis=1)
         for camera, pictures in other.pictures.items():
-            mine = shown[entry["cue"]].pictures[camera][: decision + 1]
-            differs |= (pictures[: decision + 1] != mine).any(axis=(1, 2, 3))
+            differs |= (pictures[until] != own.pictures[camera][until]).any(axis=(1, 2, 3))
     visible = np.flatnonzero(differs[: query * stride + 1 : stride])
     mean, std = (normalization.array(ACTION, kind) for kind in ("mean", "std"))
     columns = normalization.space.action_columns(task)

@@ -26,8 +26,8 @@ class Question:
     Attributes:
         query: the one asked, the last that begins at or before the decision: `decision_frame` is among the actions
             that it executes. frame: the one it is made at.
-        cue_seen: the last query, before this one, whose pictures depend on the cue.
-        identical: whether this query's pictures are the same whatever the cue.
+        cue_seen: the last query, before this one, whose observation depends on the cue.
+        identical: whether this query's pictures and state are the same whatever the cue.
         actions: of the demonstration for each cue in this episode's layout, [T, A], normalized.
         columns: the action dimensions that the task has.
     """
