@@ -156,10 +156,8 @@ def _key_value(argument: str, known: Sequence[str]) -> tuple[str, str]:
 
 
 def _parse(key: str, text: str) -> Any:
-    """A limit from the command line: a number, or numbers with commas between them for `final`."""
+    """A limit from the command line."""
     try:
-        if key == "final":
-            return tuple(float(part) for part in text.strip("[]()").split(",") if part.strip())
         return int(text) if key == "resamples" else float(text)
     except ValueError as error:
         raise ValueError(f"{key} must be a number, got {text!r}") from error

@@ -64,8 +64,13 @@ def stage_folder(config: RunConfig, stage: StageConfig | None = None) -> StageFo
     return StageFolder(config.run_folder / (stage or config.stage).folder_name)
 
 
-def write_run_facts(config: RunConfig, tasks: Sequence[Task], normalization: Normalization) -> None:
-    """run.json, once; a later stage with other data or another seed belongs to another run."""
+def write_run_facts(
+    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], normalization: Normalization
+) -> None:
+    """run.json, once; a later stage with other data or another seed belongs to another run.
+
+    `tasks` are those of `curriculum`, opened.
+    """
     path = config.run_folder / "run.json"
     facts: dict[str, Any] = {
         "run": config.run,
@@ -78,6 +83,8 @@ def write_run_facts(config: RunConfig, tasks: Sequence[Task], normalization: Nor
                 "name": task.name,
                 "index": task.index,
                 "instruction": task.instruction,
+                "loss_target": stage.loss_target,
+                "final_loss_limit": stage.final_loss_limit,
                 "dataset": {
                     "root": str(task.root),
                     "hash": task.content_hash,
@@ -87,7 +94,7 @@ def write_run_facts(config: RunConfig, tasks: Sequence[Task], normalization: Nor
                     "held_out_episodes": list(task.held_out_episodes),
                 },
             }
-            for task in tasks
+            for stage, task in zip(curriculum, tasks, strict=True)
         ],
         "normalization": {"source": normalization.source, "hash": normalization.hash},
     }

@@ -316,7 +316,7 @@ class Stage:
         config, folder = self.config, self.folder
         if not self.accelerator.is_main_process:
             return
-        write_run_facts(config, self.tasks, self.normalization)
+        write_run_facts(config, self.curriculum, self.tasks, self.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for lines in (folder.metrics, folder.validations):
             lines.forget_after(resumed.step if resumed else -1)

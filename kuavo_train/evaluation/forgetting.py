@@ -6,6 +6,7 @@ forgetting mean that something was lost, whatever was measured. l(j) is the stag
 stage; the only one under joint training), T the last stage.
 
     average             mean_j R[T][j]
+    plasticity          mean_j R[l(j)][j]
     backward transfer   mean_{l(j)<T} (R[T][j] − R[l(j)][j])          Lopez-Paz & Ranzato, arXiv 1706.08840
     forgetting F_j      max_{l(j)≤i<T} R[i][j] − R[T][j]              Chaudhry et al., arXiv 1801.10112
     forward transfer    mean_{j>1} (R[l(j)−1][j] − R[0][j])           1706.08840
@@ -130,6 +131,11 @@ def average_score(matrix: PerformanceMatrix) -> float | None:
     return _mean([matrix.score(matrix.last_stage, task) for task in matrix.learnt_tasks])
 
 
+def plasticity(matrix: PerformanceMatrix) -> float | None:
+    """Mean score of the learnt tasks right after the stage that learnt each; the counterpart of backward transfer."""
+    return _mean([matrix.score(matrix.stage_of(task), task) for task in matrix.learnt_tasks])
+
+
 def backward_transfer(matrix: PerformanceMatrix) -> float | None:
     """Mean change of the earlier tasks since they were learnt; negative when they got worse."""
     last = matrix.last_stage
@@ -239,6 +245,7 @@ METRICS: dict[str, tuple[str, Callable[[PerformanceMatrix], float | None]]] = {
         mean_forgetting,
     ),
     "forward transfer": ("mean over later tasks of R[stage before its own][j] − R[0][j]", forward_transfer),
+    "plasticity": ("mean over tasks of R[when learnt][j]: how well a task is learnt in its turn", plasticity),
 }
 """Name → (definition in words, function) of the metrics that need nothing but the matrix."""
 
@@ -250,7 +257,6 @@ class RetentionLimits:
     Attributes:
         well_retained_change, slight_change: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
         well_retained_loss, slight_loss: limits on the loss itself, which depends on data and model.
-        final: absolute limits for the final model, task by task as learnt; further tasks have none.
         confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
     """
 
@@ -258,7 +264,6 @@ class RetentionLimits:
     slight_change: float = 0.30
     well_retained_loss: float = 0.7
     slight_loss: float = 1.0
-    final: tuple[float, ...] = (0.7, 0.8, 0.9)
     confidence: float = 0.95
     resamples: int = 10_000
 

@@ -64,7 +64,7 @@ def stored_limits(run_folder: Path | str) -> RetentionLimits | None:
     path = Path(run_folder) / "report" / "matrix.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["limits"]
-        return RetentionLimits(**{**stored, "final": tuple(stored["final"])})
+        return RetentionLimits(**stored)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none written yet, or by an older version: it is about to be written anew
 
@@ -91,7 +91,8 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
             }
             for task in run.tasks
         ],
-        "stages": [_stage(stage) for stage in run.stages],
+        "stages": [_stage(run, stage) for stage in run.stages],
+        "validation_cost": _validation_cost(run),
         "verdicts": [task_verdict(run, matrices, task, limits) for task in run.tasks],
         "matrices": {measure: _matrix(run, matrix, joint) for measure, matrix in matrices.items()},
         "curves": _curves(run),
@@ -243,7 +244,7 @@ def _replay(run: StoredRun) -> list[Record]:
     ]
 
 
-def _stage(stage: StoredStage) -> Record:
+def _stage(run: StoredRun, stage: StoredStage) -> Record:
     """A stage in a few numbers; the training loss is the mean over the last tenth of the logged steps."""
     losses = [line["loss"] for line in stage.metrics if line.get("loss") is not None]
     tail = losses[-max(1, len(losses) // 10) :]
@@ -256,11 +257,24 @@ def _stage(stage: StoredStage) -> Record:
         "steps": stage.steps,
         "epochs": stage.record.get("epochs"),
         "seconds": stage.record.get("seconds"),
+        "validation_seconds": _validation_seconds(stage),
         "best_step": best.get("step"),
         "best_loss": best.get("loss"),
         "training_loss": sum(tail) / len(tail) if tail else None,
+        "loss_target": next((t.get("loss_target") for t in run.tasks if t["index"] == stage.index), None),
         "samples_per_s": rates[len(rates) // 2] if rates else None,
     }
+
+
+def _validation_seconds(stage: StoredStage) -> float:
+    return sum(line.get("seconds") or 0.0 for line in stage.validations)
+
+
+def _validation_cost(run: StoredRun) -> Record:
+    """What knowing costs: seconds of all validations of the finished stages beside those of their training."""
+    validation = sum(_validation_seconds(stage) for stage in run.finished)
+    training = sum(stage.record.get("seconds") or 0.0 for stage in run.finished)
+    return {"seconds": validation, "training_seconds": training, "share": validation / training if training else None}
 
 
 def _dataset(task: Record) -> Record:

@@ -128,9 +128,9 @@ def task_verdict(
     line = end_line(run, last, name) or {}
     entry["constant_error"] = line.get("constant_error")
     entry["absolute_verdict"] = metrics.judge_absolute(entry["loss_now"], limits)
-    position = run.tasks.index(task)
-    entry["final_limit"] = limits.final[position] if position < len(limits.final) else None
-    entry["within_final_limit"] = entry["final_limit"] and entry["loss_now"] < entry["final_limit"]
+    limit = task.get("final_loss_limit")
+    entry["final_limit"] = limit
+    entry["within_final_limit"] = None if limit is None else entry["loss_now"] < limit
     then, now = entry["loss_when_learnt"], entry["loss_now"]
     if learnt == last:
         before = entry["loss_before_training"]

@@ -6,6 +6,7 @@ compared with anything before. After a resume the steps since the last checkpoin
 the later line is the one that counts.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -121,6 +122,8 @@ def read_run(folder: Path | str) -> StoredRun:
         raise RunFolderError(f"{folder} has no stage in it: train one first (`make train-all-stages`)")
     run = StoredRun(folder, record, tasks, tuple(stages))
     _check_no_hole(run)
+    for stage in run.stages:
+        _check_own_checkpoint(run, stage)
     return run
 
 
@@ -151,6 +154,29 @@ def _check_no_hole(run: StoredRun) -> None:
                 f"{stage_index} and the stages after it again; a task left out on purpose must not be in "
                 "run.json"
             )
+
+
+def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
+    """The checkpoint whose numbers the stage reports, where it is still there, is the one it wrote, in this run."""
+    folder = stage.folder / str(stage.record.get("checkpoint"))
+    if not (folder / "manifest.json").is_file():
+        return
+    manifest = _read_json(folder / "manifest.json")
+    ours = {"run": run.record["run"], "seed": run.record.get("seed")}
+    ours["normalization"] = (run.record.get("normalization") or {}).get("hash")
+    for key, expected in ours.items():
+        if manifest.get(key) != expected:
+            raise RunFolderError(
+                f"{folder} is a checkpoint of another run: its {key} is {manifest.get(key)}, that of {run.folder} is "
+                f"{expected}; move it back there, and train stage {stage.index} of this run again"
+            )
+    # As kuavo_train.learning.checkpoint hashes it.
+    found = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    if found != stage.record.get("checkpoint_hash"):
+        raise RunFolderError(
+            f"{folder} is not the checkpoint that {stage.folder.name} reports on: its hash is {found[:12]}…, that in "
+            f"stage.json {str(stage.record.get('checkpoint_hash'))[:12]}…; restore it, or train the stage again"
+        )
 
 
 def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredStage:

@@ -26,6 +26,7 @@ SHARES = {
 }
 RISE_A_STAGE = {"moving_grasp": 0.03, "weighing": 0.16, "placement": 0.60, "sorting": 0.0}
 """Relative rise of a task's loss in every stage after its own: kept, degraded, forgotten."""
+FINAL_LIMITS = {1: 0.7, 2: 0.8, 3: 0.2, 4: 0.9}
 GROUPS = {"vision": 86_433_024, "connector": 11_796_480, "vlm_text": 204_800_000, "expert": 98_214_912}
 GROUPS |= {"state_proj": 31_680, "action_proj": 88_272, "memory": 3_840}
 FROZEN = {"vision", "connector", "vlm_text"}
@@ -149,6 +150,8 @@ def _run(name: str, stages: tuple[int, ...], episodes: dict[str, list[int]], see
                 "name": TASKS[stage],
                 "index": stage,
                 "instruction": INSTRUCTIONS[TASKS[stage]],
+                "loss_target": 0.5,
+                "final_loss_limit": FINAL_LIMITS[stage],
                 "dataset": {
                     "root": f"data/{TASKS[stage]}",
                     "hash": _hash(TASKS[stage]),

@@ -20,6 +20,7 @@ def loss(values, tasks=("a", "b", "c"), learnt_in=(1, 2, 3), stages=(0, 1, 2, 3)
 def test_metrics_of_success_rates_equal_those_worked_out_by_hand():
     matrix = success()
     assert f.average_score(matrix) == pytest.approx((0.7 + 0.6 + 1.0) / 3)
+    assert f.plasticity(matrix) == pytest.approx((0.8 + 0.9 + 1.0) / 3)
     assert f.backward_transfer(matrix) == pytest.approx(((0.7 - 0.8) + (0.6 - 0.9)) / 2)
     assert f.forgetting(matrix) == pytest.approx({"a": 0.8 - 0.7, "b": 0.9 - 0.6})
     assert f.mean_forgetting(matrix) == pytest.approx(0.2)

@@ -1,5 +1,6 @@
 """A report from a stored run: its numbers are matrix.json's, a partial run is told as one, bad folders are refused."""
 
+import hashlib
 import json
 import math
 import re
@@ -96,6 +97,21 @@ def test_every_episode_counts_once_even_where_the_line_weights_them_otherwise(ru
     verdict = write_matrix(run, limits=QUICK)["verdicts"][0]
     assert verdict["loss_now"] < 1
     assert verdict["change"]["estimate"] == pytest.approx(verdict["loss_now"] - verdict["loss_when_learnt"])
+
+
+def test_the_final_limit_of_a_task_is_that_of_its_recipe(reported):
+    folder, _ = reported
+    verdicts = json.loads((folder / "report" / "matrix.json").read_text())["verdicts"]
+    assert [verdict["final_limit"] for verdict in verdicts] == [0.7, 0.8, 0.2, 0.9]
+    assert [verdict["within_final_limit"] for verdict in verdicts] == [True, True, False, True]
+
+
+def test_the_report_says_what_validation_cost(reported):
+    folder, page = reported
+    matrix = json.loads((folder / "report" / "matrix.json").read_text())
+    lines = [line for stage in read_run(folder).stages for line in stage.validations]
+    assert matrix["validation_cost"]["share"] == pytest.approx(1.5 * len(lines) / (4 * 171 + 10))
+    assert ("/validation_cost/share", "share", FORMATS["share"](matrix["validation_cost"]["share"])) in page.numbers
 
 
 @pytest.mark.parametrize(
@@ -328,6 +344,37 @@ def test_a_folder_that_cannot_be_reported_is_an_error_naming_it_and_the_fix(run,
     with pytest.raises(RunFolderError, match=message) as error:
         write_matrix(run, limits=QUICK)
     assert str(run) in str(error.value)
+
+
+def write_checkpoint(folder: Path, **changes) -> None:
+    """The manifest of stage 2's checkpoint, and its hash in stage.json."""
+    record = json.loads((folder / "run.json").read_text())
+    manifest = {"run": "run", "seed": 0, "normalization": record["normalization"]["hash"], "files": {}, **changes}
+    stage = folder / "stage2_weighing"
+    checkpoint = stage / json.loads((stage / "stage.json").read_text())["checkpoint"]
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    edit(stage / "stage.json", lambda stage: stage.update(checkpoint_hash=digest))
+
+
+def test_a_stages_own_checkpoint_is_accepted(run):
+    write_checkpoint(run)
+    assert len(read_run(run).stages) == 4
+
+
+@pytest.mark.parametrize(("key", "value"), [("run", "other"), ("seed", 5), ("normalization", "other")])
+def test_a_checkpoint_of_another_run_is_refused(run, key, value):
+    write_checkpoint(run, **{key: value})
+    with pytest.raises(RunFolderError, match=f"is a checkpoint of another run: its {key} is {value}, .*move it back"):
+        read_run(run)
+
+
+def test_a_checkpoint_that_was_replaced_is_refused(run):
+    write_checkpoint(run)
+    edit(run / "stage2_weighing" / "stage.json", lambda stage: stage.update(checkpoint_hash="f" * 64))
+    with pytest.raises(RunFolderError, match=r"is not the checkpoint that stage2_weighing reports on: .* restore it"):
+        read_run(run)
 
 
 def test_a_last_line_cut_off_by_a_kill_is_left_out(run):
