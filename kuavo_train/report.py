@@ -1,31 +1,34 @@
-"""The forgetting report of a run: one self-contained HTML file, its numbers as JSON, its figures as PNG.
+"""What was kept and what was lost: a run, or several runs side by side, as one self-contained HTML file.
 
     python -m kuavo_train.report run=outputs/<run>              # no run: the one modified last under outputs/
     python -m kuavo_train.report run=outputs/<run> joint=outputs/<joint run>          # adds intransigence
     python -m kuavo_train.report run=outputs/<run> slight_change=0.2                  # other limits for the verdict
+    python -m kuavo_train.report runs=outputs/<a>,outputs/<b>   # strategies × seeds compared
+    python -m kuavo_train.report runs=outputs/<run>-study       # the same, all runs of a study
+    python -m kuavo_train.report runs=… output=some/folder
 
-Writes outputs/<run>/report/{report.html, matrix.json, *.png}. The page shows numbers only through
-`value(pointer)`, which looks them up in matrix.json, so that the two cannot disagree.
+A run's report is written to outputs/<run>/report: report.html, matrix.json, figures as PNG. A comparison is written
+to the study's report/, or to comparison/ beside the first run: comparison.html, comparison.json, comparison.csv and
+figures. Every number on a page stands in the JSON beside it.
 """
 
-import base64
+import csv
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-
+from kuavo_train.evaluation.comparison import CSV_COLUMNS, compare, comparison_rows
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import analyse, stored_limits, write_matrix
-from kuavo_train.evaluation.numbers import FORMATS
-from kuavo_train.evaluation.stored_run import Record, newest_run, read_run
+from kuavo_train.evaluation.page import look_up, write_page
+from kuavo_train.evaluation.stored_run import RunFolderError, newest_run, read_run
+from kuavo_train.evaluation.terminal import comparison_lines, run_lines
 
-__all__ = ["main", "summary_table", "write_matrix", "write_report"]
+__all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
 OUTPUTS = Path("outputs")
 
 
@@ -39,87 +42,39 @@ def write_report(
     run = read_run(run_folder)
     folder = run.folder / "report"
     figures = write_figures(folder, matrix, [(stage.index, stage.metrics) for stage in run.stages])
-    page = folder / "report.html"
-    partial = page.with_suffix(".html.partial")
-    partial.write_text(render(matrix, figures), encoding="utf-8")
-    partial.replace(page)
-    return page
+    return write_page(folder / "report.html", "report.html.jinja", matrix, figures)
 
 
-def render(matrix: Record, figures: dict[str, Path]) -> str:
-    """The page as text: figures inlined, numbers through JSON pointers into `matrix`."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def write_comparison(runs: Sequence[Path], into: Path, *, limits: RetentionLimits | None = None) -> Path:
+    """Write the comparison of run folders and return the path of comparison.html.
 
-    def value(pointer: str, form: str = "number") -> Markup:
-        text = FORMATS[form](look_up(matrix, pointer))
-        return Markup('<span class="v" data-pointer="{}" data-form="{}">{}</span>').format(pointer, form, text)
+    Raises:
+        RunFolderError: as `compare`.
+    """
+    from kuavo_train.evaluation.comparison_figures import write_comparison_figures
 
-    def figure(name: str, alt: str) -> Markup:
-        if name not in figures:
-            return Markup("")
-        data = base64.b64encode(figures[name].read_bytes()).decode("ascii")
-        return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), escape(alt))
-
-    return environment.get_template("report.html.jinja").render(m=matrix, value=value, figure=figure, figures=figures)
-
-
-def look_up(matrix: Record, pointer: str) -> Any:
-    """What a JSON pointer such as /verdicts/0/loss_now points at (RFC 6901, without its escapes)."""
-    found: Any = matrix
-    for key in pointer.removeprefix("/").split("/"):
-        found = found[int(key)] if isinstance(found, list) else found[key]
-    return found
+    comparison = compare(runs, limits)
+    into.mkdir(parents=True, exist_ok=True)
+    partial = into / "comparison.json.partial"
+    partial.write_text(json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(into / "comparison.json")
+    with (into / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        writer.writeheader()
+        writer.writerows(comparison_rows(comparison))
+    figures = write_comparison_figures(into, comparison)
+    return write_page(into / "comparison.html", "comparison.html.jinja", comparison, figures)
 
 
 def summary_table(run_folder: Path | str) -> str:
     """The run in a few lines for a terminal. Raises RunFolderError as `write_matrix` does; writes nothing."""
     run = read_run(run_folder)
-    matrix = analyse(run, stored_limits(run.folder) or RetentionLimits())
-    number, percent = FORMATS["number"], FORMATS["percent"]
-    done = sum(stage["status"] == "finished" for stage in matrix["stages"])
-    title = " · ".join(str(matrix[key]) for key in ("run", "strategy", "profile") if matrix[key] is not None)
-    lines = [f"{title} · seed {matrix['seed']} · {done} stage{'' if done == 1 else 's'} finished", ""]
-    rows = [("task", "before", "learnt", "now", "change since learnt", "error/constant", "verdict")]
-    for verdict in matrix["verdicts"]:
-        change = verdict["relative_change"]
-        interval = ""
-        if change is not None:
-            interval = percent(change["estimate"])
-            interval += "" if change["low"] is None else f" [{percent(change['low'])}, {percent(change['high'])}]"
-        error, constant = verdict.get("action_error_now"), verdict.get("constant_error")
-        rows.append(
-            (
-                verdict["task"],
-                number(verdict["loss_before_training"]),
-                number(verdict.get("loss_when_learnt")),
-                number(verdict.get("loss_now")),
-                interval,
-                "" if error is None or not constant else f"{number(error)} / {number(constant)}",
-                (verdict["verdict"] or verdict["state"])
-                + ("" if verdict["settled"] in (True, None) else " (not settled)"),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            text.rjust(width) if column in (1, 2, 3) else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    metrics = matrix["matrices"]["loss"]["metrics"]
-    named = [
-        f"{name} {number(metrics[name]['value'])}" for name in metrics if not isinstance(metrics[name]["value"], dict)
-    ]
-    lines += ["", f"held-out loss as score (negated, higher is better): {' · '.join(named)}"]
-    lines += [f"FAILED: {check['name']}: {check['detail']}" for check in matrix["checks"] if check["passed"] is False]
-    lines += [f"partial: {text}" for text in matrix["missing"]]
-    return "\n".join(lines)
+    return run_lines(analyse(run, stored_limits(run.folder) or RetentionLimits()))
+
+
+def comparison_table(runs: Sequence[Path], *, limits: RetentionLimits | None = None) -> str:
+    """The comparison in a few lines for a terminal. Raises RunFolderError as `compare` does; writes nothing."""
+    return comparison_lines(compare(runs, limits))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -129,23 +84,69 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     settings = {field.name: field for field in dataclasses.fields(RetentionLimits)}
     try:
-        given = dict(_key_value(argument, ["run", "joint", *settings]) for argument in arguments)
-        if "run" in given:
-            run_folder = Path(given["run"])
-        else:
-            run_folder = newest_run(OUTPUTS)
-            print(f"no run given: taking the one modified last, {run_folder}")
+        given = dict(_key_value(argument, ["run", "joint", "runs", "output", *settings]) for argument in arguments)
         wanted = {key: _parse(key, text) for key, text in given.items() if key in settings}
-        limits = None
-        if wanted:
-            limits = dataclasses.replace(stored_limits(run_folder) or RetentionLimits(), **wanted)
-        page = write_report(run_folder, limits=limits, joint=given.get("joint"))
-        print(summary_table(run_folder))
-        print(f"\nreport: {page}")
+        if "runs" in given:
+            _report_several(given, wanted)
+        else:
+            _report_one(given, wanted)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _report_one(given: dict[str, str], wanted: dict[str, Any]) -> None:
+    _refuse_together(given, "output", "run")
+    if "run" in given:
+        run_folder = Path(given["run"])
+    else:
+        run_folder = newest_run(OUTPUTS)
+        print(f"no run given: taking the one modified last, {run_folder}")
+    limits = None
+    if wanted:
+        limits = dataclasses.replace(stored_limits(run_folder) or RetentionLimits(), **wanted)
+    page = write_report(run_folder, limits=limits, joint=given.get("joint"))
+    print(f"{summary_table(run_folder)}\n\nreport: {page}")
+
+
+def _report_several(given: dict[str, str], wanted: dict[str, Any]) -> None:
+    for key in ("run", "joint"):
+        _refuse_together(given, key, "runs")
+    runs, output = run_folders(given["runs"])
+    limits = RetentionLimits(**wanted)
+    page = write_comparison(runs, Path(given.get("output", output)), limits=limits)
+    print(f"{comparison_table(runs, limits=limits)}\n\ncomparison: {page}")
+
+
+def run_folders(text: str) -> tuple[list[Path], Path]:
+    """`runs=` → the run folders, and where their comparison belongs.
+
+    Args:
+        text: folders with commas between them; each a run, a study (its finished runs), or a folder that holds runs.
+
+    Raises:
+        RunFolderError: a folder that is none of these.
+    """
+    runs: list[Path] = []
+    output = None
+    for name in filter(None, text.split(",")):
+        folder = Path(name)
+        if (folder / "run.json").is_file():
+            runs.append(folder)
+            output = output or folder.parent / "comparison"
+        elif (folder / "study.json").is_file():
+            cells = json.loads((folder / "study.json").read_text(encoding="utf-8"))["cells"]
+            runs += [Path(cell["folder"]) for cell in cells if cell["status"] == "finished"]
+            output = output or folder / "report"
+        elif found := sorted(path.parent for path in folder.glob("*/run.json")):
+            runs += found
+            output = output or folder / "comparison"
+        else:
+            raise RunFolderError(f"{folder} is no run, no study and holds no runs: give runs=outputs/<a>,outputs/<b>")
+    if output is None:
+        raise RunFolderError("runs must name at least two run folders, got none: give runs=outputs/<a>,outputs/<b>")
+    return runs, output
 
 
 def _key_value(argument: str, known: Sequence[str]) -> tuple[str, str]:
@@ -153,6 +154,11 @@ def _key_value(argument: str, known: Sequence[str]) -> tuple[str, str]:
     if not equals or key not in known:
         raise ValueError(f"{argument!r} is not understood: give key=value with a key of {', '.join(known)}")
     return key, text
+
+
+def _refuse_together(given: dict[str, str], key: str, with_key: str) -> None:
+    if key in given:
+        raise ValueError(f"{key}= does not go together with {with_key}=: `python -m kuavo_train.report --help`")
 
 
 def _parse(key: str, text: str) -> Any:

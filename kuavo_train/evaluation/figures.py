@@ -81,7 +81,7 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
     """
     rows, tasks = matrix["matrices"][measure]["rows"], matrix["tasks"]
     worse = -1 if matrix["matrices"][measure]["higher_is_better"] else 1
-    labels = {stage["index"]: f"after {stage['index']}\n{_short(stage['name'])}" for stage in matrix["stages"]}
+    labels = {stage["index"]: f"after {stage['index']}\n{short_name(stage['name'])}" for stage in matrix["stages"]}
     figure = Figure(figsize=(WIDTH, 0.72 * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots()
     limit = 2 * matrix["limits"]["slight_change"]
@@ -105,7 +105,7 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
             if task["learnt_in"] == row["stage"]:
                 axes.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.94, fill=False, edgecolor=INK, linewidth=1.3))
     axes.set(xlim=(0, len(tasks)), ylim=(len(rows), 0))
-    axes.set_xticks([x + 0.5 for x in range(len(tasks))], [_short(task["name"]) for task in tasks], color=INK)
+    axes.set_xticks([x + 0.5 for x in range(len(tasks))], [short_name(task["name"]) for task in tasks], color=INK)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], ["before\ntraining", *(labels[r["stage"]] for r in rows[1:])])
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=9.5)
     axes.grid(visible=False)
@@ -161,12 +161,8 @@ def forgetting_bars(matrix: Record) -> Figure | None:
             axes.plot([100 * change["low"], 100 * change["high"]], [y, y], "|", color=INK, markersize=9)
             edge = max(edge, change["high"])
         axes.text(100 * max(edge, 0) + 1.5, y, percent(change["estimate"]), va="center", fontsize=10, bbox=LABEL_BOX)
-    for name, label in (("well_retained_change", "slight"), ("slight_change", "significant")):
-        limit = 100 * matrix["limits"][name]
-        axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(limit, -0.62, f" {label}", color=MUTED, fontsize=8.5, va="bottom")
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(judged)), [_short(verdict["task"]) for verdict in judged], color=INK)
+    draw_limits(axes, matrix["limits"])
+    axes.set_yticks(range(len(judged)), [short_name(verdict["task"]) for verdict in judged], color=INK)
     axes.set(ylim=(len(judged) - 0.5, -0.65), xlabel="change of held-out loss since learnt (%)")
     low, high = axes.get_xlim()
     axes.set_xlim(low, max(high + 0.14 * (high - low), 115 * matrix["limits"]["slight_change"]))
@@ -207,7 +203,7 @@ def constant_bars(matrix: Record) -> Figure | None:
             va="center",
             fontsize=9,
         )
-    axes.set_yticks(range(len(bars)), [_short(verdict["task"]) for verdict in bars], color=INK)
+    axes.set_yticks(range(len(bars)), [short_name(verdict["task"]) for verdict in bars], color=INK)
     axes.set(ylim=(len(bars) - 0.4, -0.6), xlabel=UNITS["action_error"])
     axes.margins(x=0.12)
     axes.grid(visible=False, axis="y")
@@ -296,6 +292,15 @@ def replay_bars(matrix: Record) -> Figure | None:
     return figure
 
 
+def draw_limits(axes: Axes, limits: Record) -> None:
+    """Where a change in per cent begins to be slight and to be significant, at the top of bars that start at -0.65."""
+    for name, label, side in (("well_retained_change", "slight ", "right"), ("slight_change", " significant", "left")):
+        limit = 100 * limits[name]
+        axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.text(limit, -0.62, label, color=MUTED, fontsize=8.5, va="bottom", ha=side)
+    axes.axvline(0, color=INK, linewidth=1)
+
+
 def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
     start = 0
     for stage in matrix["stages"]:
@@ -306,7 +311,7 @@ def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
             axes.text(
                 (start + end) / 2,
                 1.02,
-                _short(stage["name"]),
+                short_name(stage["name"]),
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 color=MUTED,
@@ -320,7 +325,7 @@ def _colours(matrix: Record) -> list[str]:
     return [TASK_COLOURS[i % len(TASK_COLOURS)] for i in range(len(matrix["tasks"]))]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A task name broken at its underscores, so that columns stay narrow."""
     return name.replace("_", "\n", 1) if len(name) > 9 else name
 

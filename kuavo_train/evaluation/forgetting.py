@@ -17,9 +17,12 @@ A cell that a metric needs and nobody measured is a `MissingCellError` that name
 zero. A metric that is not defined for the run (backward transfer of a single task) is None.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from typing import Any
+
+import numpy as np
 
 from kuavo_train.evaluation.numbers import integer, whole_percent
 from kuavo_train.evaluation.statistics import Interval
@@ -27,6 +30,7 @@ from kuavo_train.evaluation.statistics import Interval
 WELL_RETAINED = "well retained"
 SLIGHT_DEGRADATION = "slight degradation"
 SIGNIFICANT_FORGETTING = "significant forgetting"
+VERDICTS = (WELL_RETAINED, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING)
 
 
 class MissingCellError(ValueError):
@@ -46,7 +50,7 @@ class PerformanceMatrix:
         stages: row labels, 0 first (before training), then the finished stages' indices; need not be
             consecutive.
         values: one row for each stage, one value for each task as measured (not negated); None where not
-            measured.
+            measured. Values may be arrays of one shape, resamples say: metrics are then taken of each entry.
 
     Raises:
         ValueError: shapes, orders or names do not fit, or a value is not finite.
@@ -77,7 +81,7 @@ class PerformanceMatrix:
             )
         for stage, row in zip(self.stages, self.values, strict=True):
             for task, value in zip(self.tasks, row, strict=True):
-                if value is not None and not isfinite(value):
+                if value is not None and not np.all(np.isfinite(value)):
                     raise ValueError(f"{self.measure} of task {task} after stage {stage} is {value}, not a number")
 
     @classmethod
@@ -145,7 +149,7 @@ def backward_transfer(matrix: PerformanceMatrix) -> float | None:
 def forgetting(matrix: PerformanceMatrix) -> dict[str, float]:
     """F_j of each earlier task: its best score since it was learnt, less its score now; positive = worse."""
     return {
-        task: max(matrix.score(stage, task) for stage in matrix.stages[:-1] if stage >= matrix.stage_of(task))
+        task: _best(matrix.score(stage, task) for stage in matrix.stages[:-1] if stage >= matrix.stage_of(task))
         - matrix.score(matrix.last_stage, task)
         for task in matrix.earlier_tasks
     }
@@ -329,6 +333,10 @@ def _stages_after(matrix: PerformanceMatrix, task: str) -> list[int]:
 def _require_success(matrix: PerformanceMatrix) -> None:
     if not matrix.higher_is_better:
         raise ValueError(f"LIBERO's metrics are defined on success rates, not on {matrix.measure}")
+
+
+def _best(scores: Iterable[Any]) -> Any:
+    return functools.reduce(np.maximum, scores)
 
 
 def _mean(values: list[float]) -> float | None:

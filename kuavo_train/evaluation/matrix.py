@@ -13,6 +13,7 @@ from typing import Any
 
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.checks import run_checks
+from kuavo_train.evaluation.comparable import check_comparable
 from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.retention import (
     MEASURES,
@@ -179,16 +180,7 @@ def _joint_values(run: StoredRun, joint: StoredRun, measure: str) -> dict[str, f
     """The joint run's final values, after making sure that the two runs may be compared at all."""
     if not joint.finished:
         raise RunFolderError(f"{joint.folder} has no finished stage: finish it before comparing with it")
-    for name, ours, theirs in (
-        ("normalization", *((r.record.get("normalization") or {}).get("hash") for r in (run, joint))),
-        ("data", *({t["name"]: (t.get("dataset") or {}).get("hash") for t in r.tasks} for r in (run, joint))),
-    ):
-        if ours != theirs:
-            raise RunFolderError(
-                f"{run.folder} and {joint.folder} have different {name} hashes ({ours} and {theirs}): their "
-                "losses do not "
-                "compare; train both on the same data with the same normalization"
-            )
+    check_comparable([run, joint])
     last = joint.finished[-1].index
     lines = {task["name"]: end_line(joint, last, task["name"]) for task in joint.tasks}
     return {task: value for task, line in lines.items() if line and (value := cell(line, measure)) is not None}
@@ -261,7 +253,7 @@ def _stage(run: StoredRun, stage: StoredStage) -> Record:
         "best_step": best.get("step"),
         "best_loss": best.get("loss"),
         "training_loss": sum(tail) / len(tail) if tail else None,
-        "loss_target": next((t.get("loss_target") for t in run.tasks if t["index"] == stage.index), None),
+        "loss_target": next((t.get("loss_target") for t in run.tasks if t["name"] == stage.name), None),
         "samples_per_s": rates[len(rates) // 2] if rates else None,
     }
 

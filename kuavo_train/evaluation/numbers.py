@@ -18,6 +18,11 @@ def number(value: float) -> str:
     return text.replace("-", MINUS)
 
 
+def signed(value: float) -> str:
+    """A change in its own unit: +0.182, −0.0415."""
+    return ("+" if value >= 0 else "") + number(value)
+
+
 def percent(value: float) -> str:
     """A change, signed: +24.3 %."""
     return f"{100 * value:+.1f}{NARROW_SPACE}%".replace("-", MINUS)

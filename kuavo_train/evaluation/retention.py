@@ -5,7 +5,8 @@ interval is bootstrapped.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
@@ -17,8 +18,22 @@ MEASURES = {"loss": False, "action_error": False, "success": True}
 """What R is made of, and whether higher is better."""
 
 
-def performance_matrix(run: StoredRun, measure: str) -> PerformanceMatrix | None:
+def cell(line: Record, measure: str) -> float | None:
+    """The value of a validation line: mean over its episodes, every episode counting once."""
+    if measure == "success":
+        rollouts = line.get("success")
+        return None if not rollouts else rollouts["successes"] / rollouts["trials"]
+    scores = episode_scores(line, measure)
+    return sum(scores.values()) / len(scores) if scores else line.get(measure)
+
+
+def performance_matrix(
+    run: StoredRun, measure: str, value_of: Callable[[Record, str], Any] = cell
+) -> PerformanceMatrix | None:
     """R of a run for one measure, rows for finished stages; None if it was never measured.
+
+    Args:
+        value_of: (validation line, measure) → its value, or an array of them; None where there is none.
 
     Raises:
         RunFolderError: a learnt task was not validated after a later stage (loss only), or a value is not
@@ -28,7 +43,7 @@ def performance_matrix(run: StoredRun, measure: str) -> PerformanceMatrix | None
     for stage_index in (0, *(stage.index for stage in run.finished)):
         for task in run.tasks:
             line = end_line(run, stage_index, task["name"])
-            value = None if line is None else cell(line, measure)
+            value = None if line is None else value_of(line, measure)
             if value is not None:
                 cells[stage_index, task["name"]] = value
     if not cells and measure != "loss":
@@ -61,15 +76,6 @@ def end_line(run: StoredRun, stage_index: int, task: str) -> Record | None:
         stage, kind = next(stage for stage in run.stages if stage.index == stage_index), "end"
     lines = [line for line in stage.validations if line["kind"] == kind and line["task"] == task]
     return lines[-1] if lines else None
-
-
-def cell(line: Record, measure: str) -> float | None:
-    """The value of a validation line: mean over its episodes, every episode counting once."""
-    if measure == "success":
-        rollouts = line.get("success")
-        return None if not rollouts else rollouts["successes"] / rollouts["trials"]
-    scores = episode_scores(line, measure)
-    return sum(scores.values()) / len(scores) if scores else line.get(measure)
 
 
 def episode_scores(line: Record, measure: str) -> dict[int, float]:

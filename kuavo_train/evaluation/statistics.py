@@ -1,4 +1,4 @@
-"""Intervals for what a run measured: paired bootstrap over episodes, seeds above them, Wilson.
+"""Intervals for what runs measured: paired bootstrap over episodes, seeds beside them, Wilson.
 
 The unit of resampling is the *episode*, never the frame: the frames of one episode are nearly copies of each
 other, and counting them as independent makes every interval too narrow. Held-out episodes, noise and time are
@@ -12,7 +12,7 @@ numbers give the same interval.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -70,50 +70,44 @@ def paired_bootstrap(
 
 
 def hierarchical_bootstrap(
-    runs: Sequence[tuple[Scores, Scores]],
-    *,
-    relative: bool = False,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    of_seeds: np.ndarray, of_resamples: np.ndarray, *, episodes: int, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Change from before to after over several training seeds: resample runs, then the episodes of each.
+    """Interval of a statistic's mean over training seeds: what other seeds *and* other episodes would have given.
 
-    Every run counts once, however many episodes it has. Two runs trained from different seeds differ for
-    reasons that no number of episodes shows; pooling their episodes would hide that. `n` is the number of
-    runs.
+    Every run of a strategy is asked the same held-out episodes, so seeds and episodes are crossed: seeds are drawn
+    with replacement, and episodes once for all of them (Owen, "The pigeonhole bootstrap", 2007). Drawing episodes anew
+    for each seed would count one hard episode as bad luck that the seeds average out.
+
+    Both kinds of deviation are widened for their few units as in the module's docstring, each by its own number. With
+    2 or 3 seeds the 95 % interval then holds the truth 94 % of the time where only seeds differ, and more often where
+    episodes differ too; without it, or widened by the number of seeds alone, 57 % with 2 seeds.
 
     Args:
-        runs: one (before, after) pair of episode scores for each training seed.
+        of_seeds: [S] the statistic of each seed's run, on all episodes.
+        of_resamples: [N, S] the same on N resamples of the episodes, the same ones for every seed.
+        episodes: how many there are.
+
+    Returns:
+        `n` is S. A single seed gives an interval over episodes alone; a single episode none at all.
 
     Raises:
-        ValueError: fewer than two runs, or any of the reasons of `paired_bootstrap`.
+        ValueError: no seeds, shapes that do not fit, or a value that is not finite.
     """
-    if len(runs) < 2:
-        raise ValueError(
-            f"a hierarchical bootstrap needs at least 2 runs, got {len(runs)}: one run says nothing about "
-            "the spread "
-            "between seeds; use paired_bootstrap for it"
-        )
+    seeds, resamples = len(of_seeds), len(of_resamples)
     _check(level, resamples)
-    pairs = [_pairs(before, after) for before, after in runs]
-    estimate = _change(
-        np.mean([before.mean() for before, _ in pairs]),
-        np.mean([after.mean() for _, after in pairs]),
-        relative=relative,
-    )
-    generator = np.random.default_rng(seed)
-    n = len(pairs)
-    chosen = generator.integers(0, n, size=(resamples, n))
-    before_means, after_means = np.empty((resamples, n)), np.empty((resamples, n))
-    for index, (before_values, after_values) in enumerate(pairs):
-        slots = chosen == index  # a run drawn twice gets two resamples of its episodes
-        rows = generator.integers(0, len(before_values), size=(int(slots.sum()), len(before_values)))
-        before_means[slots] = before_values[rows].mean(axis=1)
-        after_means[slots] = after_values[rows].mean(axis=1)
-    changes = _change(before_means.mean(axis=1), after_means.mean(axis=1), relative=relative)
-    low, high = _expanded_percentiles(changes, level, n)
-    return Interval(float(estimate), low, high, level, n)
+    if seeds < 1 or of_resamples.shape != (resamples, seeds):
+        raise ValueError(f"resamples must be [N, S] for the {seeds} seeds, got {of_resamples.shape}")
+    if not (np.isfinite(of_seeds).all() and np.isfinite(of_resamples).all()):
+        raise ValueError("the statistic of a seed is not finite")
+    estimate = float(of_seeds.mean())
+    if episodes == 1:
+        return Interval(estimate, None, None, level, seeds)
+    deviations = _widening(level, episodes) * (of_resamples.mean(axis=1) - estimate)
+    if seeds > 1:
+        chosen = np.random.default_rng(seed).integers(0, seeds, size=(resamples, seeds))
+        deviations += _widening(level, seeds) * (of_seeds[chosen].mean(axis=1) - estimate)
+    low, high = np.quantile(estimate + deviations, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(estimate, float(low), float(high), level, seeds)
 
 
 def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
@@ -160,9 +154,14 @@ def student_quantile(level: float, degrees: int) -> float:
     return math.tan(low) * math.sqrt(degrees)
 
 
+def _widening(level: float, n: int) -> float:
+    """By how much Student's interval of a mean of n values is wider than the spread of its bootstrap says."""
+    return math.sqrt(n / (n - 1)) * student_quantile(level, n - 1) / NormalDist().inv_cdf(0.5 + level / 2)
+
+
 def _expanded_percentiles(samples: np.ndarray, level: float, n: int) -> tuple[float, float]:
     """Percentiles of the samples, widened for n units so that a mean gets Student's interval."""
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(level, n - 1))
+    tail = NormalDist().cdf(-_widening(level, n) * NormalDist().inv_cdf(0.5 + level / 2))
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
 

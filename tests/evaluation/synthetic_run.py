@@ -1,4 +1,4 @@
-"""A stored run that no training made: the files of a run folder, from a few made-up learning curves.
+"""Stored runs that no training made: the files of a run folder, from a few made-up learning curves.
 
 python tests/evaluation/synthetic_run.py outputs/example && python -m kuavo_train.report run=outputs/example
 """
@@ -26,6 +26,8 @@ SHARES = {
 }
 RISE_A_STAGE = {"moving_grasp": 0.03, "weighing": 0.16, "placement": 0.60, "sorting": 0.0}
 """Relative rise of a task's loss in every stage after its own: kept, degraded, forgotten."""
+FORGETS = {"replay": 1.0, "sequential": 4.0, "joint": 0.0}
+"""How much of that rise a strategy lets happen. Joint training has one stage, which learns all tasks."""
 FINAL_LIMITS = {1: 0.7, 2: 0.8, 3: 0.2, 4: 0.9}
 GROUPS = {"vision": 86_433_024, "connector": 11_796_480, "vlm_text": 204_800_000, "expert": 98_214_912}
 GROUPS |= {"state_proj": 31_680, "action_proj": 88_272, "memory": 3_840}
@@ -41,29 +43,42 @@ def write_run(
     finished: int | None = None,
     held_out: int = HELD_OUT,
     seed: int = 0,
+    strategy: str = "replay",
 ) -> Path:
-    """Write a run of the given task indices whose first `finished` stages finished and whose next one was cut short."""
-    random = np.random.default_rng(seed)
-    finished = len(stages) if finished is None else finished
+    """Write a run of the given task indices whose first `finished` stages finished and whose next one was cut short.
+
+    Runs of several seeds share their data and its split.
+    """
+    data, random = np.random.default_rng(0), np.random.default_rng([seed, len(strategy)])
     names = [TASKS[stage] for stage in stages]
-    difficulty = {name: random.uniform(0.8, 1.2, size=held_out) for name in names}
-    episodes = {name: [int(e) for e in random.choice(60, size=held_out, replace=False)] for name in names}
+    all_tasks = stages
+    if strategy == "joint":
+        stages = stages[:1]
+    finished = len(stages) if finished is None else finished
+    difficulty = {name: data.uniform(0.8, 1.2, size=held_out) for name in names}
+    episodes = {name: [int(e) for e in data.choice(60, size=held_out, replace=False)] for name in names}
     folder.mkdir(parents=True)
-    _write(folder / "run.json", _run(folder.name, stages, episodes, seed))
+    _write(folder / "run.json", _run(folder.name, all_tasks, episodes, seed, strategy))
+
+    def name_of(stage: int) -> str:
+        return "joint" if strategy == "joint" else TASKS[stage]
+
+    def seen_in(stage: int) -> list[str]:
+        return names if strategy == "joint" else [TASKS[index] for index in stages if index <= stage]
 
     def loss(name: str, done: tuple[int, ...], stage: int | None, progress: float) -> float:
         """Loss of a task once the stages `done` are over and `progress` of `stage` is."""
         own = next(index for index, task in TASKS.items() if task == name)
         learnt = 0.10 + 0.03 * own
-        if stage == own:
+        if stage == own or (strategy == "joint" and stage is not None):
             return learnt + (1.1 - learnt) * math.exp(-5 * progress)
         if own not in done:
             return 1.1 - 0.05 * len(done)
         later = sum(1 for index in done if index > own) + (progress if stage is not None else 0)
-        return learnt * (1 + RISE_A_STAGE[name] * later)
+        return learnt * (1 + FORGETS[strategy] * RISE_A_STAGE[name] * later)
 
     def validate(stage: int, kind: str, step: int, tasks: list[str], mean: dict[str, float]) -> list[dict]:
-        seen = [TASKS[index] for index in stages if index <= stage] if kind != "start" else []
+        seen = seen_in(stage) if kind != "start" else []
         lines = []
         for name in tasks:
             losses = mean[name] * difficulty[name] * random.normal(1, 0.03, size=held_out)
@@ -79,7 +94,7 @@ def write_run(
             lines.append(
                 {
                     "stage": stage,
-                    "stage_name": TASKS[stage],
+                    "stage_name": name_of(stage),
                     "kind": kind,
                     "epoch": step // 40,
                     "step": step,
@@ -98,25 +113,26 @@ def write_run(
 
     for number, stage in enumerate(stages[: finished + 1]):
         done, complete = stages[:number], number < finished
-        path = folder / f"stage{stage}_{TASKS[stage]}"
+        path = folder / f"stage{stage}_{name_of(stage)}"
         path.mkdir()
         last_step = STEPS if complete else STEPS // 2
         lines = []
         if number == 0:
             lines += validate(stage, "start", 0, names, {name: loss(name, (), None, 0.0) for name in names})
-        seen = [TASKS[index] for index in stages if index <= stage]
+        seen = seen_in(stage)
         for step in range(40, last_step + 1, 40):
             means = {name: loss(name, done, stage, step / STEPS) for name in names}
             lines += validate(stage, "epoch", step, seen, means)
         if complete:
             means = {name: loss(name, (*done, stage), None, 0.0) for name in names}
-            means[TASKS[stage]] = loss(TASKS[stage], done, stage, 1.0)
+            for name in names if strategy == "joint" else [TASKS[stage]]:
+                means[name] = loss(name, done, stage, 1.0)
             lines += validate(stage, "end", STEPS, names, means)
         _write_lines(path / "validation.jsonl", lines)
         _write_lines(path / "metrics.jsonl", _metrics(stage, last_step, random))
         (path / "config.yaml").write_text(f"task: {TASKS[stage]}\nseed: {seed}\n", encoding="utf-8")
         record = {
-            "name": TASKS[stage],
+            "name": name_of(stage),
             "index": stage,
             "status": "finished" if complete else "interrupted",
             "steps": last_step,
@@ -130,18 +146,18 @@ def write_run(
         }
         _write(path / "stage.json", record)
         if complete:
-            _write(path / "replay_audit.json", _audit(stage, stages))
+            _write(path / "replay_audit.json", _audit(stage, all_tasks, strategy))
             _write(path / "parameters.json", {"groups": _groups(stage)})
     return folder
 
 
-def _run(name: str, stages: tuple[int, ...], episodes: dict[str, list[int]], seed: int) -> dict:
+def _run(name: str, stages: tuple[int, ...], episodes: dict[str, list[int]], seed: int, strategy: str) -> dict:
     return {
         "run": name,
         "created": "2026-05-01T09:58:00",
         "seed": seed,
         "profile": "embedded",
-        "strategy": "replay",
+        "strategy": strategy,
         "git_commit": "0f3c9a1d2b4e",
         "versions": {"python": "3.12", "torch": "2.11.0", "lerobot": "0.6.1"},
         "config_hash": _hash("config"),
@@ -187,8 +203,10 @@ def _metrics(stage: int, steps: int, random: np.random.Generator) -> list[dict]:
     return lines
 
 
-def _audit(stage: int, stages: tuple[int, ...]) -> dict:
+def _audit(stage: int, stages: tuple[int, ...], strategy: str) -> dict:
     shares = {TASKS[index]: share for index, share in SHARES[stage].items() if index in stages}
+    if strategy != "replay":
+        shares = {TASKS[index]: 1.0 for index in (stages if strategy == "joint" else [stage])}
     shares = {name: share / sum(shares.values()) for name, share in shares.items()}
     total = STEPS * 32
     frames = {name: round(share * total) for name, share in shares.items()}
@@ -230,6 +248,18 @@ def _write(path: Path, record: dict) -> None:
 
 def _write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def edit(path: Path, change) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def edit_lines(path: Path, change) -> None:
+    """Rewrite a jsonl; `change` returns the new line or None to drop it."""
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
 
 
 if __name__ == "__main__":

@@ -65,26 +65,47 @@ def test_what_cannot_be_compared_is_refused(before, after, relative, message):
         paired_bootstrap(before, after, relative=relative)
 
 
-def test_seeds_that_disagree_widen_the_hierarchical_interval_beyond_the_episodes_own():
-    steady = episodes(np.full(20, 0.2))
-    runs = [(steady, episodes(np.full(20, 0.2 + shift))) for shift in (0.00, 0.05, 0.10)]
-    interval = hierarchical_bootstrap(runs)
+def over_seeds(scores, resamples=1000, **settings):
+    """Interval of the mean of `scores` [S, E]."""
+    scores = np.asarray(scores, dtype=float)
+    rows = np.random.default_rng(0).integers(0, scores.shape[1], size=(resamples, scores.shape[1]))
+    of_resamples = scores[:, rows].mean(axis=2).T
+    return hierarchical_bootstrap(scores.mean(axis=1), of_resamples, episodes=scores.shape[1], **settings)
+
+
+def test_seeds_that_disagree_widen_the_interval_beyond_the_episodes_own():
+    interval = over_seeds([np.full(20, shift) for shift in (0.00, 0.05, 0.10)])
     assert interval.estimate == pytest.approx(0.05)
     assert interval.n == 3
-    assert interval.low <= 0.01
-    assert interval.high >= 0.09
+    assert interval.low <= 0.0
+    assert interval.high >= 0.1
 
 
-def test_every_seed_counts_once_however_many_episodes_it_has():
-    few, many = episodes([0.2] * 2), episodes([0.2] * 50)
-    runs = [(few, episodes([0.4] * 2)), (many, episodes([0.2] * 50))]
-    assert hierarchical_bootstrap(runs).estimate == pytest.approx(0.1)
-    assert hierarchical_bootstrap(runs, relative=True).estimate == pytest.approx(0.5)
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", [(1.0, 0.0, 0.2), (0.3, 1.0, 0.3)], ids=["seeds differ", "episodes differ"])
+def test_intervals_of_few_seeds_cover_the_truth_as_often_as_they_say(seeds, spread):
+    random = np.random.default_rng(0)
+    of_seed, of_episode, of_both = spread
+    hits = 0
+    for _ in range(200):
+        scores = of_seed * random.normal(size=(seeds, 1)) + of_episode * random.normal(size=(1, 8))
+        interval = over_seeds(scores + of_both * random.normal(size=(seeds, 8)))
+        hits += interval.low <= 0.0 <= interval.high
+    assert hits / 200 >= 0.92
 
 
-def test_one_seed_is_no_hierarchy():
-    with pytest.raises(ValueError, match="at least 2 runs, got 1"):
-        hierarchical_bootstrap([({1: 0.1}, {1: 0.2})])
+def test_a_single_seed_has_the_interval_of_its_episodes_and_a_single_episode_none():
+    scores = np.linspace(0.1, 0.5, 9)
+    alone, paired = over_seeds([scores]), paired_bootstrap(episodes(np.zeros(9)), episodes(scores))
+    assert (alone.low, alone.high) == pytest.approx((paired.low, paired.high), abs=0.02)
+    assert over_seeds([[0.3], [0.4]]).low is None
+
+
+def test_a_seed_whose_statistic_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        over_seeds([[0.1, np.nan]])
+    with pytest.raises(ValueError, match=r"must be \[N, S\] for the 2 seeds"):
+        hierarchical_bootstrap(np.zeros(2), np.zeros((10, 3)), episodes=5)
 
 
 def test_wilson_equals_the_published_values():

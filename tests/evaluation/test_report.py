@@ -7,43 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_run import TASKS, write_run
+from reading import QUICK, Page
+from synthetic_run import TASKS, edit, edit_lines, write_run
 
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.numbers import FORMATS
 from kuavo_train.evaluation.stored_run import RunFolderError, newest_run, read_run
 from kuavo_train.report import look_up, main, summary_table, write_matrix, write_report
-
-QUICK = RetentionLimits(resamples=500)
-
-
-class Page(HTMLParser):
-    """The page's numbers (pointer, form, text), whatever it would load from elsewhere, and its text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.numbers: list[tuple[str, str, str]] = []
-        self.loaded: list[str] = []
-        self.text = ""
-        self._open: tuple[str, str] | None = None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        if "data-pointer" in attributes:
-            self._open = (attributes["data-pointer"], attributes["data-form"])
-            self.numbers.append((*self._open, ""))
-        self.loaded += [value for key, value in attrs if key in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
-        if self._open:
-            self.numbers[-1] = (*self._open, data)
-            self._open = None
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +28,6 @@ def reported(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path):
     return write_run(tmp_path / "run")
-
-
-def edit(path: Path, change) -> None:
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
-def edit_lines(path: Path, change) -> None:
-    """Rewrite a jsonl; `change` returns the new line or None to drop it."""
-    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
 
 
 def test_every_number_in_the_page_is_the_one_in_matrix_json(reported):
@@ -201,12 +162,8 @@ def test_the_matrix_is_written_after_each_stage_with_the_rows_so_far(tmp_path):
     assert [row["stage"] for row in matrix["matrices"]["loss"]["rows"]] == [0, 1]
 
 
-def test_a_stage_that_learnt_all_tasks_jointly_has_no_forgetting(run):
-    for index in (2, 3, 4):
-        shutil.rmtree(run / f"stage{index}_{TASKS[index]}")
-    edit(run / "run.json", lambda record: record.update(strategy="joint"))
-    edit_lines(run / "stage1_moving_grasp" / "validation.jsonl", lambda line: line | {"seen": line["kind"] != "start"})
-    matrix = write_matrix(run, limits=QUICK)
+def test_a_stage_that_learnt_all_tasks_jointly_has_no_forgetting(tmp_path):
+    matrix = write_matrix(write_run(tmp_path / "joint", strategy="joint"), limits=QUICK)
     assert not matrix["partial"]
     assert {verdict["state"] for verdict in matrix["verdicts"]} == {"learnt last"}
     assert matrix["matrices"]["loss"]["metrics"]["backward transfer"]["value"] is None
@@ -228,13 +185,12 @@ def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
 
 
 def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path):
-    joint = write_run(tmp_path / "joint", seed=1)
-    edit(joint / "run.json", lambda record: record.update(tasks=json.loads((run / "run.json").read_text())["tasks"]))
+    joint = write_run(tmp_path / "joint", strategy="joint")
     matrix = write_matrix(run, limits=QUICK, joint=joint)
     gap = matrix["matrices"]["loss"]["metrics"]["intransigence"]["value"]
     assert set(gap) == set(TASKS.values())
     edit(joint / "run.json", lambda record: record["normalization"].update(hash="another"))
-    with pytest.raises(RunFolderError, match=r"joint have different normalization hashes .* do not\s+compare"):
+    with pytest.raises(RunFolderError, match=r"joint have different normalization hashes .* do not compare"):
         write_matrix(run, limits=QUICK, joint=joint)
 
 

@@ -1,0 +1,45 @@
+"""Whether runs were asked the same questions: only then do their losses compare."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kuavo_train.evaluation.stored_run import RunFolderError, StoredRun
+
+SAME_DATA = "train both on the same data with the same split and normalization (data.*, policy.*, validation.draws)"
+
+
+def check_comparable(runs: Sequence[StoredRun]) -> None:
+    """Raises `RunFolderError`, naming both folders and the fix, unless losses of all runs mean the same."""
+    first, *others = runs
+    for other in others:
+        ours, theirs = _questions(first), _questions(other)
+        for what, answer in ours.items():
+            if answer != theirs[what]:
+                raise RunFolderError(
+                    f"{first.folder} and {other.folder} have different {what} ({_short(answer)} and "
+                    f"{_short(theirs[what])}): their losses do not compare; {SAME_DATA}, or leave one of them out"
+                )
+
+
+def _questions(run: StoredRun) -> dict[str, Any]:
+    """What decides the meaning of a held-out loss, by name."""
+    datasets = {task["name"]: task.get("dataset") or {} for task in run.tasks}
+    return {
+        "tasks": {task["name"]: task["index"] for task in run.tasks},
+        "normalization hashes": (run.record.get("normalization") or {}).get("hash"),
+        "data hashes": {name: dataset.get("hash") for name, dataset in datasets.items()},
+        "held-out episodes": {
+            name: sorted(dataset.get("held_out_episodes") or ()) for name, dataset in datasets.items()
+        },
+        "hashes of the policy's configuration": run.record.get("config_hash"),
+        "numbers of draws in validation": sorted(
+            {line["draws"] for stage in run.stages for line in stage.validations if "draws" in line}
+        ),
+    }
+
+
+def _short(answer: Any) -> str:
+    """Hashes by their beginning, so that an error stays a line."""
+    if isinstance(answer, dict):
+        return ", ".join(f"{key} {_short(value)}" for key, value in answer.items())
+    return f"{answer[:12]}…" if isinstance(answer, str) and len(answer) > 16 else str(answer)

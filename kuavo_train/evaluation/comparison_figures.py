@@ -1,0 +1,100 @@
+"""The figures of a comparison, from the content of comparison.json."""
+
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from kuavo_train.evaluation.figures import INK, MUTED, STYLE, TASK_COLOURS, WIDTH, draw_limits, heat_map, short_name
+from kuavo_train.evaluation.stored_run import Record
+
+
+def write_comparison_figures(folder: Path, comparison: Record) -> dict[str, Path]:
+    """Draw what there are numbers for and save it as PNG in `folder`. Returns name → file."""
+    figures: dict[str, Path] = {}
+    with rc_context(STYLE):
+        drawn = {
+            "stability_plasticity": stability_plasticity(comparison),
+            "forgetting": forgetting_by_strategy(comparison),
+        }
+        for place, run in enumerate(comparison["runs"]):
+            drawn[f"matrix_{place}"] = heat_map({**run, "limits": comparison["limits"]}, "loss")
+        for name, figure in drawn.items():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # none left over from an earlier comparison
+            if figure is not None:
+                figures[name] = folder / f"{name}.png"
+                figure.savefig(figures[name], dpi=170, facecolor="white")
+    return figures
+
+
+def stability_plasticity(comparison: Record) -> Figure | None:
+    """A strategy's loss when learnt (better to the right) and the rise since (better upwards), as measured.
+
+    Joint training has nothing to forget: it is drawn as the line that learning in turn could reach.
+    """
+    points, goal = [], None
+    for colour, entry in zip(cycle(TASK_COLOURS), comparison["strategies"], strict=False):
+        named = entry["metrics"]["loss"]
+        learnt, kept = named["plasticity"]["value"], named["backward transfer"]["value"]
+        if learnt and kept:
+            points.append((colour, entry["strategy"], learnt, kept))
+        elif learnt:
+            goal = entry["strategy"], -learnt["estimate"]
+    if not points:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for colour, strategy, learnt, kept in points:
+        seeds = sorted(set(learnt["by_seed"]) & set(kept["by_seed"]))
+        x, y = ([-of["by_seed"][seed] for seed in seeds] for of in (learnt, kept))
+        axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.45)
+        errors = [
+            None if of["low"] is None else [[of["high"] - of["estimate"]], [of["estimate"] - of["low"]]]
+            for of in (learnt, kept)
+        ]
+        axes.errorbar(
+            -learnt["estimate"], -kept["estimate"], xerr=errors[0], yerr=errors[1],
+            fmt="o", color=colour, markersize=9, linewidth=1.2, capsize=3, label=strategy,
+        )  # fmt: skip
+    if goal is not None:
+        axes.axvline(goal[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"{goal[0]}: all tasks at once")
+    axes.axhline(0, color=INK, linewidth=0.9)
+    axes.invert_xaxis()
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out loss when learnt (right is better)", ylabel="rise since learnt (up is better)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def forgetting_by_strategy(comparison: Record) -> Figure | None:
+    """For each earlier task a bar per strategy: relative change of held-out loss since learnt, with its interval."""
+    strategies = [entry for entry in comparison["strategies"] if any(task["verdict"] for task in entry["tasks"])]
+    judged = [
+        place
+        for place in range(len(comparison["tasks"]))
+        if any(entry["tasks"][place]["verdict"] for entry in strategies)
+    ]
+    if not judged:
+        return None
+    height = 0.8 / len(strategies)
+    figure = Figure(figsize=(WIDTH, len(judged) * (0.35 + 0.27 * len(strategies)) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (colour, entry) in enumerate(zip(cycle(TASK_COLOURS), strategies, strict=False)):
+        for y, place in enumerate(judged):
+            change = entry["tasks"][place]["relative_change"]
+            if change is None:
+                continue
+            at = y - 0.4 + height * (number + 0.5)
+            label = entry["strategy"] if y == 0 else None
+            axes.barh(at, 100 * change["estimate"], height=0.86 * height, color=colour, label=label)
+            if change["low"] is not None:
+                axes.plot([100 * change["low"], 100 * change["high"]], [at, at], color=INK, linewidth=1.3)
+    draw_limits(axes, comparison["limits"])
+    names = [short_name(comparison["tasks"][place]["name"]) for place in judged]
+    axes.set_yticks(range(len(judged)), names, color=INK)
+    axes.set(ylim=(len(judged) - 0.5, -0.65), xlabel="change of held-out loss since learnt (%)")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,74 @@
+"""A record of numbers → one self-contained page: figures inlined, numbers looked up and nowhere written by hand.
+
+Templates (kuavo_train/templates) show numbers only through `value(pointer)` and `interval(pointer)`, which look them
+up in the record that is stored as JSON beside the page, so that the two cannot disagree.
+"""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from kuavo_train.evaluation.numbers import ABSENT, FORMATS
+from kuavo_train.evaluation.stored_run import Record
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+def render(template: str, record: Record, figures: Mapping[str, Path]) -> str:
+    """The page as text.
+
+    Args:
+        template: file below kuavo_train/templates; it sees the record as `m`.
+        figures: name → PNG.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def value(pointer: str, form: str = "number") -> Markup:
+        text = FORMATS[form](look_up(record, pointer))
+        return Markup('<span class="v" data-pointer="{}" data-form="{}">{}</span>').format(pointer, form, text)
+
+    def interval(pointer: str, form: str = "number") -> Markup:
+        """Estimate and ends of an interval; a dash where there is none."""
+        found = look_up(record, pointer)
+        if found is None:
+            return Markup(escape(ABSENT))
+        estimate = value(f"{pointer}/estimate", form)
+        if found["low"] is None:
+            return estimate
+        ends = value(f"{pointer}/low", form), value(f"{pointer}/high", form)
+        return Markup('{} <span class="ci">[{}, {}]</span>').format(estimate, *ends)
+
+    def figure(name: str, alt: str) -> Markup:
+        if name not in figures:
+            return Markup("")
+        data = base64.b64encode(figures[name].read_bytes()).decode("ascii")
+        return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), escape(alt))
+
+    shown = {"m": record, "value": value, "interval": interval, "figure": figure, "figures": figures}
+    environment.globals.update(shown)  # so that included and imported templates have them too
+    return environment.get_template(template).render()
+
+
+def write_page(path: Path, template: str, record: Record, figures: Mapping[str, Path]) -> Path:
+    """Render into `path`, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(render(template, record, figures), encoding="utf-8")
+    return partial.replace(path)
+
+
+def look_up(record: Record, pointer: str) -> Any:
+    """What a JSON pointer such as /verdicts/0/loss_now points at (RFC 6901, without its escapes)."""
+    found: Any = record
+    for key in pointer.removeprefix("/").split("/"):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return found

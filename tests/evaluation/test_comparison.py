@@ -1,0 +1,281 @@
+"""Strategies × seeds side by side: the numbers are those of the runs, and what does not compare is refused."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reading import QUICK, Page
+from synthetic_run import TASKS, edit, edit_lines, write_run
+
+from kuavo_train.evaluation.comparison import compare
+from kuavo_train.evaluation.numbers import FORMATS
+from kuavo_train.evaluation.stored_run import RunFolderError
+from kuavo_train.report import comparison_table, look_up, main, write_comparison, write_matrix
+
+STRATEGIES = ("replay", "sequential", "joint")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(strategy, seed) → folder of a run of four tasks."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        (strategy, seed): write_run(folder / f"{strategy}{seed}", strategy=strategy, seed=seed)
+        for strategy in STRATEGIES
+        for seed in (0, 1)
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    page = write_comparison(list(runs.values()), tmp_path_factory.mktemp("comparison"), limits=QUICK)
+    return json.loads((page.parent / "comparison.json").read_text()), page
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [write_run(tmp_path / strategy, strategy=strategy) for strategy in ("replay", "sequential")]
+
+
+def strategy(comparison, name):
+    return next(entry for entry in comparison["strategies"] if entry["strategy"] == name)
+
+
+def test_every_number_in_the_page_is_the_one_in_comparison_json(compared):
+    comparison, path = compared
+    page = Page(path.read_text(encoding="utf-8"))
+    assert len(page.numbers) > 300
+    for pointer, form, text in page.numbers:
+        assert text == FORMATS[form](look_up(comparison, pointer)), pointer
+    assert page.loaded
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+
+
+def test_a_strategys_number_is_the_mean_of_its_seeds_own_reports(runs, compared):
+    comparison, _ = compared
+    for name in STRATEGIES:
+        own = [write_matrix(runs[name, seed], limits=QUICK)["matrices"]["loss"]["metrics"] for seed in (0, 1)]
+        for metric in ("average", "backward transfer", "forgetting", "forward transfer", "plasticity"):
+            found = strategy(comparison, name)["metrics"]["loss"][metric]["value"]
+            values = [metrics[metric]["value"] for metrics in own]
+            if values == [None, None]:
+                assert found is None
+                continue
+            assert found["by_seed"] == pytest.approx({"0": values[0], "1": values[1]})
+            assert found["estimate"] == pytest.approx(np.mean(values))
+            assert found["low"] <= found["estimate"] <= found["high"]
+
+
+def test_a_difference_is_paired_by_seed_and_tells_the_strategies_apart(compared):
+    comparison, _ = compared
+    replay, sequential = (strategy(comparison, name)["metrics"]["loss"]["forgetting"] for name in STRATEGIES[:2])
+    difference = sequential["difference"]
+    for seed in ("0", "1"):
+        own = sequential["value"]["by_seed"][seed] - replay["value"]["by_seed"][seed]
+        assert difference["by_seed"][seed] == pytest.approx(own)
+    assert 0 < difference["low"] < difference["high"]
+    assert replay["difference"] is None
+    assert comparison["reference"] == "replay"
+
+
+def test_intransigence_is_against_the_joint_run_of_the_same_seed(runs, compared):
+    comparison, _ = compared
+    found = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]["value"]["by_seed"]
+    for seed in (0, 1):
+        matrix = write_matrix(runs["replay", seed], limits=QUICK, joint=runs["joint", seed])
+        gaps = matrix["matrices"]["loss"]["metrics"]["intransigence"]["value"]
+        assert found[str(seed)] == pytest.approx(sum(gaps.values()) / 4)
+    assert "intransigence" not in strategy(comparison, "joint")["metrics"]["loss"]
+
+
+def test_without_a_joint_run_there_is_no_intransigence_and_the_page_says_why(pair, tmp_path):
+    comparison = compare(pair, QUICK)
+    entry = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]
+    assert (entry["value"], entry["reason"]) == (None, "no joint run was given")
+    assert "no joint run was given" in Page(write_comparison(pair, tmp_path / "c", limits=QUICK).read_text()).text
+
+
+def test_the_verdicts_over_seeds_follow_what_the_strategies_forget(compared):
+    comparison, _ = compared
+    words = {
+        name: [task["verdict"] or task["state"] for task in strategy(comparison, name)["tasks"]] for name in STRATEGIES
+    }
+    assert words["replay"] == ["well retained", "slight degradation", "significant forgetting", "learnt last"]
+    assert words["sequential"][1:3] == ["significant forgetting"] * 2
+    assert set(words["joint"]) == {"learnt with all others"}
+
+
+def test_the_number_of_seeds_and_episodes_is_told(compared):
+    comparison, page = compared
+    assert "(2 seeds, 12 held-out episodes a task)" in strategy(comparison, "replay")["evidence"]
+    assert "seeds 0, 1" in Page(page.read_text()).text
+    assert "2 seeds" in comparison["intervals"]
+
+
+def test_the_csv_holds_every_cell_of_every_run_and_every_combined_number(compared):
+    comparison, page = compared
+    lines = list(csv.DictReader((page.parent / "comparison.csv").open()))
+    found = {(x["what"], x["strategy"], x["seed"], x["measure"], x["task"]): x for x in lines}
+    assert len(found) == len(lines)
+    cells = sum(len(row["values"]) for run in comparison["runs"] for row in run["matrices"]["loss"]["rows"])
+    assert sum(x["what"].startswith("R after") and x["measure"] == "loss" for x in lines) == cells
+    line = found["backward transfer", "sequential", "", "loss", ""]
+    value = strategy(comparison, "sequential")["metrics"]["loss"]["backward transfer"]["value"]
+    assert [float(line[key]) for key in ("estimate", "low", "high")] == [
+        value[key] for key in ("estimate", "low", "high")
+    ]
+
+
+def test_a_partial_run_is_told_and_left_out_of_its_strategys_numbers(runs, tmp_path):
+    short = write_run(tmp_path / "short", strategy="sequential", seed=2, finished=2)
+    folders = [*runs.values(), short]
+    comparison = compare(folders, QUICK)
+    assert comparison["partial"]
+    entry = strategy(comparison, "sequential")
+    assert entry["seeds"] == [0, 1]
+    assert not entry["partial"]
+    assert len(entry["left_out"]) == 1
+    page = Page(write_comparison(folders, tmp_path / "comparison", limits=QUICK).read_text()).text
+    assert "Partial comparison" in page
+    assert "short: stage 4 (sorting) has not been trained" in page
+    assert "left out of the numbers of sequential" in page
+    assert "partial: short: stage3_placement is interrupted" in comparison_table(folders, limits=QUICK)
+
+
+def test_a_strategy_of_which_every_run_is_partial_reports_its_part_and_no_difference(tmp_path):
+    whole = write_run(tmp_path / "whole")
+    short = write_run(tmp_path / "short", strategy="sequential", finished=2)
+    entry = strategy(compare([whole, short], QUICK), "sequential")
+    assert entry["partial"]
+    assert entry["evidence"].startswith("Partial: 2 stages finished.")
+    assert entry["metrics"]["loss"]["average"]["value"] is not None
+    assert entry["metrics"]["loss"]["average"]["difference"] is None
+    assert [task["state"] for task in entry["tasks"]] == ["judged", "learnt last", "not learnt", "not learnt"]
+
+
+NOT_COMPARABLE = {
+    "normalization": (
+        lambda run: edit(run / "run.json", lambda r: r["normalization"].update(hash="another")),
+        "have different normalization hashes",
+    ),
+    "data": (
+        lambda run: edit(run / "run.json", lambda r: r["tasks"][2]["dataset"].update(hash="another")),
+        "have different data hashes",
+    ),
+    "split": (
+        lambda run: edit(run / "run.json", lambda r: r["tasks"][2]["dataset"]["held_out_episodes"].append(99)),
+        "have different held-out episodes",
+    ),
+    "tasks": (
+        lambda run: edit(run / "run.json", lambda r: r["tasks"].append({"name": "welding", "index": 9})),
+        "have different tasks",
+    ),
+    "policy": (
+        lambda run: edit(run / "run.json", lambda r: r.update(config_hash="another")),
+        "have different hashes of the policy's configuration",
+    ),
+    "draws": (
+        lambda run: [edit_lines(p, lambda line: line | {"draws": 2}) for p in run.glob("stage*/validation.jsonl")],
+        "have different numbers of draws in validation",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COMPARABLE)
+def test_runs_that_were_not_asked_the_same_questions_are_refused_with_both_folders_and_the_fix(pair, case):
+    change, message = NOT_COMPARABLE[case]
+    change(pair[1])
+    with pytest.raises(RunFolderError, match=rf"{pair[0]} and {pair[1]} {message}.*do not compare; train both"):
+        compare(pair, QUICK)
+
+
+def test_two_runs_of_one_strategy_and_seed_are_refused(pair, tmp_path):
+    again = write_run(tmp_path / "again")
+    with pytest.raises(RunFolderError, match=r"replay and .*again are both replay with seed 0: .* leave one"):
+        compare([*pair, again], QUICK)
+
+
+def test_a_single_run_is_no_comparison(pair):
+    with pytest.raises(RunFolderError, match="needs at least two runs"):
+        compare(pair[:1], QUICK)
+
+
+def test_a_validation_of_other_episodes_is_refused(pair):
+    edit_lines(
+        pair[1] / "stage2_weighing" / "validation.jsonl",
+        lambda line: line | {"episodes": line["episodes"][1:]} if line["kind"] == "end" else line,
+    )
+    with pytest.raises(RunFolderError, match=r"sequential: the validation of .* in stage 2 must score its held-out"):
+        compare(pair, QUICK)
+
+
+def test_runs_with_a_hole_or_a_missing_stage_name_the_folder(pair):
+    edit_lines(
+        pair[1] / "stage3_placement" / "validation.jsonl",
+        lambda line: None if line["kind"] == "end" and line["task"] == "weighing" else line,
+    )
+    with pytest.raises(RunFolderError, match=r"sequential/stage3_placement/validation.jsonl has no line of kind 'end'"):
+        compare(pair, QUICK)
+    shutil.rmtree(pair[0] / "stage2_weighing")
+    with pytest.raises(RunFolderError, match="replay/stage2_weighing is missing"):
+        compare(pair, QUICK)
+
+
+def test_the_command_line_takes_runs_a_study_or_a_folder_of_runs(runs, tmp_path, capsys):
+    first, second = runs["replay", 0], runs["sequential", 0]
+    into = f"output={tmp_path / 'out'}"
+    assert main([f"runs={first},{second}", into, "resamples=200"]) == 0
+    study = tmp_path / "run-study"
+    study.mkdir()
+    cells = [{"folder": str(run), "status": "finished"} for run in (first, second)]
+    cells.append({"folder": str(tmp_path / "not there"), "status": "failed"})
+    (study / "study.json").write_text(json.dumps({"cells": cells}))
+    assert main([f"runs={study}", "resamples=200"]) == 0
+    assert (study / "report" / "comparison.html").is_file()
+    assert main([f"runs={first.parent}", into, "resamples=200"]) == 0
+    shown = capsys.readouterr().out
+    assert f"comparison: {tmp_path / 'out' / 'comparison.html'}" in shown
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs="], "runs must name at least two run folders"),
+        (["runs=nowhere"], "nowhere is no run, no study and holds no runs"),
+        (["runs=a,b", "run=c"], "run= does not go together with runs="),
+        (["output=a"], "output= does not go together with run="),
+    ],
+)
+def test_bad_arguments_of_a_comparison_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_number_of_a_comparison_is_infinite(compared):
+    def numbers(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [number for item in value for number in numbers(item)]
+        return [value] if isinstance(value, float) else []
+
+    assert all(map(math.isfinite, numbers(compared[0])))
+
+
+def test_the_pictures_are_not_empty(compared):
+    from PIL import Image
+
+    _, page = compared
+    names = {path.stem for path in Path(page.parent).glob("*.png")}
+    assert names == {"stability_plasticity", "forgetting", *(f"matrix_{place}" for place in range(6))}
+    for name in names:
+        assert np.asarray(Image.open(page.parent / f"{name}.png").convert("L")).std() > 10
+    assert set(TASKS.values()) == {task["name"] for task in compared[0]["tasks"]}
