@@ -79,24 +79,24 @@ class ExpertPrefix:
 
     Args:
         keys, values: of each expert layer, [B, L, G, D].
-        sees: [B, 1, L] bool, of cross-attention: every valid token.
-        sees_causal: [B, T, L + T] bool, of self-attention: that, and the actions so far.
+        bias: [B, 1, L] of cross-attention: every valid token is seen. See `attention_bias`.
+        causal_bias: [B, T, L + T] of self-attention: that, and the actions so far.
         rotation: of the actions' positions behind the prefix.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    sees: Tensor
-    sees_causal: Tensor
+    bias: Tensor
+    causal_bias: Tensor
     rotation: tuple[Tensor, Tensor]
 
     @property
     def batch_size(self) -> int:
-        return len(self.sees)
+        return len(self.bias)
 
     @property
     def device(self) -> torch.device:
-        return self.sees.device
+        return self.bias.device
 
     def repeat(self, draws: int) -> Self:
         """Every row `draws` times in a row."""
@@ -106,8 +106,8 @@ class ExpertPrefix:
         return type(self)(
             [twice(keys) for keys in self.keys],
             [twice(values) for values in self.values],
-            twice(self.sees),
-            twice(self.sees_causal),
+            twice(self.bias),
+            twice(self.causal_bias),
             (twice(self.rotation[0]), twice(self.rotation[1])),
         )
 
@@ -127,6 +127,7 @@ class FastForward:
     ):
         self.model = vlm_with_expert
         self.chunk_size, self.mem_at_start, self.mem_at_end = chunk_size, mem_at_start, mem_at_end
+        self.attend = attend
         self.attend_prefix: Callable[[ExpertPrefix, Tensor], Tensor] = (
             torch.compile(self._expert) if compile_expert else self._expert
         )
@@ -171,7 +172,7 @@ class FastForward:
         if before is not None:
             positions, sees = positions + before.next_position[:, None], torch.cat([before.valid, valid], dim=1)
         next_position = positions[:, -1] if moves_on or before is None else before.next_position
-        rotation = rotation_at(positions - 1, last.self_attn.head_dim)
+        rotation, bias = rotation_at(positions - 1, last.self_attn.head_dim), attention_bias(sees[:, None])
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
         keys, values = [], []
         for index, layer in enumerate([*first, last]):
@@ -185,7 +186,7 @@ class FastForward:
                 key = torch.cat([before.keys[index], key], dim=1)
                 value = torch.cat([before.values[index], value], dim=1)
             query = rotate(_heads(layer, "q_proj", normed), rotation)
-            hidden = _finish_layer(layer, hidden, attend(query, key, value, sees[:, None]))
+            hidden = _finish_layer(layer, hidden, self.attend(query, key, value, bias))
         return _rms_norm(text_model.norm, hidden), Encoded(keys, values, valid, next_position)
 
     # ------------------------------------------------------------------ expert
@@ -207,8 +208,8 @@ class FastForward:
         return ExpertPrefix(
             keys,
             values,
-            sees,
-            torch.cat([sees.expand(-1, self.chunk_size, -1), causal], dim=2),
+            attention_bias(sees),
+            attention_bias(torch.cat([sees.expand(-1, self.chunk_size, -1), causal], dim=2)),
             rotation_at(encoded.next_position[:, None] + steps, self._head_dim),
         )
 
@@ -220,12 +221,12 @@ class FastForward:
             normed = _rms_norm(layer.input_layernorm, hidden)
             query = _heads(layer, "q_proj", normed)
             if crosses:  # positions count from 0 here, and the keys come as the prefix left them
-                attended = attend(rotate(query, own_rotation), key, value, prefix.sees)
+                attended = self.attend(rotate(query, own_rotation), key, value, prefix.bias)
             else:
                 own_key = rotate(_heads(layer, "k_proj", normed), prefix.rotation)
                 key = torch.cat([key, own_key.to(key.dtype)], dim=1)
                 value = torch.cat([value, _heads(layer, "v_proj", normed).to(value.dtype)], dim=1)
-                attended = attend(rotate(query, prefix.rotation), key, value, prefix.sees_causal)
+                attended = self.attend(rotate(query, prefix.rotation), key, value, prefix.causal_bias)
             hidden = _finish_layer(layer, hidden, attended)
         return _rms_norm(self.model.lm_expert.norm, hidden)
 
@@ -291,26 +292,30 @@ class Encoding:
         return self.forward.expert_prefix(blocks if self.shared is None else self.shared.followed_by(blocks))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, sees: Tensor) -> Tensor:
+def attention_bias(sees: Tensor) -> Tensor:
+    """What attention adds to its scores: 0 where a token is seen, else the least number there is (as LeRobot)."""
+    return torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, torch.finfo(torch.float32).min)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Grouped-query attention.
 
     Args:
         query: [B, N, heads, D]. The heads of a group are neighbours.
         key, value: [B, L, G, D].
-        sees: [B, N, L] bool, or [B, 1, L] when all queries see the same.
+        bias: [B, N, L] from `attention_bias`, or [B, 1, L] when all queries see the same.
 
     Returns:
         [B, N, heads × D].
     """
     B, N, heads, D = query.shape
-    L, G = key.shape[1:3]
+    G = key.shape[2]
     group = heads // G
     query = query.view(B, N, G, group, D).permute(0, 2, 3, 1, 4).reshape(B, G, group * N, D)
-    if sees.shape[1] > 1:
-        sees = sees[:, None].expand(B, group, N, L).reshape(B, group * N, L)
-    attended = F.scaled_dot_product_attention(
-        query, key.transpose(1, 2).to(query.dtype), value.transpose(1, 2).to(query.dtype), attn_mask=sees[:, None]
-    )
+    if bias.shape[1] > 1 and group > 1:
+        bias = bias.repeat(1, group, 1)
+    key, value = (each.transpose(1, 2).to(query.dtype) for each in (key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[:, None].to(query.dtype))
     return attended.view(B, G, group, N, D).permute(0, 3, 1, 2, 4).reshape(B, N, heads * D)
 
 
@@ -323,9 +328,30 @@ def rotation_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Positions into queries or keys [B, N, heads, D], computed in float32."""
-    cos, sin = rotation
+    return _Rotation.apply(heads, *rotation)
+
+
+class _Rotation(torch.autograd.Function):
+    """One node of the graph instead of seven: the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, -sin), None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+    turned = torch.empty(heads.shape, dtype=torch.float32, device=heads.device)
+    turned_first, turned_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+    return turned.to(heads.dtype)
 
 
 def _heads(layer: Any, projection: str, hidden: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from test_layouts import LAYOUTS
 from tiny_sizes import CAMERAS
 
-from lerobot_policy_smolvla_memory.backbone import attend
+from lerobot_policy_smolvla_memory.backbone import attend, attention_bias
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
 FREEZING = {
@@ -172,4 +172,4 @@ def test_grouped_heads_attend_as_if_keys_were_repeated():
         value.transpose(1, 2).repeat_interleave(3, dim=1),
         attn_mask=sees[:, None],
     )
-    torch.testing.assert_close(attend(query, key, value, sees), expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attend(query, key, value, attention_bias(sees)), expected.transpose(1, 2).flatten(2))
