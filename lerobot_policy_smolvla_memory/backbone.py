@@ -102,13 +102,12 @@ class ExpertPrefix:
         """Every row `draws` times in a row."""
         if draws == 1:
             return self
-        twice = lambda tensor: tensor.repeat_interleave(draws, dim=0)  # noqa: E731
         return type(self)(
-            [twice(keys) for keys in self.keys],
-            [twice(values) for values in self.values],
-            twice(self.bias),
-            twice(self.causal_bias),
-            (twice(self.rotation[0]), twice(self.rotation[1])),
+            [keys.repeat_interleave(draws, dim=0) for keys in self.keys],
+            [values.repeat_interleave(draws, dim=0) for values in self.values],
+            self.bias.repeat_interleave(draws, dim=0),
+            self.causal_bias.repeat_interleave(draws, dim=0),
+            (self.rotation[0].repeat_interleave(draws, dim=0), self.rotation[1].repeat_interleave(draws, dim=0)),
         )
 
 
