@@ -38,10 +38,12 @@ from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
 from kuavo_train.evaluation.statistics import wilson
+from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
-from kuavo_train.learning.trainer import Progress, Trainer
+from kuavo_train.learning.timetable import Timetable
+from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.run_folder import write_json
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
@@ -231,12 +233,13 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
             order=order,
             recurrence=recurrence,
             config=training,
-            steps=until,
-            steps_per_epoch=settings.steps,
+            extra_loss=NoExtraLoss(),
+            timetable=Timetable(epochs=1, steps_per_epoch=settings.steps, max_steps=until),
+            current=data.task.name,
             validate_every=1,
             num_workers=0,
             log=lambda values, step: None,
-            validate=lambda step, epoch: 0.0,
+            validate=lambda step, epoch: Validated(loss=0.0),
             save=lambda progress: None,
             stop_signal=lambda: None,
             description=_name(settings),
@@ -250,7 +253,7 @@ def _order(settings: Settings, task: Task, policy: SmolVLAMemoryPolicy) -> tuple
         return SampleOrder(batch_size=settings.batch_size, **about), NoRecurrence()
     order = LaneOrder(batch_size=settings.batch_size, depth=settings.depth, stride=1, **about)
     assert policy.model.memory is not None
-    return order, CarriedMemory(policy.model.memory.initial(sum(order.streams)), depth=settings.depth)
+    return order, CarriedMemory(policy.model.memory.initial(order.stream_count), depth=settings.depth)
 
 
 def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, delays: Sequence[int]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ adding a task is adding a file.
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -76,6 +77,26 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folder: Pa
         configs = [by_name[name] for name in by_name if name in learn]
     check_curriculum([config.stage for config in configs])
     return configs
+
+
+def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The stages of a run: one per task, or where all tasks are learnt at once, a single one.
+
+    The joint stage has the first stage's recipe, as much training as all stages together, and as many passes over each
+    task's frames as the task's own stage makes.
+    """
+    first = configs[0]
+    if first.mixture != "all_tasks":
+        return list(configs)
+    max_steps = first.training.max_steps
+    training = replace(
+        first.training,
+        decay_steps=sum(config.training.decay_steps for config in configs),
+        max_steps=None if max_steps is None else max_steps * len(configs),
+    )
+    stage = replace(first.stage, name="joint", index=1, replay={"joint": 1.0})
+    passes = {config.stage.name: config.training.epochs for config in configs}
+    return [replace(first, stage=stage, training=training, passes=passes)]
 
 
 def overrides_for_all_tasks(overrides: Sequence[str]) -> list[str]:

@@ -197,14 +197,31 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class ForgettingConfig:
-    """Limits of the verdict; change is relative to the loss when the task was learnt."""
+    """Limits of the verdict, and the gate; change is relative to the held-out loss when the task was learnt."""
 
     well_retained_change: float = 0.10
     slight_change: float = 0.30
     well_retained_loss: float = 0.7
     slight_loss: float = 1.0
+    budget: float | None = None  # change an earlier task may show for certain, at any validation; None: no gate
+    on_exceed: str = "warn"  # what then: warn, stop (the stage), raise_replay (of that task)
+    raise_factor: float = 2.0  # by which a raise multiplies the task's share
+    raise_limit: float = 0.4  # share beyond which no task's is raised
+    new_task_floor: float = 0.3  # share that the task being learnt keeps
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Those of the verdict."""
+        names = ("well_retained_change", "slight_change", "well_retained_loss", "slight_loss")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            require(self.budget >= 0, "forgetting.budget", "not be negative", self.budget)
+        one_of("forgetting.on_exceed", self.on_exceed, ("warn", "stop", "raise_replay"))
+        require(self.raise_factor > 1, "forgetting.raise_factor", "be more than 1", self.raise_factor)
+        for name in ("raise_limit", "new_task_floor"):
+            require(0 < getattr(self, name) < 1, f"forgetting.{name}", "be in (0, 1)", getattr(self, name))
         require(
             0 <= self.well_retained_change <= self.slight_change,
             "forgetting.well_retained_change",
@@ -217,6 +234,29 @@ class ForgettingConfig:
             f"be in (0, forgetting.slight_loss = {self.slight_loss}]",
             self.well_retained_loss,
         )
+
+
+@dataclass(frozen=True)
+class EwcConfig:
+    """Elastic weight consolidation: a penalty on changes of the weights that earlier tasks depend on."""
+
+    strength: float  # λ
+    batches: int  # training batches of a finished stage that the Fisher information is estimated on
+
+    def __post_init__(self) -> None:
+        require(self.strength >= 0, "ewc.strength", "not be negative", self.strength)
+        require(self.batches >= 1, "ewc.batches", "be at least 1", self.batches)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """After a stage, weights between its first and its last: (1 − alpha) × old + alpha × new."""
+
+    alphas: list[float]  # those tried; the one with the least held-out loss over all tasks seen is kept
+
+    def __post_init__(self) -> None:
+        valid = bool(self.alphas) and all(0 <= alpha <= 1 for alpha in self.alphas)
+        require(valid, "merge.alphas", "be one or more numbers in [0, 1]", self.alphas)
 
 
 @dataclass(frozen=True)
@@ -241,6 +281,7 @@ class RunConfig:
     outputs: str
     profile: str
     strategy: str
+    mixture: str  # what a stage's samples are from: replay (shares), own_task, all_tasks (one stage for all)
     seed: int
     resume: bool
     tracking: str
@@ -252,6 +293,9 @@ class RunConfig:
     policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
     tiny_vlm: TinyVLMConfig | None = None
+    ewc: EwcConfig | None = None
+    merge: MergeConfig | None = None
+    passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every file of configs/tasks
     allow_random_frozen_vlm: bool = False
     data_only: bool = False  # record missing demonstrations and stop
@@ -260,7 +304,9 @@ class RunConfig:
         valid = bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run))
         require(valid, "run", "be a folder name of letters, digits and . _ -", self.run)
         require(self.seed >= 0, "seed", "not be negative", self.seed)
-        one_of("strategy", self.strategy, ("replay", "sequential"))
+        one_of("strategy", self.strategy, ("replay", "sequential", "joint", "ewc", "merge"))
+        one_of("mixture", self.mixture, ("replay", "own_task", "all_tasks"))
+        self._check_strategy()
         one_of("tracking", self.tracking, ("off", "offline", "online"))
         require("type" in self.policy, "policy", "have a `type`", self.policy)
 
@@ -269,11 +315,40 @@ class RunConfig:
         return Path(self.outputs) / self.run
 
     @property
+    def learns(self) -> list[str]:
+        """The tasks that are new in this stage: its own, or all of them in a joint stage."""
+        return list(self.passes) or [self.stage.name]
+
+    @property
     def replay(self) -> dict[str, float]:
-        """Share of each task in this stage's samples."""
-        if self.strategy == "sequential":
+        """Share of each task in this stage's samples; a joint stage's follow from the sizes of the datasets."""
+        if self.mixture == "own_task":
             return {self.stage.name: 1.0}
         return {task: share for task, share in self.stage.replay.items() if share > 0}
+
+    def _check_strategy(self) -> None:
+        joint = self.strategy == "joint"
+        require(
+            joint == (self.mixture == "all_tasks"),
+            "mixture",
+            "be all_tasks" if joint else f"be replay or own_task with strategy={self.strategy}",
+            self.mixture,
+        )
+        for key in ("ewc", "merge"):
+            value = getattr(self, key)
+            require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
+            require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
+        if self.forgetting.budget is None:
+            return
+        episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything
+        require(episodes >= 2, "data.held_out_episodes", "be at least 2 with a forgetting.budget", episodes)
+        if self.forgetting.on_exceed == "raise_replay":
+            require(
+                self.mixture == "replay",
+                "forgetting.on_exceed",
+                f"be warn or stop where nothing is replayed (strategy={self.strategy})",
+                self.forgetting.on_exceed,
+            )
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -283,7 +358,13 @@ def resolve(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).split("\n")[0]) from error
     plain.pop("task", None)  # the group's own, empty node
-    for key, optional in (("simulation", SimulationConfig), ("tiny_vlm", TinyVLMConfig)):
+    optional_parts = (
+        ("simulation", SimulationConfig),
+        ("tiny_vlm", TinyVLMConfig),
+        ("ewc", EwcConfig),
+        ("merge", MergeConfig),
+    )
+    for key, optional in optional_parts:
         if plain[key] is not None:  # decoded alone, because a failed `X | None` does not say what failed
             _decode(optional, plain[key], f"{key}: ")
     return _decode(RunConfig, plain)

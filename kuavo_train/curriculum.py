@@ -3,31 +3,55 @@
 Finished stages are skipped and an unfinished one is resumed, so the same command continues what was cut off.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from omegaconf import DictConfig
 
-from kuavo_train.compose import compose_run, hydra_entry
-from kuavo_train.config import ConfigError
+from kuavo_train.compose import compose_run, hydra_entry, stages_to_run
+from kuavo_train.config import ConfigError, RunConfig
+
+FOR_ONE_STAGE = ("task=", "stage=", "stage.", "resume=")
 
 
 def main(_composed: DictConfig, overrides: list[str]) -> int:
+    check_overrides(overrides)
+    configs = compose_run(overrides)
+    # The heavy imports come after the configuration has been found good.
+    from kuavo_train.report import summary_table, write_report
+    from kuavo_train.stage import record_missing_data
+
+    if configs[0].data_only:
+        record_missing_data(configs[0], [config.stage for config in configs])
+        return 0
+    status = train_all_stages(configs)
+    if status:
+        return status
+    report = write_report(configs[0].run_folder)
+    print(f"\n{summary_table(configs[0].run_folder)}\n\nreport: {report}")
+    return 0
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for one that can only be meant for a single stage."""
     for override in overrides:
-        if override.lstrip("~+").startswith(("task=", "stage=", "stage.", "resume=")):
+        if override.lstrip("~+").startswith(FOR_ONE_STAGE):
             raise ConfigError(
                 f"overrides of the whole curriculum must hold for every stage, got {override}; "
                 "run that stage with python -m kuavo_train, or edit its file in configs/tasks"
             )
-    configs = compose_run(overrides)
-    curriculum = [config.stage for config in configs]
-    # The heavy imports come after the configuration has been found good.
-    from kuavo_train.report import summary_table, write_report
-    from kuavo_train.stage import record_missing_data, run_stage, stage_folder
 
-    if configs[0].data_only:
-        record_missing_data(configs[0], curriculum)
-        return 0
-    for config in configs:
+
+def train_all_stages(configs: Sequence[RunConfig]) -> int:
+    """Train what is not finished yet; returns the exit status of the first stage that does not come to its end.
+
+    Args:
+        configs: one per task, in the order of learning.
+    """
+    from kuavo_train.stage import run_stage, stage_folder
+
+    curriculum = [config.stage for config in configs]
+    for config in stages_to_run(configs):
         folder = stage_folder(config)
         if folder.status == "finished":
             print(f"stage {config.stage.index} ({config.stage.name}) is finished in {folder.path}")
@@ -35,8 +59,6 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
         status = run_stage(replace(config, resume=True), curriculum)
         if status:
             return status
-    report = write_report(configs[0].run_folder)
-    print(f"\n{summary_table(configs[0].run_folder)}\n\nreport: {report}")
     return 0
 
 

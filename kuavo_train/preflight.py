@@ -25,12 +25,14 @@ def check_stage(
     normalization: Normalization,
     image_shapes: Sequence[Mapping[str, tuple[int, ...]]],
     policy: Any,
+    shares: Mapping[str, float],
     steps: int,
 ) -> str:
     """The stage as a table of text.
 
     Args:
         tasks: all tasks of the run, opened.
+        shares: task → its part of the stage's samples.
         image_shapes: of each task, camera → (3, H, W).
 
     Raises:
@@ -45,7 +47,7 @@ def check_stage(
     ]
     if problems:
         raise ConfigError("preflight found problems\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return _table(config, tasks, lengths, steps)
+    return _table(config, tasks, lengths, shares, steps)
 
 
 def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | None]:
@@ -110,7 +112,9 @@ def _disk_problems(config: RunConfig, policy: Any) -> list[str]:
     ]
 
 
-def _table(config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | None], steps: int) -> str:
+def _table(
+    config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | None], shares: Mapping[str, float], steps: int
+) -> str:
     columns = ("task", "train", "held out", "frames", "hours", "fps", "state", "action", "tokens", "share")
     rows = [
         (
@@ -123,7 +127,7 @@ def _table(config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | Non
             len(task.state_names),
             len(task.action_names),
             "–" if length is None else length,
-            f"{config.replay.get(task.name, 0):.2f}",
+            f"{shares.get(task.name, 0):.2f}",
         )
         for task, length in zip(tasks, lengths, strict=True)
     ]
@@ -133,6 +137,6 @@ def _table(config: RunConfig, tasks: Sequence[Task], lengths: Sequence[int | Non
         [
             *lines,
             f"  {steps:,} steps of {training.batch_size * training.gradient_accumulation_steps} samples, "
-            f"{training.epochs} epochs of {config.stage.name}, learning rate {training.lr:g}",
+            f"{training.epochs} epochs of {config.learns[0]}, learning rate {training.lr:g}",
         ]
     )

@@ -2,7 +2,8 @@
 
 outputs/<run>/run.json, normalization.json
 outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation.jsonl, replay_audit.json,
-                              parameters.json, checkpoints/
+                              parameters.json, checkpoints/; with a forgetting.budget gate.jsonl, with strategy=ewc
+                              ewc.safetensors, with strategy=merge merge.json
 """
 
 import hashlib
@@ -55,6 +56,15 @@ class StageFolder:
         return JsonLines(self.path / "metrics.jsonl")
 
     @property
+    def importance(self) -> Path:
+        """What elastic weight consolidation keeps of the stages up to this one."""
+        return self.path / "ewc.safetensors"
+
+    @property
+    def gate(self) -> JsonLines:
+        return JsonLines(self.path / "gate.jsonl")
+
+    @property
     def validations(self) -> JsonLines:
         return JsonLines(self.path / "validation.jsonl")
 
@@ -77,6 +87,11 @@ def write_run_facts(
         "seed": config.seed,
         "profile": config.profile,
         "strategy": config.strategy,
+        "strategy_settings": {
+            "mixture": config.mixture,
+            "ewc": config.ewc and asdict(config.ewc),
+            "merge": config.merge and asdict(config.merge),
+        },
         "config_hash": _hash({"policy": config.policy, "tiny_vlm": config.tiny_vlm and asdict(config.tiny_vlm)}),
         "tasks": [
             {
@@ -100,8 +115,8 @@ def write_run_facts(
     }
     if path.is_file():
         stored = json.loads(path.read_text())
-        for key in ("seed", "strategy", "config_hash", "normalization"):
-            if stored[key] != facts[key]:
+        for key in ("seed", "strategy", "strategy_settings", "config_hash", "normalization"):
+            if stored.get(key, facts[key]) != facts[key]:
                 raise ConfigError(
                     f"{key} must stay what run {config.run} began with ({stored[key]}), got {facts[key]}; "
                     "choose another run=NAME"

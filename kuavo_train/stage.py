@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,30 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from safetensors.torch import load_model
+from tqdm import tqdm
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
-from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
 from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.order import Order, SampleOrder
+from kuavo_train.data.shares import proportional_shares
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task
 from kuavo_train.evaluation.forgetting import RetentionLimits
+from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
+from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.validation import Validator
-from kuavo_train.learning.checkpoint import Checkpoint
+from kuavo_train.learning.checkpoint import Checkpoint, load_weights
+from kuavo_train.learning.extra_loss import (
+    ElasticPenalty,
+    ExtraLoss,
+    Importance,
+    NoExtraLoss,
+    measure_importance,
+)
 from kuavo_train.learning.freezing import (
     ParameterGroup,
     compare_fingerprints,
@@ -38,10 +49,12 @@ from kuavo_train.learning.freezing import (
     parameter_table,
     take_fingerprints,
 )
+from kuavo_train.learning.merging import copy_weights, sweep_merges
 from kuavo_train.learning.policy_factory import BuiltPolicy, build_optimizer, build_policy, choose_device
 from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
+from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import make_tracker
-from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, step_seed
+from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
 from kuavo_train.preflight import check_stage
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts
 
@@ -61,11 +74,11 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
     )
     folder = stage_folder(config)
     with accelerator.main_process_first():  # what the first process records and caches, the others find
-        start = _starting_point(config, curriculum, folder)
+        resumed = _checkpoint_to_resume(config, folder)
+        before = _result_before(config, curriculum)
         record_missing_data(config, curriculum)
-        stage = open_stage(config, curriculum, start, accelerator)
-    resumed = start if start is not None and start.folder.is_relative_to(folder.path.resolve()) else None
-    return stage.run(resumed)
+        stage = open_stage(config, curriculum, resumed or before, accelerator)
+    return stage.run(resumed, before)
 
 
 def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
@@ -91,8 +104,8 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
             raise ConfigError(str(error)) from error
 
 
-def _starting_point(config: RunConfig, curriculum: Sequence[StageConfig], folder: StageFolder) -> Checkpoint | None:
-    """The checkpoint to begin from: this stage's last when resuming, else the stage before's best."""
+def _checkpoint_to_resume(config: RunConfig, folder: StageFolder) -> Checkpoint | None:
+    """The last checkpoint of an unfinished stage. Raises `ConfigError` for a stage that must not be entered."""
     stage = config.stage
     if folder.status == "finished":
         raise ConfigError(
@@ -100,14 +113,23 @@ def _starting_point(config: RunConfig, curriculum: Sequence[StageConfig], folder
         )
     if config.resume and folder.status != "absent":
         latest = folder.checkpoints.latest()
-        if latest is not None:
-            return _checked(latest, config)
-    elif folder.path.exists() and any(folder.path.iterdir()):
+        return None if latest is None else _checked(latest, config)
+    if folder.path.exists() and any(folder.path.iterdir()):
         raise ConfigError(f"{folder.path} must be empty to start into; continue with resume=true, or delete it")
-    place = [other.name for other in curriculum].index(stage.name)
-    if place == 0:
+    return None
+
+
+def _stages_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Sequence[StageConfig]:
+    """The stages that learn the tasks before this one's; none before a joint stage."""
+    return curriculum[: [other.name for other in curriculum].index(config.learns[0])]
+
+
+def _result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Checkpoint | None:
+    """What the stage before ended in; None for the first stage. Raises `ConfigError` when it is not finished."""
+    earlier = _stages_before(config, curriculum)
+    if not earlier:
         return None
-    previous = curriculum[place - 1]
+    stage, previous = config.stage, earlier[-1]
     before = stage_folder(config, previous)
     if before.status != "finished":
         resume = " resume=true" if before.status != "absent" else ""
@@ -149,7 +171,7 @@ def open_stage(
         {camera: tuple(source(camera, task.bounds[0, :1]).shape[1:]) for camera in task.cameras}
         for task, source in zip(tasks, frames, strict=True)
     ]
-    is_first = curriculum[0].name == config.stage.name
+    is_first = not _stages_before(config, curriculum)
     frozen = config.training.freeze_first_stage if is_first else config.training.freeze
     torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
     built = build_policy(
@@ -162,14 +184,21 @@ def open_stage(
         device=accelerator.device,
     )
     freeze(built.policy, frozen)
-    order, recurrence = _order(config, [task for task in tasks if task.name in config.replay], built.policy)
+    order, recurrence = _order(config, tasks, built.policy)
     batches_per_step = config.training.gradient_accumulation_steps * accelerator.num_processes
-    steps_per_epoch = order.steps_per_epoch(config.stage.name, batches_per_step)
-    steps = config.training.epochs * steps_per_epoch
-    if config.training.max_steps is not None:
-        steps = min(steps, config.training.max_steps)
+    timetable = Timetable(
+        epochs=config.training.epochs,
+        steps_per_epoch=order.steps_per_epoch(config.learns[0], batches_per_step),
+        max_steps=config.training.max_steps,
+    )
     table = check_stage(
-        config, tasks=tasks, normalization=normalization, image_shapes=image_shapes, policy=built.policy, steps=steps
+        config,
+        tasks=tasks,
+        normalization=normalization,
+        image_shapes=image_shapes,
+        policy=built.policy,
+        shares=order.shares,
+        steps=timetable.steps,
     )
     return Stage(
         config=config,
@@ -182,24 +211,39 @@ def open_stage(
         built=built,
         order=order,
         recurrence=recurrence,
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
+        timetable=timetable,
         table=table,
     )
 
 
 def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
-    about = {"seed": config.seed, "stage": config.stage.index, "batch_size": config.training.batch_size}
+    shares = config.replay
+    if config.passes:  # every task is passed as often as in a stage of its own
+        shares = proportional_shares({t.name: config.passes[t.name] * len(t.train_rows) for t in tasks})
+    about: dict[str, Any] = {
+        "seed": config.seed,
+        "stage": config.stage.index,
+        "tasks": [task for task in tasks if task.name in shares],
+        "shares": shares,
+        "batch_size": config.training.batch_size,
+    }
     depth = getattr(policy.config, "mem_backprop_depth", 0)
     if depth == 0 or policy.config.num_mem_tokens == 0:
-        return SampleOrder(tasks=tasks, shares=config.replay, **about), NoRecurrence()
+        return SampleOrder(**about), NoRecurrence()
     stride, jitter = policy.config.n_action_steps, config.training.query_jitter
     try:
-        order = LaneOrder(tasks=tasks, shares=config.replay, depth=depth, stride=stride, jitter=jitter, **about)
+        order = LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return order, CarriedMemory(policy.model.memory.initial(sum(order.streams)), depth=depth)
+    return order, _fresh_memory(order, policy)
+
+
+def _fresh_memory(order: Order, policy: Any) -> Recurrence:
+    """Nothing remembered yet in any stream."""
+    if not isinstance(order, LaneOrder):
+        return NoRecurrence()
+    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip)
 
 
 def _open_tasks(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[Task]:
@@ -253,19 +297,26 @@ class Stage:
     built: BuiltPolicy
     order: Order
     recurrence: Recurrence
-    steps: int
-    steps_per_epoch: int
+    timetable: Timetable
     table: str
 
-    def run(self, resumed: Checkpoint | None) -> int:
-        """From `resumed`, or from the beginning, to the end; returns the exit status."""
+    def run(self, resumed: Checkpoint | None, before: Checkpoint | None) -> int:
+        """From `resumed`, or from the beginning, to the end; returns the exit status.
+
+        Args:
+            before: what the stage before ended in; None for the first stage.
+        """
         config = self.config
+        self.before = before
+        self.gate, self.extra_loss = self._gate(), self._extra_loss()
         self._open_folder(resumed)
-        before = self._fingerprints_before(resumed)
+        groups = self._fingerprints_before(resumed)
         where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
-        self.accelerator.print(f"\n{where}\n{self.table}\n{parameter_table(before)}", flush=True)
+        self.accelerator.print(f"\n{where}\n{self.table}\n{parameter_table(groups)}", flush=True)
         parameters = self.built.policy.parameters()
-        optimizer, self.scheduler = build_optimizer(parameters, config.training, steps=self.steps)
+        optimizer, self.scheduler = build_optimizer(
+            parameters, config.training, steps=self.timetable.steps, planned=self.timetable.planned
+        )
         self.policy, self.optimizer = self.accelerator.prepare(self.built.policy, optimizer)
         self.validator = Validator(
             self._dataset(self.tasks),
@@ -277,7 +328,7 @@ class Stage:
             progress=self.accelerator.is_main_process,
         )
         progress = self._restore(resumed)
-        if resumed is None and self._seen == [config.stage.name]:
+        if resumed is None and before is None:
             self._validate("start", step=0, epoch=0, names=[task.name for task in self.tasks])
         try:
             self._train(progress)
@@ -294,14 +345,37 @@ class Stage:
             last = self.folder.checkpoints.latest()
             kept = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written yet"
             raise TrainingDiverged(f"{error}; {kept}") from error
-        self._conclude(progress, before)
+        self._conclude(progress, groups)
         return 0
 
     @property
     def _seen(self) -> list[str]:
         """Tasks learnt up to and including this stage."""
         names = [stage.name for stage in self.curriculum]
-        return names[: names.index(self.config.stage.name) + 1]
+        return names[: names.index(self.config.learns[-1]) + 1]
+
+    def _gate(self) -> Gate:
+        learnt, gated = {}, self.config.forgetting.budget is not None
+        for stage in _stages_before(self.config, self.curriculum) if gated else ():
+            lines = stage_folder(self.config, stage).validations.read()
+            ends = [line for line in lines if line["kind"] == "end" and line["task"] == stage.name]
+            learnt[stage.name] = episode_scores(ends[-1], "loss")
+        return Gate(learnt, self.config.forgetting)
+
+    def _importance_before(self) -> Importance | None:
+        """What elastic weight consolidation kept of the stages before; None for the first stage."""
+        if self.config.ewc is None or self.before is None:
+            return None
+        previous = stage_folder(self.config, _stages_before(self.config, self.curriculum)[-1])
+        if not previous.importance.is_file():
+            raise ConfigError(f"{previous.importance} must be there for ewc; delete {previous.path} to run it again")
+        return Importance.load(previous.importance)
+
+    def _extra_loss(self) -> ExtraLoss:
+        earlier = self._importance_before()
+        if earlier is None or self.config.ewc is None:
+            return NoExtraLoss()
+        return ElasticPenalty(self.built.policy, earlier, strength=self.config.ewc.strength)
 
     def _dataset(self, tasks: Sequence[Task]) -> MixedDataset:
         frames = [self.frames[self.tasks.index(task)] for task in tasks]
@@ -318,11 +392,11 @@ class Stage:
             return
         write_run_facts(config, self.curriculum, self.tasks, self.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for lines in (folder.metrics, folder.validations):
+        for lines in (folder.metrics, folder.validations, folder.gate):
             lines.forget_after(resumed.step if resumed else -1)
         began = {} if resumed else {"started": now()}
         stage = {"name": config.stage.name, "index": config.stage.index, "epochs": config.training.epochs}
-        folder.tell(**stage, total_steps=self.steps, status="running", **began)
+        folder.tell(**stage, total_steps=self.timetable.steps, status="running", **began)
         (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
     def _fingerprints_before(self, resumed: Checkpoint | None) -> list[ParameterGroup]:
@@ -331,9 +405,9 @@ class Stage:
         groups = take_fingerprints(self.built.policy)
         if resumed is None:
             if self.accelerator.is_main_process:
-                write_json(path, {"groups": [asdict(group) for group in groups]})
+                write_json(path, {"groups": [group.as_begun() for group in groups]})
             return groups
-        return [ParameterGroup(**row) for row in json.loads(path.read_text())["groups"]]
+        return [ParameterGroup.when_begun(record) for record in json.loads(path.read_text())["groups"]]
 
     def _restore(self, resumed: Checkpoint | None) -> Progress:
         if resumed is None:
@@ -341,7 +415,7 @@ class Stage:
         state = resumed.training_state()
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.accelerator.print(f"  resumed at step {resumed.step} of {self.steps}", flush=True)
+        self.accelerator.print(f"  resumed at step {resumed.step}", flush=True)
         mine = state["processes"][self.accelerator.process_index]
         self.recurrence.load_state_dict(mine["memory"])
         return Progress(**mine["progress"])
@@ -371,13 +445,14 @@ class Stage:
                 dataset=self._dataset(self.order.tasks),
                 order=self.order,
                 recurrence=self.recurrence,
+                extra_loss=self.extra_loss,
                 config=config.training,
-                steps=self.steps,
-                steps_per_epoch=self.steps_per_epoch,
+                timetable=self.timetable,
+                current=config.learns[0],
                 validate_every=config.validation.every_epochs,
                 num_workers=config.data.num_workers,
                 log=log,
-                validate=lambda step, epoch: self._validate("epoch", step=step, epoch=epoch, names=self._seen),
+                validate=self._validate_epoch,
                 save=self._save,
                 stop_signal=lambda: self._agreed(received),
                 description=config.stage.folder_name,
@@ -394,8 +469,24 @@ class Stage:
             number = max(gather_object([number]))
         return number or None
 
-    def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> float:
-        """Append a record per task to validation.jsonl; returns the mean loss over the tasks seen."""
+    def _validate_epoch(self, step: int, epoch: int) -> Validated:
+        """All tasks seen; then the gate."""
+        records = self._validate("epoch", step=step, epoch=epoch, names=self._seen)
+        readings = self.gate.read({record["task"]: episode_scores(record, "loss") for record in records})
+        over = step == self.timetable.steps
+        action = self.gate.act(readings, shares=self.order.shares, new=self.config.learns[0], over=over)
+        action = gather_object([action])[0]  # every process does what the first one decides
+        if self.accelerator.is_main_process:
+            about = {"stage": self.config.stage.index, "epoch": epoch, "step": step}
+            for reading in readings:
+                taken = {"action": action.name, "shares": action.shares} if reading.exceeded else {"action": None}
+                self.folder.gate.append({**about, **reading.record(), **taken})
+            if action.name is not None:
+                tqdm.write(f"forgetting at step {step}: {action.reason} → {action.name}")
+        return Validated(mean_loss(records), stop=action.stop, shares=action.shares)
+
+    def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A record per task, also appended to validation.jsonl."""
         records = self.validator.validate_all_tasks(self.accelerator.unwrap_model(self.policy), names)
         seen = [] if kind == "start" else self._seen
         stage = self.config.stage
@@ -403,7 +494,7 @@ class Stage:
         if self.accelerator.is_main_process:
             for record in records:
                 self.folder.validations.append({**about, "seen": record["task"] in seen, **record})
-        return float(np.mean([record["loss"] for record in records if record["task"] in (seen or names)]))
+        return records
 
     def _save(self, progress: Progress) -> None:
         per_process = gather_object([{"progress": asdict(progress), "memory": self.recurrence.state_dict()}])
@@ -413,50 +504,119 @@ class Stage:
         checkpoints.save(
             progress.step,
             policy=self.accelerator.unwrap_model(self.policy),
-            processors=(self.built.preprocessor, self.built.postprocessor),
+            processors=self._processors,
             training_state={
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "processes": per_process,
             },
-            about={
-                "run": self.config.run,
-                "stage": self.config.stage.folder_name,
-                "seed": self.config.seed,
-                "normalization": self.normalization.hash,
-            },
+            about=self._about,
         )
         if progress.best_step is not None:
             checkpoints.point("best", progress.best_step)
         checkpoints.prune(keep={progress.step, progress.best_step or progress.step})
+        self.folder.tell(total_steps=self.timetable.steps)
 
-    def _conclude(self, progress: Progress, before: Sequence[ParameterGroup]) -> None:
-        """The stage's result is its best checkpoint: validate it on all tasks, audit, record."""
+    @property
+    def _processors(self) -> tuple[Any, Any]:
+        return self.built.preprocessor, self.built.postprocessor
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of where it comes from."""
+        return {
+            "run": self.config.run,
+            "stage": self.config.stage.folder_name,
+            "seed": self.config.seed,
+            "normalization": self.normalization.hash,
+        }
+
+    def _conclude(self, progress: Progress, groups_before: Sequence[ParameterGroup]) -> None:
+        """The stage's result is its best checkpoint, or what merging makes of it: validate it, audit, record."""
         config, folder = self.config, self.folder
         self.accelerator.wait_for_everyone()
-        best = folder.checkpoints.at("best")
         policy = self.accelerator.unwrap_model(self.policy)
+        best = folder.checkpoints.at("best" if progress.best_step is None else progress.best_step)
         if best.step != progress.step:
-            load_model(policy, str(best.pretrained_model / "model.safetensors"))
+            load_weights(policy, best)
+        result, loss = best, progress.best_loss
+        if config.merge is not None and self.before is not None:
+            result, loss = self._merge(policy, self.before, best, config.merge)
         names = [task.name for task in self.tasks] if config.validation.unseen_tasks else self._seen
-        self._validate("end", step=best.step, epoch=math.ceil(best.step / self.steps_per_epoch), names=names)
+        self._validate("end", step=best.step, epoch=math.ceil(self.timetable.epoch(best.step)), names=names)
         drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
         if not self.accelerator.is_main_process:
             return
-        write_json(folder.path / "parameters.json", compare_fingerprints(before, take_fingerprints(policy)))
-        audit = self.order.audit([frames for frames, _ in drawn], [episodes for _, episodes in drawn])
+        if config.ewc is not None:
+            importance = self._importance(policy, config.ewc)
+            importance.after(self._importance_before()).save(folder.importance)
+        write_json(folder.path / "parameters.json", compare_fingerprints(groups_before, take_fingerprints(policy)))
+        audit = self.order.audit(
+            [frames for frames, _ in drawn],
+            [episodes for _, episodes in drawn],
+            batches_per_step=config.training.gradient_accumulation_steps,
+        )
         write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
         folder.tell(
             status="finished",
             steps=progress.step,
             seconds=round(progress.seconds, 1),
-            best={"step": best.step, "loss": progress.best_loss},
-            checkpoint=f"checkpoints/{best.folder.name}",
-            checkpoint_hash=best.hash,
+            best={"step": best.step, "loss": loss},
+            checkpoint=f"checkpoints/{result.folder.name}",
+            checkpoint_hash=result.hash,
             finished=now(),
+            **({"stopped": progress.stopped} if progress.stopped else {}),
         )
-        write_matrix(config.run_folder, limits=RetentionLimits(**asdict(config.forgetting)))
+        write_matrix(config.run_folder, limits=RetentionLimits(**config.forgetting.limits))
         print(f"finished stage {config.stage.index} ({config.stage.name}): {folder.path / 'checkpoints' / 'best'}")
+
+    def _merge(self, policy: Any, before: Checkpoint, best: Checkpoint, merge: MergeConfig) -> tuple[Checkpoint, float]:
+        """Leave `policy` at the best point between its weights before the stage and after; save that as the result."""
+        new = copy_weights(policy)
+        load_weights(policy, before)
+        old = copy_weights(policy)
+        load_weights(policy, best)
+
+        def validate() -> dict[str, float]:
+            records = self.validator.validate_all_tasks(policy, self._seen)
+            return {record["task"]: record["loss"] for record in records}
+
+        sweep = sweep_merges(policy, old, new, merge.alphas, validate)
+        name = f"merged-{sweep['chosen']:g}"
+        if self.accelerator.is_main_process:
+            write_json(self.folder.path / "merge.json", sweep)
+            self.folder.checkpoints.save_weights(
+                name,
+                step=best.step,
+                policy=policy,
+                processors=self._processors,
+                about={**self._about, "merged": {"alpha": sweep["chosen"], "old": before.hash, "new": best.hash}},
+            )
+            self.folder.checkpoints.point("best", name)
+            tqdm.write(f"merged with alpha {sweep['chosen']:g}: mean held-out loss {sweep['loss']:.4f}")
+        self.accelerator.wait_for_everyone()
+        return self.folder.checkpoints.at(name), sweep["loss"]
+
+    def _importance(self, policy: Any, ewc: EwcConfig) -> Importance:
+        """Measured on the first batches of the stage, clip by clip."""
+        order, dataset = self.order, self._dataset(self.order.tasks)
+        clips = (
+            dataset.__getitems__(draws)
+            for number in range(ewc.batches)
+            for draws in batched(order.batch(number), order.clip)
+        )
+        return measure_importance(
+            policy,
+            tqdm(clips, "importance", ewc.batches * order.batch_size // order.clip, leave=False, unit="clip"),
+            preprocessor=self.built.preprocessor,
+            recurrence=_fresh_memory(order, policy),
+            autocast=self.accelerator.autocast,
+            seed=step_seed(order.seed, order.stage),
+        )
+
+
+def mean_loss(records: Sequence[dict[str, Any]]) -> float:
+    return float(np.mean([record["loss"] for record in records]))
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def test_help_and_cfg_are_useful_to_read() -> None:
     for word in (
         "task/tasks: task1_moving_grasp, task2",
         "profile: embedded, robot, smoke",
-        "strategy: replay, sequential",
+        "strategy: ewc, joint, merge, replay, sequential",
         "replay",
     ):
         assert word in shown.stdout, word

@@ -121,6 +121,28 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("simulation.image_size=4", r"simulation.image_size must be at least 16"),
     ("validation.draws=0", r"validation.draws must be at least 1"),
     ("forgetting.well_retained_change=0.5", r"forgetting.well_retained_change must be in \[0, "),
+    ("forgetting.budget=-0.1", r"forgetting.budget must not be negative, got -0.1"),
+    ("forgetting.on_exceed=cry", r"forgetting.on_exceed must be one of warn, stop, raise_replay, got 'cry'"),
+    ("forgetting.raise_factor=1", r"forgetting.raise_factor must be more than 1, got 1"),
+    ("forgetting.raise_limit=1", r"forgetting.raise_limit must be in \(0, 1\), got 1"),
+    ("forgetting.new_task_floor=0", r"forgetting.new_task_floor must be in \(0, 1\), got 0"),
+    (
+        "forgetting.budget=0.1 data.held_out_episodes=1",
+        r"data.held_out_episodes must be at least 2 with a forgetting.budget, got 1",
+    ),
+    (
+        "strategy=sequential forgetting.budget=0.1 forgetting.on_exceed=raise_replay",
+        r"forgetting.on_exceed must be warn or stop where nothing is replayed \(strategy=sequential\), got 'raise_r",
+    ),
+    ("strategy=ewc ewc.strength=-1", r"ewc.strength must not be negative, got -1"),
+    ("strategy=ewc ewc.batches=0", r"ewc.batches must be at least 1, got 0"),
+    ("strategy=ewc ewc=null", r"ewc must have settings with strategy=ewc, got None"),
+    ("strategy=merge merge.alphas=[0.5,1.5]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[0.5, 1.5"),
+    ("strategy=merge merge.alphas=[]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[\]"),
+    ("strategy=joint mixture=replay", r"mixture must be all_tasks, got 'replay'"),
+    ("mixture=all_tasks", r"mixture must be replay or own_task with strategy=replay, got 'all_tasks'"),
+    ("mixture=soup", r"mixture must be one of replay, own_task, all_tasks, got 'soup'"),
+    ("strategy=dreaming", r"strategy/dreaming"),
     ("seed=-1", r"seed must not be negative, got -1"),
     ("run=a/b", r"run must be a folder name"),
     ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
@@ -134,7 +156,7 @@ BAD_OVERRIDES = [  # override, what the message must name
 @pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES, ids=[item[0] for item in BAD_OVERRIDES])
 def test_a_bad_value_is_refused_by_key_rule_and_value(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compose_run([override])
+        compose_run(override.split(" "))
 
 
 BAD_TASK_FILES: list[tuple[str, str, str]] = [  # text in task 2's file, its replacement, the message

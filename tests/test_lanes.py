@@ -71,9 +71,9 @@ def test_shares_hold_to_the_clip_at_every_moment() -> None:
     drawn = np.array([draw.task for number in range(50) for draw in order.batch(number)])
     n = np.arange(1, len(drawn) + 1)
     for place, share in enumerate(SHARES.values()):
-        assert np.all(np.abs(np.cumsum(drawn == place) - share * n) < 2 * order.depth)
+        assert np.all(np.abs(np.cumsum(drawn == place) - share * n) < 2 * order.clip)
         at_batches = np.cumsum(drawn == place)[order.batch_size - 1 :: order.batch_size]
-        assert np.all(np.abs(at_batches - share * n[order.batch_size - 1 :: order.batch_size]) < order.depth)
+        assert np.all(np.abs(at_batches - share * n[order.batch_size - 1 :: order.batch_size]) < order.clip)
 
 
 def test_no_stream_is_asked_twice_in_a_batch() -> None:
@@ -107,6 +107,31 @@ def test_the_order_is_a_function_of_seed_stage_process_and_batch() -> None:
     assert lanes(seed=1).batch(5) != whole[5]
     assert lanes(stage=4).batch(5) != whole[5]
     assert lanes().batch(5, process=1, processes=2) != whole[5]
+
+
+def test_after_a_change_of_shares_no_walk_is_lost_and_no_stream_asked_twice() -> None:
+    later = {"a": 0.5, "b": 0.1, "c": 0.4}
+    order, unchanged = lanes(), lanes()
+    order.batch(20)  # as a loader that has fetched ahead
+    order.change_shares(later, batch=10)
+    streams: dict[int, list[Draw]] = {}
+    for number in range(60):
+        batch = order.batch(number)
+        if number < 10:
+            assert batch == unchanged.batch(number)
+        asked = [clip[0].stream for clip in clips(batch)]
+        assert len(set(asked)) == len(asked)
+        assert max(asked) < order.stream_count
+        for draw in batch:
+            streams.setdefault(draw.stream, []).append(draw)
+    for draws in streams.values():
+        assert draws[0].begins
+        for before, after in pairwise(draws):
+            assert after.begins or after.row == before.row + STRIDE
+    drawn = np.array([draw.task for number in range(10, 60) for draw in order.batch(number)])
+    for place, share in enumerate(later.values()):
+        assert abs((drawn == place).sum() - share * len(drawn)) < order.clip
+    assert {draw.stream for draw in order.batch(59)} - {draw.stream for draw in unchanged.batch(59)}
 
 
 def test_jitter_moves_queries_within_their_episode() -> None:

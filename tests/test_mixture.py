@@ -177,14 +177,36 @@ def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], no
 
 def test_the_audit_refuses_shares_that_were_not_drawn(tasks: list[Task]) -> None:
     order = order_of(tasks, {"moving_grasp": 0.2, "weighing": 0.8})
-    audit = order.audit([{0: 20, 1: 80}], [{0: [1], 1: [2]}])
+    audit = order.audit([[{0: 20, 1: 80}]], [{0: [1], 1: [2]}])
     assert audit["drawn"]["weighing"] == {"frames": 80, "share": 0.8}
     with pytest.raises(RuntimeError, match=r"replay share of moving_grasp must be 0.2, drawn 21 of 100"):
-        order.audit([{0: 21, 1: 79}], [{}])
+        order.audit([[{0: 21, 1: 79}]], [{}])
     held_out = tasks[0].held_out_episodes[0]
     with pytest.raises(RuntimeError, match="held-out episodes of moving_grasp must never be drawn"):
-        order.audit([{0: 20, 1: 80}], [{0: [held_out]}])
+        order.audit([[{0: 20, 1: 80}]], [{0: [held_out]}])
 
 
 def test_the_fixture_has_all_tasks(tasks: list[Task]) -> None:
     assert tuple(task.name for task in tasks) == TASK_NAMES
+
+
+def test_a_change_of_shares_holds_from_its_batch_on_and_every_task_goes_on_in_its_pass(tasks: list[Task]) -> None:
+    shares, later = {"moving_grasp": 0.2, "weighing": 0.8}, {"moving_grasp": 0.4, "weighing": 0.6}
+    order, unchanged = order_of(tasks, shares), order_of(tasks, shares)
+    order.change_shares(later, batch=7)
+    drawn, before = order(0, 400), unchanged(0, 400)
+    start = 7 * order.batch_size
+    assert np.array_equal(drawn[:start], before[:start])
+    assert not np.array_equal(drawn[start:], before[start:])
+    n = np.arange(1, 400 - start + 1)
+    for place, share in enumerate(later.values()):
+        assert np.all(np.abs(np.cumsum(drawn[start:, 0] == place) - share * n) < 1)
+        rows = drawn[drawn[:, 0] == place, 1]
+        size = len(order.tasks[place].train_rows)
+        for first in range(0, len(rows) - size + 1, size):
+            assert sorted(rows[first : first + size]) == list(order.tasks[place].train_rows)
+    halves = [order.batch(number, process=rank, processes=2) for number in (6, 7, 8) for rank in range(2)]
+    together = order(6 * 2 * 8, 9 * 2 * 8, processes=2)
+    assert [(draw.task, draw.row) for half in halves for draw in half] == [tuple(row) for row in together]
+    with pytest.raises(ValueError, match="shares must change after batch 7, got 7"):
+        order.change_shares(shares, batch=7)

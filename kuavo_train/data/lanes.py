@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kuavo_train.data.order import Draw, Order
+from kuavo_train.data.order import Draw, Order, Quota
 from kuavo_train.data.tasks import Task
 
 
@@ -38,7 +38,6 @@ class LaneOrder(Order):
         stride: int,
         jitter: int = 0,
     ):
-        super().__init__(seed=seed, stage=stage, tasks=tasks, shares=shares, batch_size=batch_size)
         if batch_size % depth:
             raise ValueError(
                 f"training.batch_size must be a multiple of policy.mem_backprop_depth={depth}, got {batch_size}"
@@ -47,17 +46,33 @@ class LaneOrder(Order):
             raise ValueError(
                 f"training.query_jitter must be in [0, policy.n_action_steps / 2 = {stride / 2}), got {jitter}"
             )
-        self.depth, self.stride, self.jitter = depth, stride, jitter
+        self.clip, self.stride, self.jitter = depth, stride, jitter
         self.lanes = batch_size // depth
-        # As many streams per task as it may have clips in one batch: no stream is asked twice in it.
-        batches = np.arange(len(self.quota.pattern) * self.lanes).reshape(-1, self.lanes)
-        tasks_of, _ = self.quota.deal(batches)
-        self.streams = [int((tasks_of == place).sum(axis=1).max()) for place in range(len(self.tasks))]
+        super().__init__(seed=seed, stage=stage, tasks=tasks, shares=shares, batch_size=batch_size)
+        self.streams = [self._streams_needed(self.segments[0].quota)]  # of each segment, per task
         self._replayed: dict[int, _Replay] = {}
+
+    @property
+    def stream_count(self) -> int:
+        """An upper limit of the streams' numbers, whatever the shares become."""
+        return len(self.tasks) * self.lanes
+
+    def change_shares(self, shares: Mapping[str, float], *, batch: int) -> None:
+        """A task that gets more clips gets more streams; one that gets fewer keeps its own, or walks would be lost."""
+        super().change_shares(shares, batch=batch)
+        needed = self._streams_needed(self.segments[-1].quota)
+        self.streams.append([max(pair) for pair in zip(self.streams[-1], needed, strict=True)])
+        self._replayed.clear()
+
+    def _streams_needed(self, quota: Quota) -> list[int]:
+        """As many streams per task as it may have clips in one batch: no stream is asked twice in it."""
+        batches = np.arange(len(quota.pattern) * self.lanes).reshape(-1, self.lanes)
+        tasks_of, _ = quota.deal(batches)
+        return [int((tasks_of == place).sum(axis=1).max()) for place in range(len(self.tasks))]
 
     def tolerance(self, processes: int) -> int:
         """Whole clips are dealt, by each process on its own."""
-        return self.depth * processes
+        return self.clip * processes
 
     def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
         """The draws of a batch. Each process has its own streams: their memory never changes place."""
@@ -92,20 +107,20 @@ class _Replay:
     def __init__(self, order: LaneOrder, process: int):
         self.order, self.number = order, 0
         self.walks = [order.walks(place, process) for place in range(len(order.tasks))]
-        self.left: list[list[list[int]]] = [[[] for _ in range(count)] for count in order.streams]
-        self.first_stream = np.concatenate([[0], np.cumsum(order.streams)])
+        self.left: list[list[list[int]]] = [[[] for _ in range(order.lanes)] for _ in order.tasks]
 
     def next_batch(self) -> list[Draw]:
-        lanes = self.order.lanes
-        tasks, ranks = self.order.quota.deal(np.arange(self.number * lanes, (self.number + 1) * lanes))
+        order, lanes = self.order, self.order.lanes
+        segment = sum(segment.first <= self.number for segment in order.segments) - 1
+        tasks, ranks = order._deal(self.number * lanes, (self.number + 1) * lanes, turns=lanes)
         self.number += 1
         draws = []
         for task, rank in zip(tasks.tolist(), ranks.tolist(), strict=True):
-            stream = rank % self.order.streams[task]
-            for _ in range(self.order.depth):
+            stream = rank % order.streams[segment][task]
+            for _ in range(order.clip):
                 begins = not self.left[task][stream]
                 if begins:
                     self.left[task][stream] = next(self.walks[task])[::-1]
                 row = self.left[task][stream].pop()
-                draws.append(Draw(task, row, int(self.first_stream[task]) + stream, begins))
+                draws.append(Draw(task, row, task * lanes + stream, begins))
         return draws

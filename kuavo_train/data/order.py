@@ -1,16 +1,18 @@
 """Which frames, from which task, in which order.
 
-The order of samples is a pure function of (seed, stage, position): no global random state, no dependence on
-workers. A task's share is a quota: after any n samples |n_task − w_task·n| < 1. Inside a task, frames come
-without replacement, pass by pass.
+The order of samples is a pure function of (seed, stage, position) and of the changes of shares on record: no global
+random state, no dependence on workers. A task's share is a quota: after any n samples |n_task − w_task·n| < 1, counted
+anew from each change of shares. Inside a task, frames come without replacement, pass by pass, whatever the shares.
 """
 
 import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +51,11 @@ class Quota:
         tasks = self.pattern[place]
         return tasks, period * self.counts[tasks] + self.ranks[place]
 
+    def dealt(self, positions: int) -> np.ndarray:
+        """[T] how many of the first `positions` each task got."""
+        periods, rest = divmod(positions, len(self.pattern))
+        return periods * self.counts + np.bincount(self.pattern[:rest], minlength=len(self.shares))
+
 
 def _exact(shares: Sequence[float]) -> list[Fraction]:
     """Shares as fractions of sum 1; what rounding leaves over goes to the largest."""
@@ -69,59 +76,124 @@ class Draw(NamedTuple):
     begins: bool = True
 
 
+@dataclass(frozen=True)
+class Segment:
+    """The batches that are dealt by one quota: from `first` on, up to the next segment's."""
+
+    first: int
+    quota: Quota
+
+
 class Order(ABC):
-    """Which samples make up a batch. `tasks` are those with a share, the current one among them."""
+    """Which samples make up a batch. `tasks` are those with a share, the current one among them.
+
+    `clip` is the number of samples that are dealt together, to one task.
+    """
+
+    clip = 1
 
     def __init__(self, *, seed: int, stage: int, tasks: Sequence[Task], shares: Mapping[str, float], batch_size: int):
         self.seed, self.stage, self.tasks, self.batch_size = seed, stage, list(tasks), batch_size
-        self.quota = Quota([shares[task.name] for task in self.tasks])
+        self.segments = [Segment(0, self._quota(shares))]
 
     @abstractmethod
     def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
         """The samples of a process's batch, `number` counting from the stage's beginning."""
 
+    def change_shares(self, shares: Mapping[str, float], *, batch: int) -> None:
+        """Deal by `shares` from a batch on. Every task goes on in the pass over its frames where it stands."""
+        if batch <= self.segments[-1].first:
+            raise ValueError(f"shares must change after batch {self.segments[-1].first}, got {batch}")
+        self.segments.append(Segment(batch, self._quota(shares)))
+
+    def _quota(self, shares: Mapping[str, float]) -> Quota:
+        return Quota([shares[task.name] for task in self.tasks])
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Task → share, as dealt by the last segment."""
+        return self._named(self.segments[-1].quota)
+
+    def _named(self, quota: Quota) -> dict[str, float]:
+        return {task.name: float(share) for task, share in zip(self.tasks, quota.shares, strict=True)}
+
+    def _deal(self, start: int, stop: int, *, turns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Task of each turn from `start` up to `stop`, and how many turns it had before; `turns` make up a batch."""
+        before = np.zeros(len(self.tasks), dtype=np.int64)
+        tasks, ranks = [], []
+        ends = [following.first * turns for _, following in pairwise(self.segments)]
+        for segment, end in zip(self.segments, [*ends, stop], strict=True):
+            first = segment.first * turns
+            here = np.arange(max(start, first), min(stop, end)) - first
+            dealt, rank = segment.quota.deal(here)
+            tasks.append(dealt)
+            ranks.append(rank + before[dealt])
+            before = before + segment.quota.dealt(max(end - first, 0))
+        return np.concatenate(tasks), np.concatenate(ranks)
+
     def steps_per_epoch(self, current: str, batches_per_step: int) -> int:
         """Steps in which the current task's training frames come once; replayed frames are on top."""
         place = [task.name for task in self.tasks].index(current)
-        frames = len(self.tasks[place].train_rows) / self.quota.shares[place]
+        frames = len(self.tasks[place].train_rows) / self.segments[-1].quota.shares[place]
         return math.ceil(frames / (self.batch_size * batches_per_step))
 
     def tolerance(self, processes: int) -> int:
-        """How many samples a task's count stays below being off its share."""
+        """How many samples a task's count stays below being off its share, within a segment."""
         return 1
 
     def audit(
-        self, frames_drawn: Sequence[Mapping[int, int]], episodes_drawn: Sequence[Mapping[int, Sequence[int]]]
+        self,
+        frames_drawn: Sequence[Sequence[Mapping[int, int]]],
+        episodes_drawn: Sequence[Mapping[int, Sequence[int]]],
+        *,
+        batches_per_step: int = 1,
     ) -> dict[str, Any]:
         """Declared against really drawn: what replay_audit.json holds.
 
+        Where shares were changed, `declared` is what the segments declare, weighted by their samples.
+
         Args:
-            frames_drawn: per process, place in `tasks` → number of samples.
+            frames_drawn: per process and segment, place in `tasks` → number of samples.
             episodes_drawn: per process, place in `tasks` → the episodes they came from.
+            batches_per_step: of one process.
 
         Raises:
             RuntimeError: a share is off by more than the order allows, or a held-out episode was drawn.
         """
-        frames = [sum(drawn.get(place, 0) for drawn in frames_drawn) for place in range(len(self.tasks))]
-        total = sum(frames)
-        for place, (task, share) in enumerate(zip(self.tasks, self.quota.shares, strict=True)):
-            if abs(frames[place] - share * total) >= self.tolerance(len(frames_drawn)):
-                raise RuntimeError(
-                    f"replay share of {task.name} must be {float(share)}, drawn {frames[place]} of {total} samples"
-                )
+        for place, task in enumerate(self.tasks):
             episodes = {episode for drawn in episodes_drawn for episode in drawn.get(place, [])}
             held_out = episodes & set(task.held_out_episodes)
             if held_out:
                 raise RuntimeError(f"held-out episodes of {task.name} must never be drawn, got {sorted(held_out)}")
-        names = [task.name for task in self.tasks]
+        tolerance = self.tolerance(len(frames_drawn))
+        segments, counts, due = [], np.zeros(len(self.tasks), dtype=np.int64), [Fraction()] * len(self.tasks)
+        for segment, *drawn in zip(self.segments, *frames_drawn, strict=True):
+            frames = [sum(process.get(place, 0) for process in drawn) for place in range(len(self.tasks))]
+            for place, share in enumerate(segment.quota.shares):
+                if abs(frames[place] - share * sum(frames)) >= tolerance:
+                    raise RuntimeError(
+                        f"replay share of {self.tasks[place].name} must be {float(share)}, drawn {frames[place]} of "
+                        f"{sum(frames)} samples"
+                    )
+                due[place] += share * sum(frames)
+            counts += frames
+            step = segment.first // batches_per_step
+            segments.append({"from_step": step, "declared": self._named(segment.quota), "drawn": self._drawn(frames)})
+        total = int(counts.sum())
         return {
-            "declared": {name: float(share) for name, share in zip(names, self.quota.shares, strict=True)},
-            "drawn": {
-                name: {"frames": count, "share": count / total} for name, count in zip(names, frames, strict=True)
-            },
+            "declared": {task.name: float(share / total) for task, share in zip(self.tasks, due, strict=True)},
+            "drawn": self._drawn(counts.tolist()),
             "total_frames": total,
-            "dealt_together": self.tolerance(len(frames_drawn)),
+            "dealt_together": tolerance * len(segments),
             "held_out_frames_drawn": 0,
+            "passes": {t.name: count / len(t.train_rows) for t, count in zip(self.tasks, counts.tolist(), strict=True)},
+            "segments": segments,
+        }
+
+    def _drawn(self, frames: Sequence[int]) -> dict[str, Any]:
+        return {
+            task.name: {"frames": count, "share": count / sum(frames)}
+            for task, count in zip(self.tasks, frames, strict=True)
         }
 
 
@@ -130,11 +202,11 @@ class SampleOrder(Order):
 
     def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
         first = (number * processes + process) * self.batch_size
-        return [Draw(int(task), int(row)) for task, row in self(first, first + self.batch_size)]
+        return [Draw(int(task), int(row)) for task, row in self(first, first + self.batch_size, processes=processes)]
 
-    def __call__(self, start: int, stop: int) -> np.ndarray:
+    def __call__(self, start: int, stop: int, *, processes: int = 1) -> np.ndarray:
         """[stop − start, 2] (place in `tasks`, row) of the samples from `start` up to `stop`."""
-        tasks, ranks = self.quota.deal(np.arange(start, stop))
+        tasks, ranks = self._deal(start, stop, turns=self.batch_size * processes)
         rows = np.empty_like(ranks)
         for place, task in enumerate(self.tasks):
             mine = tasks == place

@@ -3,7 +3,8 @@
     checkpoints/000500/pretrained_model/   LeRobot's format: weights, config, processors
     checkpoints/000500/training_state/     optimizer, scheduler, progress
     checkpoints/000500/manifest.json       sha256 of every file, the step, the normalization's hash
-    checkpoints/last, best                 links to a step
+    checkpoints/merged-0.6/                weights mixed from those of two stages; like a step, without training_state/
+    checkpoints/last, best                 links to one of them
 
 Written to a hidden folder, flushed to disk, hashed and renamed into place.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 
 from kuavo_train.config import ConfigError
 
@@ -70,35 +72,52 @@ class CheckpointFolder:
         about: dict[str, Any],
     ) -> Checkpoint:
         """Write the checkpoint of `step` and let `last` point to it. A step already there is kept."""
-        name = f"{step:06d}"
+        checkpoint = self._write(_folder_name(step), {"step": step, **about}, policy, processors, training_state)
+        self.point("last", step)
+        return checkpoint
+
+    def save_weights(
+        self, name: str, *, step: int, policy: Any, processors: tuple[Any, ...], about: dict[str, Any]
+    ) -> Checkpoint:
+        """Write a checkpoint that no training resumes from. One already there is kept."""
+        return self._write(name, {"step": step, **about}, policy, processors, None)
+
+    def _write(
+        self,
+        name: str,
+        about: dict[str, Any],
+        policy: Any,
+        processors: tuple[Any, ...],
+        training_state: dict[str, Any] | None,
+    ) -> Checkpoint:
         if not (self.folder / name).is_dir():
             partial = self.folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             model, state = partial / "pretrained_model", partial / "training_state"
             model.mkdir(parents=True)
-            state.mkdir()
             policy.save_pretrained(model)
             for processor in processors:
                 processor.save_pretrained(model)
-            torch.save(training_state, state / "state.pt")
+            if training_state is not None:
+                state.mkdir()
+                torch.save(training_state, state / "state.pt")
             files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
-            (partial / "manifest.json").write_text(json.dumps({"step": step, **about, "files": files}, indent=1))
-            for path in [*_files(partial), model, state, partial]:
+            (partial / "manifest.json").write_text(json.dumps({**about, "files": files}, indent=1))
+            for path in [*_files(partial), *partial.iterdir(), partial]:
                 _flush(path)
             partial.rename(self.folder / name)
             _flush(self.folder)
-        self.point("last", step)
-        return self.at(step)
+        return self.at(name)
 
-    def point(self, link: str, step: int) -> None:
-        """Let `last` or `best` name a step, in one move."""
+    def point(self, link: str, target: int | str) -> None:
+        """Let `last` or `best` name a checkpoint, in one move."""
         partial = self.folder / f".{link}.partial"
         partial.unlink(missing_ok=True)
-        partial.symlink_to(f"{step:06d}")
+        partial.symlink_to(_folder_name(target))
         os.replace(partial, self.folder / link)
 
     def at(self, step: int | str) -> Checkpoint:
-        folder = self.folder / (f"{step:06d}" if isinstance(step, int) else step)
+        folder = self.folder / _folder_name(step)
         if not (folder / "manifest.json").is_file():
             raise ConfigError(f"there must be a checkpoint at {folder}, got none")
         return Checkpoint(folder.resolve(), json.loads((folder / "manifest.json").read_text()))
@@ -115,6 +134,15 @@ class CheckpointFolder:
                 shutil.rmtree(path)
         for path in self.folder.glob(".[0-9]*.partial"):
             shutil.rmtree(path)
+
+
+def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
+    """Give `policy` the weights of a checkpoint of its own kind."""
+    load_model(policy, str(checkpoint.pretrained_model / "model.safetensors"))
+
+
+def _folder_name(checkpoint: int | str) -> str:
+    return f"{checkpoint:06d}" if isinstance(checkpoint, int) else checkpoint
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,6 +18,16 @@ class ParameterGroup:
     trainable: bool
     fingerprint: str
 
+    def as_begun(self) -> dict[str, Any]:
+        """The group in parameters.json when a stage begins; its end adds to it."""
+        record = asdict(self)
+        record["fingerprint_before"] = record.pop("fingerprint")
+        return record
+
+    @classmethod
+    def when_begun(cls, record: dict[str, Any]) -> "ParameterGroup":
+        return cls(record["group"], record["parameters"], record["trainable"], record["fingerprint_before"])
+
 
 def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
     """Group → parameter names. Policies without groups of their own get one per top-level module."""
@@ -43,6 +53,10 @@ def freeze(policy: nn.Module, frozen: Sequence[str]) -> None:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ConfigError(f"training.freeze must leave something to train, got {list(frozen)}")
+
+
+def trainable_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def take_fingerprints(policy: nn.Module) -> list[ParameterGroup]:
@@ -72,9 +86,7 @@ def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[Param
         changed = then.fingerprint != now.fingerprint
         if changed and not then.trainable:
             raise RuntimeError(f"frozen parameter group {then.group} changed: {then.fingerprint} → {now.fingerprint}")
-        row = asdict(then)
-        row["fingerprint_before"] = row.pop("fingerprint")
-        rows.append({**row, "fingerprint_after": now.fingerprint, "changed": changed})
+        rows.append({**then.as_begun(), "fingerprint_after": now.fingerprint, "changed": changed})
     return {"groups": rows}
 
 

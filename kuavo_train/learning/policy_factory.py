@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,17 @@ def _with_weights(
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: TrainingConfig, *, steps: int
+    parameters: Iterable[torch.nn.Parameter],
+    config: TrainingConfig,
+    *,
+    steps: int,
+    planned: Callable[[int], float] = float,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps."""
+    """AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps.
+
+    Args:
+        planned: step → the step of the plan it stands for, where a stage takes longer than planned.
+    """
     optimizer = AdamWConfig(
         lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay
     ).build([parameter for parameter in parameters if parameter.requires_grad])
@@ -167,6 +175,7 @@ def build_optimizer(
         peak_lr=config.lr,
         decay_lr=config.decay_lr,
     ).build(optimizer, steps)
+    scheduler.lr_lambdas = [lambda step, rate=rate: rate(planned(step)) for rate in scheduler.lr_lambdas]
     return optimizer, scheduler
 
 

@@ -1,12 +1,16 @@
 """The loop: batch → loss → step. Knows no task names and no files.
 
 The randomness of step n (noise, time, dropout) is a pure function of (seed, stage, n, process), and so is the
-order of samples. A resumed run therefore needs weights, optimizer, scheduler and the step, and continues
-bit-identically; what validation draws cannot touch it.
+order of samples, given the raises of replay on record. A resumed run therefore needs weights, optimizer, scheduler,
+the step and those raises, and continues bit-identically; what validation draws cannot touch it.
+
+How tasks are learnt one after another without losing the earlier ones is decided elsewhere: by the order (which
+samples), by an extra loss, and by what a validation asks for.
 """
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +24,9 @@ from tqdm import tqdm
 from kuavo_train.config import RunError, TrainingConfig
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.order import Order, StepSampler
+from kuavo_train.learning.extra_loss import ExtraLoss
 from kuavo_train.learning.recurrence import Recurrence
+from kuavo_train.learning.timetable import Timetable
 
 
 class TrainingDiverged(RunError):
@@ -35,38 +41,61 @@ class Interrupted(Exception):
         self.signal_number, self.step = signal_number, step
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What a validation found, and what it asks for.
+
+    Attributes:
+        loss: mean held-out loss over all tasks seen.
+        stop: why the stage must end here.
+        shares: task → share of the samples from the next step on.
+    """
+
+    loss: float
+    stop: str | None = None
+    shares: dict[str, float] | None = None
+
+
 @dataclass
 class Progress:
     """Where a stage stands; everything a resume needs beside weights, optimizer and scheduler.
 
     Attributes:
-        drawn: place of a task in the mixture → frames drawn so far.
+        drawn: place of a task in the mixture → frames drawn; one dictionary until the shares change, then another.
+        raises: the changes of shares so far, as {"step", "shares"}.
         best_step, best_loss: of the checkpoint with the least held-out loss over all tasks seen.
+        stopped: why the stage ended before its last step.
     """
 
     step: int = 0
-    drawn: dict[int, int] = field(default_factory=dict)
+    drawn: list[dict[int, int]] = field(default_factory=lambda: [{}])
     drawn_episodes: dict[int, list[int]] = field(default_factory=dict)
+    raises: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float = math.inf
+    stopped: str | None = None
     seconds: float = 0.0
 
     def count(self, batch: Batch) -> None:
         """Add the samples of a batch that was really drawn."""
-        places = batch["task_position"]
+        places, drawn = batch["task_position"], self.drawn[-1]
         for place in places.unique().tolist():
             mine = places == place
-            self.drawn[place] = self.drawn.get(place, 0) + int(mine.sum())
+            drawn[place] = drawn.get(place, 0) + int(mine.sum())
             episodes = set(self.drawn_episodes.get(place, [])) | set(batch["episode_index"][mine].tolist())
             self.drawn_episodes[place] = sorted(episodes)
+
+    def total_drawn(self) -> dict[int, int]:
+        """Place of a task → frames drawn so far."""
+        return dict(sum((Counter(drawn) for drawn in self.drawn), Counter()))
 
 
 @dataclass
 class Trainer:
     """One stage's optimization.
 
-    `log(values, step)` receives metrics; `validate(step, epoch)` returns the mean held-out loss over all tasks
-    seen; `save(progress)` writes a checkpoint; `stop_signal()` returns a signal number once one has arrived.
+    `log(values, step)` receives metrics; `validate(step, epoch)` measures the policy on held-out data; `save(progress)`
+    writes a checkpoint; `stop_signal()` returns a signal number once one has arrived.
     """
 
     accelerator: Accelerator
@@ -77,45 +106,49 @@ class Trainer:
     dataset: MixedDataset
     order: Order
     recurrence: Recurrence
+    extra_loss: ExtraLoss
     config: TrainingConfig
-    steps: int
-    steps_per_epoch: int
+    timetable: Timetable
+    current: str  # the task that epochs are counted in
     validate_every: int  # epochs
     num_workers: int
     log: Callable[[dict[str, Any], int], None]
-    validate: Callable[[int, int], float]
+    validate: Callable[[int, int], Validated]
     save: Callable[[Progress], None]
     stop_signal: Callable[[], int | None]
     description: str = "train"
 
     def run(self, progress: Progress) -> Progress:
-        """Train from `progress.step` to the end.
+        """Train from `progress.step` to the end, or to where a validation asks to stop.
 
         Raises:
             Interrupted: a signal arrived; a checkpoint of the current step is written first.
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
         self.policy.train()
+        for raised in progress.raises:
+            self._deal_by(**raised)
         window = MetricsWindow()
         with tqdm(
-            total=self.steps,
+            total=self.timetable.steps,
             initial=progress.step,
             desc=self.description,
             unit="step",
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            for batches in self._batches_by_step(progress.step):
+            for batches in self._batches_by_step(progress):
                 window.start_step()
-                loss, grad_norm = self._step(progress.step, batches, window)
+                values = self._step(progress.step, batches, window)
                 progress.step += 1
                 for batch in batches:
                     progress.count(batch)
-                progress.seconds += window.end_step(loss, grad_norm, sum(len(b["task"]) for b in batches))
+                progress.seconds += window.end_step(values, sum(len(b["task"]) for b in batches))
                 bar.update()
-                if progress.step % self.config.log_every == 0 or progress.step == self.steps:
+                if progress.step % self.config.log_every == 0 or progress.step == self.timetable.steps:
                     self._report(progress, window, bar)
                     window = MetricsWindow()
                 self._validate_and_save(progress)
+                bar.total = self.timetable.steps
                 window.go_on()
                 signal_number = self.stop_signal()
                 if signal_number is not None:
@@ -123,22 +156,34 @@ class Trainer:
                     raise Interrupted(signal_number, progress.step)
         return progress
 
-    def _batches_by_step(self, start: int) -> Iterator[list[Batch]]:
+    def _batches_by_step(self, progress: Progress) -> Iterator[list[Batch]]:
+        """The batches of every step to come. Once shares change the loader starts anew: it fetches ahead."""
         per_step = self.config.gradient_accumulation_steps
-        sampler = StepSampler(
-            self.order,
-            start=start,
-            stop=self.steps,
-            batches_per_step=per_step,
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
-        pin_memory = self.accelerator.device.type == "cuda"
-        batches = iter(self.dataset.loader(sampler, num_workers=self.num_workers, pin_memory=pin_memory))
-        for _ in range(start, self.steps):
-            yield [next(batches) for _ in range(per_step)]
+        while progress.step < self.timetable.steps and progress.stopped is None:
+            raises = len(progress.raises)
+            sampler = StepSampler(
+                self.order,
+                start=progress.step,
+                stop=self.timetable.steps,
+                batches_per_step=per_step,
+                process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+            pin_memory = self.accelerator.device.type == "cuda"
+            batches = iter(self.dataset.loader(sampler, num_workers=self.num_workers, pin_memory=pin_memory))
+            for _ in range(progress.step, self.timetable.steps):
+                yield [next(batches) for _ in range(per_step)]
+                if progress.stopped is not None or len(progress.raises) > raises:
+                    break
 
-    def _step(self, step: int, batches: list[Batch], window: "MetricsWindow") -> tuple[float, float]:
+    def _deal_by(self, step: int, shares: dict[str, float]) -> None:
+        """Other shares from `step` on, and epochs as long as they make them."""
+        per_step = self.config.gradient_accumulation_steps
+        self.order.change_shares(shares, batch=step * per_step)
+        steps_per_epoch = self.order.steps_per_epoch(self.current, per_step * self.accelerator.num_processes)
+        self.timetable.lengthen(step, steps_per_epoch)
+
+    def _step(self, step: int, batches: list[Batch], window: "MetricsWindow") -> dict[str, float]:
         torch.manual_seed(step_seed(self.order.seed, self.order.stage, step, self.accelerator.process_index))
         losses = []
         for number, batch in enumerate(batches):
@@ -152,6 +197,7 @@ class Trainer:
                 self.accelerator.backward(loss / len(batches))
                 window.mark("backward")
             losses.append(loss.detach())
+        extra = self.extra_loss.add_gradient()
         trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         grad_norm = self.accelerator.clip_grad_norm_(trainable, self.config.grad_clip_norm)
         mean_loss = torch.stack(losses).mean().item()
@@ -161,7 +207,7 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         window.mark("optimizer")
-        return mean_loss, float(grad_norm)
+        return {"loss": mean_loss, "grad_norm": float(grad_norm), **extra}
 
     def _explain(self, step: int, batches: list[Batch], loss: float, grad_norm: float) -> str:
         names = [
@@ -182,11 +228,11 @@ class Trainer:
 
     def _report(self, progress: Progress, window: "MetricsWindow", bar: tqdm) -> None:
         values = {
-            "epoch": progress.step / self.steps_per_epoch,
+            "epoch": self.timetable.epoch(progress.step),
             "lr": self.optimizer.param_groups[0]["lr"],
             **window.summary(),
             "seconds": round(progress.seconds, 3),
-            "task_frames": {self.order.tasks[place].name: n for place, n in sorted(progress.drawn.items())},
+            "task_frames": {self.order.tasks[place].name: n for place, n in sorted(progress.total_drawn().items())},
         }
         self.log(values, progress.step)
         bar.set_postfix_str(
@@ -194,15 +240,19 @@ class Trainer:
         )
 
     def _validate_and_save(self, progress: Progress) -> None:
-        epoch, into_epoch = divmod(progress.step, self.steps_per_epoch)
-        ends = progress.step == self.steps
-        if ends or (into_epoch == 0 and epoch % self.validate_every == 0):
-            loss = self.validate(progress.step, math.ceil(progress.step / self.steps_per_epoch))
+        step = progress.step
+        if self.timetable.validates(step, every=self.validate_every):
+            found = self.validate(step, math.ceil(self.timetable.epoch(step)))
             self.policy.train()
-            if loss < progress.best_loss:
-                progress.best_loss, progress.best_step = loss, progress.step
+            if found.loss < progress.best_loss:
+                progress.best_loss, progress.best_step = found.loss, step
+            progress.stopped = found.stop
+            if found.shares is not None:
+                progress.raises.append({"step": step, "shares": found.shares})
+                progress.drawn.append({})
+                self._deal_by(step, found.shares)
             self.save(progress)
-        elif progress.step % self.config.save_every == 0:
+        elif step % self.config.save_every == 0:
             self.save(progress)
 
 
@@ -210,8 +260,7 @@ class MetricsWindow:
     """Means over the steps since the last report, with the time each part of a step took."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
+        self.values: dict[str, list[float]] = {}
         self.samples = 0
         self.parts: dict[str, float] = {}
         self.began = self.marked = time.perf_counter()
@@ -230,10 +279,10 @@ class MetricsWindow:
         self.parts[part] = self.parts.get(part, 0.0) + now - self.marked
         self.marked = now
 
-    def end_step(self, loss: float, grad_norm: float, samples: int) -> float:
+    def end_step(self, values: dict[str, float], samples: int) -> float:
         """Returns the seconds since the window, or the step before, ended."""
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
         self.samples += samples
         now = time.perf_counter()
         elapsed, self.began = now - self.began, now
@@ -241,11 +290,10 @@ class MetricsWindow:
         return elapsed
 
     def summary(self) -> dict[str, float]:
-        steps, total = len(self.losses), self.parts["total"]
+        steps, total = len(self.values["loss"]), self.parts["total"]
         parts = {f"{part}_ms": round(1e3 * s / steps, 3) for part, s in self.parts.items() if part != "total"}
         return {
-            "loss": float(np.mean(self.losses)),
-            "grad_norm": float(np.mean(self.grad_norms)),
+            **{name: float(np.mean(values)) for name, values in self.values.items()},
             "samples_per_s": round(self.samples / total, 2),
             **parts,
         }
