@@ -40,7 +40,7 @@ def make_policy(vlm: Path, frozen: Sequence[str], tokens: int, layout: str) -> S
     at_start, at_end = LAYOUTS[layout]
     config = SmolVLAMemoryConfig(
         vlm_model_name=str(vlm),
-        load_vlm_weights=True,
+        load_vlm_weights=False,
         device="cpu",
         input_features={
             OBS_STATE: PolicyFeature(FeatureType.STATE, (STATE,)),

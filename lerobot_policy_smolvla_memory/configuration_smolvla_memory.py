@@ -16,6 +16,12 @@ QUERY_IS_PAD = "query_is_pad"
 MEMORY_RESET = "observation.memory_reset"
 """[B] bool: the memory starts anew before this row's query."""
 
+
+def image_features_key(camera: str) -> str:
+    """Batch key of a camera's tokens [B, N, H], which may stand in place of its pictures."""
+    return camera.replace("observation.images.", "observation.image_features.", 1)
+
+
 MEM_INITS = ("normal", "zeros", "embedding")
 MEM_UPDATES = ("overwrite", "gated")
 
@@ -43,6 +49,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         mem_cache_size: how many past states Q are kept for that.
         mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
             sample on its own; writing is then never trained. The policy itself takes K from the batch.
+        fast_forward: this package's forward (backbone.py); false returns to LeRobot's own.
+        flow_draws: independent (noise, time) draws D per row in training; the prefix is computed once for all.
+        compile_model: (LeRobot's field) run the expert's layers through torch.compile. Needs fast_forward.
     """
 
     num_mem_tokens: int = 4
@@ -53,6 +62,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
     mem_backprop_depth: int = 0
+    fast_forward: bool = True
+    flow_draws: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,17 +77,14 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"mem_cache_size must be at least 1, got {self.mem_cache_size}")
         if self.mem_backprop_depth < 0:
             raise ValueError(f"mem_backprop_depth must be 0 or more queries, got {self.mem_backprop_depth}")
-        if self.num_mem_tokens == 0:
-            return
-        if not (self.mem_at_start or self.mem_at_end):
+        if self.flow_draws < 1:
+            raise ValueError(f"flow_draws must be at least 1, got {self.flow_draws}")
+        if self.compile_model and not self.fast_forward:
+            raise ValueError("compile_model needs fast_forward=true, got false: LeRobot's forward knows no memory")
+        if self.num_mem_tokens > 0 and not (self.mem_at_start or self.mem_at_end):
             raise ValueError(
                 f"num_mem_tokens={self.num_mem_tokens} needs mem_at_start or mem_at_end to be true, "
                 "got false for both; num_mem_tokens=0 switches the memory off"
-            )
-        if self.compile_model:
-            raise ValueError(
-                f"compile_model must be false with memory (num_mem_tokens={self.num_mem_tokens}), got true: "
-                "LeRobot would compile a forward that does not know of the memory"
             )
 
     @classmethod

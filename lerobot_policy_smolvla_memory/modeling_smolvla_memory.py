@@ -2,43 +2,43 @@
 
 One policy query goes through three passes, in training and on the robot alike:
 
-    prefix    images, language and state through the vision-language model     (LeRobot's prefill)
+    prefix    images, language and state through the vision-language model
     memory    the memory tokens through the same layers; their output is the next memory
-    actions   the action expert, attending to the keys and values of both     (LeRobot's denoising)
+    actions   the action expert, attending to the keys and values of both
 
 In the end layout the first pass does not depend on memory. The prefixes of all K queries of a lane are then
 encoded as one batch, only the M memory tokens recur, and the expert again takes all queries at once. In the
 start and both layouts images and language see the memory, so that the first two passes are one and recur.
-
-Letters: B rows of a batch = lanes × K queries (lane-major: lane 0 query 0, lane 0 query 1, …), L prefix
-length, M memory tokens, H hidden size, T chunk length, A action dimensions, D head dimension.
+How the passes are computed is backbone.py's, or lerobot_forward.py's with `fast_forward: false`. Letters as in
+prefix.py.
 """
 
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lerobot.policies.common.flow_matching import euler_integrate
-from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
-from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.device_utils import resolve_safetensors_device
 from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     ACTION_DIM_IS_PAD,
     ACTION_IS_PAD,
     MEMORY_RESET,
     QUERY_IS_PAD,
     SmolVLAMemoryConfig,
+    image_features_key,
 )
+from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
+from lerobot_policy_smolvla_memory.prefix import Prefix
 
 # Which part of the model a parameter belongs to, by the path of its module.
 PARAMETER_GROUPS = {
@@ -57,112 +57,23 @@ PARAMETER_GROUPS = {
 }
 MEMORY_PATH = "model.memory."
 
-
-@dataclass(frozen=True)
-class PrefixTokens:
-    """The prefix as it enters the vision-language model.
-
-    Args:
-        embeddings: [B, L, H].
-        valid: [B, L] bool; false for padding.
-        blocks: [B, L] bool; true where a block begins that earlier tokens cannot see.
-        positions: [B, L] position ids.
-        next_position: [B] the position of the first action token.
-    """
-
-    embeddings: Tensor
-    valid: Tensor
-    blocks: Tensor
-    positions: Tensor
-    next_position: Tensor
-
-    @classmethod
-    def counted(cls, embeddings: Tensor, valid: Tensor, blocks: Tensor) -> Self:
-        """Positions as LeRobot counts them: one per valid token, then the actions."""
-        return cls(embeddings, valid, blocks, valid.cumsum(dim=1) - 1, valid.sum(dim=1))
-
-    def rows(self, rows: slice) -> Self:
-        return type(self)(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    def with_memory_at_start(self, memory: Tensor) -> Self:
-        """Memory tokens [B, M, H] in front, in one attention block with images and language."""
-        valid, blocks = _flags(self.valid, memory.shape[1])
-        return self.counted(
-            torch.cat([memory.to(self.embeddings.dtype), self.embeddings], dim=1),
-            torch.cat([valid, self.valid], dim=1),
-            torch.cat([blocks, self.blocks], dim=1),
-        )
-
-    def with_memory_at_end(self, memory: Tensor) -> Self:
-        """Memory tokens [B, M, H] behind, as a block of their own that nothing before can see.
-
-        They stand behind any padding, so their places do not depend on it. Their positions count on from the
-        last valid token. So do the actions': a memory at the end moves no other token's position.
-        """
-        size = memory.shape[1]
-        valid, blocks = _flags(self.valid, size)
-        blocks[:, 0] = True
-        positions = self.next_position[:, None] + torch.arange(size, device=memory.device)
-        return type(self)(
-            torch.cat([self.embeddings, memory.to(self.embeddings.dtype)], dim=1),
-            torch.cat([self.valid, valid], dim=1),
-            torch.cat([self.blocks, blocks], dim=1),
-            torch.cat([self.positions, positions], dim=1),
-            self.next_position,
-        )
-
-
-@dataclass(frozen=True)
-class EncodedPrefix:
-    """What the action expert attends to.
-
-    Args:
-        cache: keys and values of each layer, [B, heads, L, D], positions already rotated in.
-        valid: [B, L] bool.
-        next_position: [B] the position of the first action token.
-    """
-
-    cache: DynamicCache
-    valid: Tensor
-    next_position: Tensor
-
-    @classmethod
-    def interleave(cls, queries: "list[EncodedPrefix]") -> "EncodedPrefix":
-        """Prefixes of lanes, one per query, as rows in lane-major order."""
-        if len(queries) == 1:
-            return queries[0]
-        cache = DynamicCache()
-        for index, layers in enumerate(zip(*(query.cache.layers for query in queries), strict=True)):
-            keys = _lane_major([layer.keys for layer in layers])
-            cache.update(keys, _lane_major([layer.values for layer in layers]), index)
-        return cls(
-            cache,
-            _lane_major([query.valid for query in queries]),
-            _lane_major([query.next_position for query in queries]),
-        )
-
-    def followed_by(self, memory: "EncodedPrefix") -> "EncodedPrefix":
-        """This prefix with the memory behind it. Takes the cache over: this prefix is used up."""
-        for index, layer in enumerate(memory.cache.layers):
-            self.cache.update(layer.keys, layer.values, index)
-        return EncodedPrefix(self.cache, torch.cat([self.valid, memory.valid], dim=1), self.next_position)
-
-
-def _flags(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """`valid` and `blocks` [B, size] of memory tokens that belong to the block before them."""
-    return like.new_ones(len(like), size), like.new_zeros(len(like), size)
-
-
-def _lane_major(queries: list[Tensor]) -> Tensor:
-    """K tensors [lanes, …] → [lanes × K, …]."""
-    return torch.stack(queries, dim=1).flatten(0, 1)
+EncodedPrefix = ExpertPrefix | CachedPrefix
+"""What the action expert attends to: of the fast forward, or of LeRobot's."""
 
 
 class MemoryFlowMatching(VLAFlowMatching):
     """LeRobot's SmolVLA network with memory tokens in the prefix. With 0 tokens it has none of them."""
 
     def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: Any = None):
+        compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
         super().__init__(config, rtc_processor=rtc_processor)
+        config.compile_model = compile_expert
+        layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
+        self.backbone: Any = (
+            FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)
+            if config.fast_forward
+            else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
+        )
         self.memory: RecurrentMemory | None = None
         if config.num_mem_tokens == 0:
             return
@@ -188,13 +99,51 @@ class MemoryFlowMatching(VLAFlowMatching):
         for module in (text_model.norm, *text_model.layers[-2:]):
             module.requires_grad_(True)
 
-    def embed(self, images, img_masks, lang_tokens, lang_masks, state) -> PrefixTokens:
-        """Images, language and state as LeRobot embeds them; no memory yet."""
-        return PrefixTokens.counted(*self.embed_prefix(images, img_masks, lang_tokens, lang_masks, state=state))
+    def embed(
+        self,
+        images: Sequence[Tensor],
+        image_masks: Sequence[Tensor],
+        language: Tensor,
+        language_mask: Tensor,
+        state: Tensor,
+    ) -> Prefix:
+        """Images, language and state as embeddings.
+
+        Args:
+            images: per camera [B, 3, height, width] in [-1, 1], or [B, N, H] from `embed_image` before.
+            image_masks: per camera [B] bool; false where the camera is not there.
+            language: [B, N] token ids; language_mask: [B, N] bool.
+            state: [B, max_state_dim].
+        """
+        model = self.vlm_with_expert
+        scale = model.config.text_config.hidden_size**0.5
+        rows = len(state)
+        tokens, valid = [], []
+
+        def add(embeddings: Tensor, mask: Tensor) -> None:
+            tokens.append(embeddings.expand(rows, -1, -1))
+            valid.append(mask.expand(rows, embeddings.shape[1]))
+
+        for image, mask in zip(images, image_masks, strict=True):
+            embedded = image if image.dim() == 3 else model.embed_image(image)
+            if self.add_image_special_tokens:
+                begin, end = (
+                    model.embed_language_tokens(special.to(state.device))[None]
+                    for special in (self.global_image_start_token, self.image_end_token)
+                )
+                always = mask.new_ones(1, 1)
+                add(begin, always)
+                add(embedded * scale, mask[:, None])
+                add(end, always)
+            else:
+                add(embedded * scale, mask[:, None])
+        add(model.embed_language_tokens(language) * scale, language_mask)
+        context = torch.cat([each.to(tokens[-1].dtype) for each in tokens], dim=1)
+        return Prefix(context, torch.cat(valid, dim=1).bool(), self.state_proj(state)[:, None])
 
     def encode(
         self,
-        prefix: PrefixTokens,
+        prefix: Prefix,
         memory: MemoryState | None = None,
         *,
         queries: int = 1,
@@ -214,99 +163,23 @@ class MemoryFlowMatching(VLAFlowMatching):
             What the expert attends to for every row, and the lanes' memory after the last query. Both carry
             gradients, through all K queries.
         """
+        encoding = self.backbone.begin(prefix, queries)
         if self.memory is None:
-            return self._prefill(prefix)[1], None
+            return encoding.finish(), None
         if memory is None:
             memory = self.memory.initial(len(prefix.valid) // queries)
-        without_memory = None if self.config.mem_at_start else self._prefill(prefix)[1]
-        encoded = []
         for query in range(queries):
             rows = slice(query, None, queries)
             if reset is not None:
                 memory = self.memory.reset(memory, reset[rows])
-            tokens = self.memory.read(memory)
-            if without_memory is None:
-                output, with_memory = self._prefill_with_memory(prefix.rows(rows), tokens)
-            else:
-                output, with_memory = self._append_memory(prefix.rows(rows), tokens, without_memory, rows)
-            written = self.memory.write(memory, output)
+            written = self.memory.write(memory, encoding.query(query, self.memory.read(memory)))
             memory = written if skip is None else written.where(skip[rows], memory)
-            encoded.append(with_memory)
-        all_queries = EncodedPrefix.interleave(encoded)
-        return without_memory.followed_by(all_queries) if without_memory else all_queries, memory
-
-    def _prefill(self, prefix: PrefixTokens) -> tuple[Tensor, EncodedPrefix]:
-        """LeRobot's pass over a prefix: final-norm output [B, L, H], keys and values."""
-        (output, _), cache = self.vlm_with_expert.forward(
-            attention_mask=make_att_2d_masks(prefix.valid, prefix.blocks),
-            position_ids=prefix.positions,
-            past_key_values=None,
-            inputs_embeds=[prefix.embeddings, None],
-            use_cache=True,
-        )
-        return output, EncodedPrefix(cache, prefix.valid, prefix.next_position)
-
-    def _prefill_with_memory(self, prefix: PrefixTokens, tokens: Tensor) -> tuple[Tensor, EncodedPrefix]:
-        """Prefix and memory in one pass, in any layout: the memory's output [B, M, H], keys and values."""
-        places = slice(0, tokens.shape[1])
-        if self.config.mem_at_start:
-            prefix = prefix.with_memory_at_start(tokens)
-        if self.config.mem_at_end:
-            places = slice(prefix.valid.shape[1], None)
-            prefix = prefix.with_memory_at_end(tokens)
-        output, encoded = self._prefill(prefix)
-        return output[:, places], encoded
-
-    def _append_memory(
-        self, prefix: PrefixTokens, tokens: Tensor, encoded: EncodedPrefix, rows: slice
-    ) -> tuple[Tensor, EncodedPrefix]:
-        """The memory tokens alone, behind `rows` of prefixes that are encoded already (end layout).
-
-        The same numbers as from `_prefill_with_memory`, without computing the prefix again: the memory's
-        output [B, M, H], and keys and values of the memory alone.
-        """
-        size = tokens.shape[1]
-        prefix = prefix.with_memory_at_end(tokens)
-        sees = make_att_2d_masks(prefix.valid, prefix.blocks)[:, -size:]
-        positions = prefix.positions[:, -size:]
-        attend = self.vlm_with_expert.get_attention_interface()
-        text_model = self.vlm_with_expert.get_vlm_model().text_model
-        dtype = text_model.norm.weight.dtype
-        hidden = prefix.embeddings[:, -size:].to(dtype)
-        cache = DynamicCache()
-        for index, layer in enumerate(text_model.layers):
-            attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            heads = (*normed.shape[:2], -1, attention.head_dim)
-            query = apply_rope(attention.q_proj(normed).view(heads), positions)
-            key = apply_rope(attention.k_proj(normed).view(heads), positions)
-            value = attention.v_proj(normed).view(heads)
-            cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
-            before = encoded.cache.layers[index]
-            keys = torch.cat([before.keys[rows].transpose(1, 2), key], dim=1)
-            values = torch.cat([before.values[rows].transpose(1, 2), value], dim=1)
-            attended = attend(sees, len(query), attention.head_dim, query, keys, values)
-            hidden = hidden + attention.o_proj(attended.to(dtype))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return text_model.norm(hidden), EncodedPrefix(cache, prefix.valid[:, -size:], prefix.next_position)
+        return encoding.finish(), memory
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
-        """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A].
-
-        As LeRobot's `denoise_step`, which counts the actions' positions from the length of the prefix and
-        would thus shift them by the memory at the end.
-        """
-        embeddings, valid, blocks = self.embed_suffix(x_t, time)
-        sees_prefix = prefix.valid[:, None, :].expand(-1, valid.shape[1], -1)
-        (_, output), _ = self.vlm_with_expert.forward(
-            attention_mask=torch.cat([sees_prefix, make_att_2d_masks(valid, blocks)], dim=2),
-            position_ids=prefix.next_position[:, None] + valid.cumsum(dim=1) - 1,
-            past_key_values=prefix.cache,
-            inputs_embeds=[None, embeddings],
-            use_cache=True,
-        )
-        prefix.cache.crop(prefix.valid.shape[1])  # self-attention layers have appended the actions
-        return self.action_out_proj(output[:, -self.config.chunk_size :].to(torch.float32))
+        """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A]."""
+        embeddings, *_ = self.embed_suffix(x_t, time)
+        return self.action_out_proj(self.backbone.attend_prefix(prefix, embeddings).float())
 
 
 class SmolVLAMemoryPolicy(SmolVLAPolicy):
@@ -350,8 +223,10 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
                 `action_is_pad` [B, T]: steps beyond the episode, out of the loss;
                 `action_dim_is_pad` [B, A]: dimensions the task lacks, zero in the input and out of the loss;
                 `query_is_pad` [B]: rows that only fill up a lane, out of the loss and not remembered;
-                `observation.memory_reset` [B]: rows before whose query the memory starts anew.
-            noise: [B, T, max_action_dim], time: [B] in (0, 1]. Drawn from the global generator when None.
+                `observation.memory_reset` [B]: rows before whose query the memory starts anew;
+                `observation.image_features.*` [B, N, H]: of `embed_camera`, in place of a camera's pictures.
+            noise: [B × D, T, max_action_dim], time: [B × D] in (0, 1], D draws of a row next to each other. When
+                None, `flow_draws` per row are drawn from the global generator.
             reduction: "mean" over all valid entries, or "none": [B], the mean over each row's valid entries.
             memory: of the lanes, before their first query. None begins with the initial one.
             queries: K.
@@ -363,37 +238,99 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         Raises:
             ValueError: rows that do not divide into lanes, or a memory of another number of lanes.
         """
-        lanes = self._lanes(batch, queries)
-        self._check_memory(memory, lanes, batch[OBS_STATE].device)
         batch = self._prepare_batch(batch)
         if self.config.adapt_to_pi_aloha:
             batch[ACTION] = self._pi_aloha_encode_actions_inv(batch[ACTION])
-        actions = self.prepare_action(batch)
         if noise is None:
-            noise = self.model.sample_noise(actions.shape, actions.device)
+            rows = len(batch[ACTION]) * self.config.flow_draws
+            shape = (rows, self.config.chunk_size, self.config.max_action_dim)
+            noise = self.model.sample_noise(shape, batch[ACTION].device)
         if time is None:
-            time = self.model.sample_time(actions.shape[0], actions.device)
-        absent = self._absent_dimensions(batch)
-        if absent is not None:
-            actions = actions.masked_fill(absent, 0.0)
-            noise = noise.masked_fill(absent, 0.0)
-
-        if self.model.memory is None:
-            losses = self.model.forward(*self._observation(batch), actions, noise, time)
+            time = self.model.sample_time(len(noise), batch[ACTION].device)
+        if self.model.memory is None and not self.config.fast_forward and self.config.flow_draws == 1:
+            # Bit for bit LeRobot's training step: prefix and actions in one pass.
+            observation = *self._images(batch), *self._language(batch), self.prepare_state(batch)
+            losses = self.model.forward(*observation, *self._actions_and_noise(batch, noise), time)
+            loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
         else:
-            prefix, memory = self.model.encode(
-                self.model.embed(*self._observation(batch)),
-                memory,
-                queries=queries,
-                reset=batch.get(MEMORY_RESET),
-                skip=batch.get(QUERY_IS_PAD),
-            )
-            t = time[:, None, None]
-            velocity = self.model.velocity(prefix, t * noise + (1 - t) * actions, time)
-            losses = F.mse_loss(noise - actions, velocity, reduction="none")
-
-        loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
+            prefix, memory = self.encode(batch, memory, queries=queries)
+            loss = self.flow_loss(prefix, batch, noise, time, reduction)
         return loss, {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
+
+    def encode(
+        self, batch: dict[str, Tensor], memory: MemoryState | None = None, *, queries: int = 1
+    ) -> tuple[EncodedPrefix, MemoryState | None]:
+        """The first half of a query: what `flow_loss` and `denoise` need of the observations, computed once.
+
+        Args:
+            batch: as in `forward`, without actions.
+            memory: of the lanes, before their first query. None begins with the initial one.
+            queries: K.
+
+        Returns:
+            The encoded rows, and the lanes' memory after their last query; None without memory.
+
+        Raises:
+            ValueError: rows that do not divide into lanes, a memory of another number of lanes or on another
+                device, or cameras of which some come as pictures and some as features.
+        """
+        self._check_memory(memory, self._lanes(batch, queries), batch[OBS_STATE].device)
+        return self.model.encode(
+            self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch)),
+            memory,
+            queries=queries,
+            reset=batch.get(MEMORY_RESET),
+            skip=batch.get(QUERY_IS_PAD),
+        )
+
+    def flow_loss(
+        self,
+        prefix: EncodedPrefix,
+        batch: dict[str, Tensor],
+        noise: Tensor,
+        time: Tensor,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Flow-matching loss of encoded rows; arguments and reduction as in `forward`."""
+        actions, noise = self._actions_and_noise(batch, noise)
+        t = time[:, None, None]
+        repeated = prefix.repeat(len(noise) // prefix.batch_size)
+        velocity = self.model.velocity(repeated, t * noise + (1 - t) * actions, time)
+        losses = F.mse_loss(noise - actions, velocity, reduction="none")
+        return _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
+
+    def _actions_and_noise(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded actions and noise [B × D, T, max_action_dim], both 0 in dimensions that the row's task lacks."""
+        actions = self.prepare_action(batch)
+        draws = len(noise) // len(actions)
+        actions, absent = actions.repeat_interleave(draws, dim=0), self._absent_dimensions(batch)
+        if absent is None:
+            return actions, noise
+        absent = absent.repeat_interleave(draws, dim=0)
+        return actions.masked_fill(absent, 0.0), noise.masked_fill(absent, 0.0)
+
+    def embed_camera(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] in [0, 1] → their tokens [B, N, H], as they may stand in a batch under
+        `image_features_key`. Depends on nothing but the vision encoder and the connector."""
+        (image, *_empty), _ = self.prepare_images({next(iter(self.config.image_features)): pictures})
+        return self.model.vlm_with_expert.embed_image(image)
+
+    def _language(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask, [B, N]."""
+        return batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+
+    def _images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every camera its pictures in [-1, 1] or its features, and [B] whether it is there."""
+        given = {camera: batch.get(image_features_key(camera)) for camera in self.config.image_features}
+        features = [tokens for tokens in given.values() if tokens is not None]
+        if not features:
+            return self.prepare_images(batch)
+        missing = [camera for camera, tokens in given.items() if tokens is None]
+        if missing:
+            raise ValueError(f"features must be given of all cameras or of none, got none of {', '.join(missing)}")
+        dtype = self.model.vlm_with_expert.get_vlm_model().connector.modality_projection.proj.weight.dtype
+        there = torch.ones(len(features[0]), dtype=torch.bool, device=features[0].device)
+        return [tokens.to(dtype) for tokens in features], [there] * len(features)
 
     def _lanes(self, batch: dict[str, Tensor], queries: int) -> int:
         rows = len(batch[OBS_STATE])
@@ -410,12 +347,6 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             return None
         absent = torch.atleast_2d(batch[ACTION_DIM_IS_PAD])[:, None, :]
         return F.pad(absent, (0, self.config.max_action_dim - absent.shape[-1]), value=False)
-
-    def _observation(self, batch: dict[str, Tensor]) -> tuple:
-        """Images, their masks, language tokens, their mask, and state, as LeRobot's network takes them."""
-        images, image_masks = self.prepare_images(batch)
-        language = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-        return images, image_masks, *language, self.prepare_state(batch)
 
     # --------------------------------------------------------------- inference
 
@@ -442,16 +373,21 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         Raises:
             ValueError: the memory is of another batch size or on another device.
         """
-        self._check_memory(memory, len(batch[OBS_STATE]), batch[OBS_STATE].device)
-        prefix, memory = self.model.encode(
-            self.model.embed(*self._observation(batch)),
-            memory,
-            reset=batch.get(MEMORY_RESET),
-            skip=batch.get(QUERY_IS_PAD),
-        )
+        prefix, memory = self.encode(batch, memory)
+        return self.denoise(prefix, batch, noise, **kwargs), memory
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prefix: EncodedPrefix,
+        batch: dict[str, Tensor],
+        noise: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Actions [B, T, A], normalized, of encoded rows; arguments as in `sample_actions_with`."""
         if noise is None:
-            shape = (len(prefix.valid), self.config.chunk_size, self.config.max_action_dim)
-            noise = self.model.sample_noise(shape, prefix.valid.device)
+            shape = (prefix.batch_size, self.config.chunk_size, self.config.max_action_dim)
+            noise = self.model.sample_noise(shape, prefix.device)
         absent = self._absent_dimensions(batch)
         if absent is None:
             absent = torch.zeros(1, dtype=torch.bool, device=noise.device)
@@ -464,9 +400,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             **kwargs,
         )
         actions = actions[:, :, : self.config.action_feature.shape[0]]
-        if self.config.adapt_to_pi_aloha:
-            actions = self._pi_aloha_encode_actions(actions)
-        return actions, memory
+        return self._pi_aloha_encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
 
     def reset(self, indices: list[int] | None = None) -> None:
         """A new episode begins, for all batch elements or for some.
@@ -607,23 +541,27 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
 
 def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str) -> Tensor:
-    """losses [B, T, A] → the mean of the valid ones, over all ("mean") or per row ("none": [B])."""
+    """losses [B × D, T, A] → the mean of the valid ones, over all ("mean") or per row of the batch ("none": [B])."""
+    rows = len(batch[ACTION])
     entries = {"mean": (0, 1, 2), "none": (1, 2)}[reduction]
     padding = [
         batch[key].view(shape)
         for key, shape in (
-            (ACTION_IS_PAD, (*losses.shape[:2], 1)),
-            (ACTION_DIM_IS_PAD, (len(losses), 1, -1)),
+            (ACTION_IS_PAD, (rows, losses.shape[1], 1)),
+            (ACTION_DIM_IS_PAD, (rows, 1, -1)),
             (QUERY_IS_PAD, (-1, 1, 1)),
         )
         if key in batch
     ]
     if not padding:
-        return losses.mean(entries)
-    valid = torch.ones_like(losses, dtype=torch.bool)
-    for padded in padding:
-        valid &= ~padded
-    return (losses * valid).sum(entries) / valid.sum(entries).clamp_min(1)
+        reduced = losses.mean(entries)
+    else:
+        valid = torch.ones(rows, *losses.shape[1:], dtype=torch.bool, device=losses.device)
+        for padded in padding:
+            valid &= ~padded
+        valid = valid.repeat_interleave(len(losses) // rows, dim=0)
+        reduced = (losses * valid).sum(entries) / valid.sum(entries).clamp_min(1)
+    return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
 
 
 def _take(value: Any, indices: list[int], batch_size: int) -> Any:

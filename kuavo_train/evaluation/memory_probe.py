@@ -14,7 +14,7 @@ The observation, the noise and the weights are the same each time, so a differen
 Letters: E episodes, Q queries, M memory tokens, H hidden size, C chunk length, A action dimensions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -172,34 +172,34 @@ class WatchedAttention:
 
 @contextmanager
 def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
-    """Collect the attention of the action tokens while the policy denoises."""
-    model, vlm = policy.model, policy.model.vlm_with_expert
-    embed, velocity, interface = model.embed, model.velocity, vlm.get_attention_interface
+    """Collect the attention of the action tokens while the policy denoises.
+
+    Raises:
+        ValueError: the policy runs LeRobot's forward, whose attention cannot be watched.
+    """
+    model, backbone = policy.model, policy.model.backbone
+    if not policy.config.fast_forward:
+        raise ValueError("attention can only be watched with policy.fast_forward=true, got false")
+    embed, velocity, attend = model.embed, model.velocity, backbone.attend
     seen = WatchedAttention([])
 
     def watched_embed(*observation: Any) -> Any:
         prefix = embed(*observation)
-        seen.state_place = int(prefix.blocks[0].int().argmax())  # the first block after images and language
+        seen.state_place = prefix.context.shape[1]
         return prefix
 
-    def watched_interface() -> Callable[..., torch.Tensor]:
-        attend = interface()
-
-        def watched(mask: torch.Tensor, batch_size: int, head_dim: int, query: Any, key: Any, value: Any) -> Any:
-            keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-            scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys) * head_dim**-0.5
-            scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
-            seen.weights.append(scores.softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
-            return attend(mask, batch_size, head_dim, query, key, value)
-
-        return watched
+    def watched_attend(query: Any, key: Any, value: Any, bias: torch.Tensor) -> Any:
+        keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys) * query.shape[-1] ** -0.5
+        seen.weights.append((scores + bias[:, None]).softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
+        return attend(query, key, value, bias)
 
     def watched_velocity(*arguments: Any) -> Any:
-        vlm.get_attention_interface = watched_interface
+        backbone.attend = watched_attend
         try:
             return velocity(*arguments)
         finally:
-            del vlm.get_attention_interface
+            backbone.attend = attend
 
     model.embed, model.velocity = watched_embed, watched_velocity
     try:

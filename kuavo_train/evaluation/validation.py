@@ -71,9 +71,12 @@ class Validator:
         for batch, memory, advance in self._queries(policy, place):
             prepared = preprocess(batch, self.preprocessor)
             with self.autocast():
-                losses = self._losses(policy, prepared, batch, task, memory)
-                noise = self._noise(policy, batch, task, draw=0)
-                predicted, new_memory = policy.sample_actions_with(prepared, memory, noise)
+                encoded, new_memory = policy.encode(prepared, memory)
+                noise = self._noise(policy, batch, task)
+                times = torch.tensor([stratified_time(draw, self.draws) for draw in range(self.draws)])
+                times = times.repeat(len(noise)).to(noise.device)
+                losses = policy.flow_loss(encoded, prepared, noise.flatten(0, 1), times, "none").float().cpu().numpy()
+                predicted = policy.denoise(encoded, prepared, noise[:, 0])
             advance(new_memory)
             target = prepared[ACTION].float()
             valid = ~(prepared["action_is_pad"][:, :, None] | prepared["action_dim_is_pad"][:, None, :])
@@ -90,26 +93,18 @@ class Validator:
             bar.update(len(batch["task"]))
         return self._record(task, by_episode, time.perf_counter() - began)
 
-    def _losses(self, policy: Any, prepared: Batch, batch: Batch, task: Task, memory: Any) -> np.ndarray:
-        """[B] flow-matching loss, averaged over the draws."""
-        rows = []
-        device = prepared[ACTION].device
-        for draw in range(self.draws):
-            noise = self._noise(policy, batch, task, draw=draw)
-            times = torch.full((len(noise),), stratified_time(draw, self.draws), device=device)
-            loss, _ = policy.forward(prepared, noise=noise, time=times, reduction="none", memory=memory)
-            rows.append(loss.float().cpu().numpy())
-        return np.mean(rows, axis=0)
-
-    def _noise(self, policy: Any, batch: Batch, task: Task, *, draw: int) -> torch.Tensor:
-        """[B, chunk, max_action_dim] standard normal, the same for a frame and draw wherever it is asked for."""
+    def _noise(self, policy: Any, batch: Batch, task: Task) -> torch.Tensor:
+        """[B, draws, chunk, max_action_dim] standard normal, the same for a frame and draw wherever it is asked for."""
         shape = (policy.config.chunk_size, policy.config.max_action_dim)
         key = zlib.crc32(task.name.encode())
         noise = [
-            np.random.default_rng([key, episode, frame, draw]).standard_normal(shape, dtype=np.float32)
+            [
+                np.random.default_rng([key, episode, frame, draw]).standard_normal(shape, dtype=np.float32)
+                for draw in range(self.draws)
+            ]
             for episode, frame in zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
         ]
-        return torch.from_numpy(np.stack(noise)).to(next(policy.parameters()).device)
+        return torch.from_numpy(np.array(noise)).to(next(policy.parameters()).device)
 
     def _lanes(self, policy: Any, place: int) -> list[Lane]:
         """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""

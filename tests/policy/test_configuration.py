@@ -15,7 +15,8 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig
         ({"mem_cache_size": 0}, "mem_cache_size must be at least 1, got 0"),
         ({"mem_backprop_depth": -2}, "mem_backprop_depth must be 0 or more queries, got -2"),
         ({"mem_at_end": False}, "num_mem_tokens=4 needs mem_at_start or mem_at_end to be true"),
-        ({"compile_model": True}, "compile_model must be false with memory (num_mem_tokens=4), got true"),
+        ({"flow_draws": 0}, "flow_draws must be at least 1, got 0"),
+        ({"compile_model": True, "fast_forward": False}, "compile_model needs fast_forward=true, got false"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

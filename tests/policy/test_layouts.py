@@ -1,15 +1,14 @@
 """Where the memory stands in the prefix, who sees it, and what it leaves alone."""
 
-from functools import partial
-
 import pytest
 import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tiny_sizes import CHUNK, PREFIX_LENGTH
 
+from lerobot_policy_smolvla_memory.lerobot_forward import PrefixTokens
 from lerobot_policy_smolvla_memory.memory import MemoryState
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import EncodedPrefix, PrefixTokens
+from lerobot_policy_smolvla_memory.prefix import Prefix
 
 LAYOUTS = {
     "start": {"mem_at_start": True, "mem_at_end": False},
@@ -17,6 +16,7 @@ LAYOUTS = {
     "end": {"mem_at_start": False, "mem_at_end": True},
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+both_forwards = pytest.mark.parametrize("fast_forward", [True, False], ids=["fast", "lerobot"])
 
 # Who sees whom. Columns: what is seen; 1 sees, 0 does not. M memory, I image, L language, P padding, S state,
 # A an action token, W the written memory. Nobody looks at what padding sees.
@@ -57,20 +57,18 @@ SEES = {
 PLACES = {"start": "MMILPS", "both": "MMILPSMM", "end": "ILPSMM"}
 
 
+@both_forwards
 @every_layout
-def test_every_token_sees_what_the_table_says(make_policy, layout):
+def test_every_token_sees_what_the_table_says(make_policy, layout, fast_forward):
     """Measured by gradients through the whole model, not read off a mask: what is not seen has none."""
-    model = make_policy(**LAYOUTS[layout]).model
+    model = make_policy(fast_forward=fast_forward, **LAYOUTS[layout]).model
     hidden = model.state_proj.out_features
     torch.manual_seed(0)
     embeddings = torch.randn(1, 4, hidden, requires_grad=True)  # I L P S
     memory = torch.randn(1, 2, hidden, requires_grad=True)
-    prefix = PrefixTokens.counted(
-        embeddings, torch.tensor([[True, True, False, True]]), torch.tensor([[False, False, False, True]])
-    )
+    prefix = Prefix(embeddings[:, :3], torch.tensor([[True, True, False]]), embeddings[:, 3:])
     encoded, written = model.encode(prefix, MemoryState(memory))
-    keys = encoded.cache.layers[-1].keys
-    outputs = [(name, keys[:, :, place]) for place, name in enumerate(PLACES[layout])]
+    outputs = [(name, _keys(encoded)[-1][:, place]) for place, name in enumerate(PLACES[layout])]
     outputs += [("A", model.velocity(encoded, torch.randn(1, CHUNK, 8), torch.tensor([0.5])))]
     outputs += [("W", written.tokens)]
 
@@ -106,26 +104,27 @@ def test_memory_at_the_start_shifts_the_positions_and_padding_takes_none():
 
 
 def test_end_layout_leaves_all_before_it_bit_identical(make_policy, make_batch):
-    with_memory, without = make_policy(num_mem_tokens=2), make_policy(num_mem_tokens=0)
-    without.load_state_dict(with_memory.state_dict(), strict=False)
-    caches = []
-    for policy in (with_memory, without):
-        encoded, _ = policy.model.encode(policy.model.embed(*policy._observation(make_batch(3))))
-        caches.append(encoded.cache)
-    for layer, plain in zip(*(cache.layers for cache in caches), strict=True):
-        assert torch.equal(layer.keys[:, :, :PREFIX_LENGTH], plain.keys)  # keys carry their positions
-        assert torch.equal(layer.values[:, :, :PREFIX_LENGTH], plain.values)
-        assert layer.keys.shape[2] == PREFIX_LENGTH + 2
+    policies = [make_policy(num_mem_tokens=tokens) for tokens in (2, 0)]
+    policies[1].load_state_dict(policies[0].state_dict(), strict=False)
+    with_memory, without = (_keys(policy.encode(make_batch(3))[0]) for policy in policies)
+    for keys, plain in zip(with_memory, without, strict=True):
+        assert torch.equal(keys[:, :PREFIX_LENGTH], plain)  # keys carry their positions
+        assert keys.shape[1] == PREFIX_LENGTH + 2
+
+
+def _keys(encoded) -> list[torch.Tensor]:
+    """Of each layer [B, L, heads, D]."""
+    return getattr(encoded, "keys", None) or [layer.keys.transpose(1, 2) for layer in encoded.cache.layers]
 
 
 def test_end_layout_leaves_the_positions_of_the_actions(make_config, make_policy, make_batch, monkeypatch):
     """Compared with those that LeRobot's own policy hands to the backbone."""
-    config = make_config()
+    config = make_config(fast_forward=False)
     lerobots = SmolVLAPolicy(
         SmolVLAConfig(**{name: getattr(config, name) for name in SmolVLAConfig.__dataclass_fields__})
     )
     seen = []
-    for policy in (make_policy(), lerobots):
+    for policy in (make_policy(fast_forward=False), lerobots):
         positions, backbone = [], policy.model.vlm_with_expert
         forward = backbone.forward
 
@@ -140,11 +139,12 @@ def test_end_layout_leaves_the_positions_of_the_actions(make_config, make_policy
     assert torch.equal(*seen)
 
 
+@both_forwards
 @every_layout
-def test_padding_to_a_fixed_prefix_length_changes_nothing(make_policy, make_batch, make_noise, layout):
+def test_padding_to_a_fixed_prefix_length_changes_nothing(make_policy, make_batch, make_noise, layout, fast_forward):
     batch, results = make_batch(4), []
     for prefix_length in (-1, PREFIX_LENGTH + 3):
-        policy = make_policy(prefix_length=prefix_length, **LAYOUTS[layout])
+        policy = make_policy(prefix_length=prefix_length, fast_forward=fast_forward, **LAYOUTS[layout])
         loss, output = policy(dict(batch), **make_noise(4), queries=2, reduction="none")
         results.append((loss, output["memory"].tokens))
     for tight, padded in zip(*results, strict=True):
@@ -159,33 +159,3 @@ def test_padded_language_is_not_seen_by_the_memory(make_policy, make_batch, make
         batch["observation.language.tokens"][padding] = token
         written.append(policy(dict(batch), **make_noise(2))[1]["memory"].tokens)
     assert torch.equal(*written)
-
-
-def encode_query_by_query(model, prefix, memory, *, queries, **_):
-    memory, encoded = model.memory.initial(len(prefix.valid) // queries), []
-    for query in range(queries):
-        rows = prefix.rows(slice(query, None, queries))
-        output, each = model._prefill_with_memory(rows, model.memory.read(memory))
-        memory = model.memory.write(memory, output)
-        encoded.append(each)
-    return EncodedPrefix.interleave(encoded), memory
-
-
-def test_end_layout_recurs_as_if_every_query_were_one_plain_pass(make_policy, make_batch, make_noise, monkeypatch):
-    """Prefixes of all queries at once and memory behind them, against prefix and memory query by query."""
-    batch, results = make_batch(6), []
-    for plain in (False, True):
-        policy = make_policy()
-        if plain:
-            monkeypatch.setattr(policy.model, "encode", partial(encode_query_by_query, policy.model))
-        loss, output = policy(dict(batch), **make_noise(6), queries=3)
-        loss.backward()
-        gradients = {
-            name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None
-        }
-        results.append((loss, output["memory"].tokens, gradients))
-    (loss, memory, gradients), (plain_loss, plain_memory, plain_gradients) = results
-    torch.testing.assert_close(loss, plain_loss)
-    torch.testing.assert_close(memory, plain_memory)
-    assert any(name.startswith("model.memory.update") for name in gradients)
-    torch.testing.assert_close(gradients, plain_gradients, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,375 @@
+"""The SmolVLM-with-expert forward, written for speed. The weights and, up to rounding, the numbers are LeRobot's.
+
+A prefix is encoded block by block. The tokens of a block see each other and every block before, never one behind,
+so keys and values of a block stay as they are when another is appended:
+
+    context   images and language: all K queries of a lane at once
+    state     one token
+    memory    M tokens, query after query (or, at the start, in one block with the context)
+
+Then the action expert attends to the keys and values of all of them. What makes it fast:
+
+- While nothing before the state learns, no graph is recorded of the context: its tensors need no gradient. Where
+  vision, connector or text model do learn, or memory stands in front, autograd records it as it should.
+- Of a block whose output nobody reads, the last layer computes keys and values only.
+- Grouped heads: the query heads that share keys are laid out as further queries, so that no key is repeated. A
+  block needs no square mask either: all its tokens see the same.
+- The expert's keys and values of the prefix are projected once per query, not once per denoising step.
+- Attention is torch's fused one, in the precision of its inputs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
+
+ROPE_MAX_WAVELENGTH = 10_000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What later tokens need of tokens that went through the vision-language model.
+
+    Args:
+        keys, values: of each layer, [B, L, G, D]; positions are rotated into the keys.
+        valid: [B, L] bool.
+        next_position: [B] position of the token that comes next.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    valid: Tensor
+    next_position: Tensor
+
+    def followed_by(self, block: "Encoded") -> "Encoded":
+        return Encoded(
+            [torch.cat(pair, dim=1) for pair in zip(self.keys, block.keys, strict=True)],
+            [torch.cat(pair, dim=1) for pair in zip(self.values, block.values, strict=True)],
+            torch.cat([self.valid, block.valid], dim=1),
+            block.next_position,
+        )
+
+    def query(self, number: int, queries: int) -> "Encoded":
+        """The rows of query `number` of every lane."""
+        return self._map(lambda tensors: tensors[0][number::queries], [self])
+
+    @classmethod
+    def interleave(cls, queries: "Sequence[Encoded]") -> "Encoded":
+        """One per query, of all lanes → the rows of all queries, lane-major."""
+        return queries[0] if len(queries) == 1 else cls._map(lane_major, queries)
+
+    @staticmethod
+    def _map(function: Callable[[Sequence[Tensor]], Tensor], encoded: "Sequence[Encoded]") -> "Encoded":
+        return Encoded(
+            [function(layer) for layer in zip(*(each.keys for each in encoded), strict=True)],
+            [function(layer) for layer in zip(*(each.values for each in encoded), strict=True)],
+            function([each.valid for each in encoded]),
+            function([each.next_position for each in encoded]),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertPrefix:
+    """A prefix as the expert's layers attend to it, for any number of (noise, time) draws.
+
+    Args:
+        keys, values: of each expert layer, [B, L, G, D].
+        bias: [B, 1, L] of cross-attention: every valid token is seen. See `attention_bias`.
+        causal_bias: [B, T, L + T] of self-attention: that, and the actions so far.
+        rotation: of the actions' positions behind the prefix.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    bias: Tensor
+    causal_bias: Tensor
+    rotation: tuple[Tensor, Tensor]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
+
+    def repeat(self, draws: int) -> Self:
+        """Every row `draws` times in a row."""
+        if draws == 1:
+            return self
+        return type(self)(
+            [keys.repeat_interleave(draws, dim=0) for keys in self.keys],
+            [values.repeat_interleave(draws, dim=0) for values in self.values],
+            self.bias.repeat_interleave(draws, dim=0),
+            self.causal_bias.repeat_interleave(draws, dim=0),
+            (self.rotation[0].repeat_interleave(draws, dim=0), self.rotation[1].repeat_interleave(draws, dim=0)),
+        )
+
+
+class FastForward:
+    """LeRobot's `SmolVLMWithExpertModel`, run block by block. Holds no weights of its own.
+
+    Args:
+        vlm_with_expert: the model.
+        chunk_size: T.
+        mem_at_start, mem_at_end: where memory tokens stand in the prefix.
+        compile_expert: run the expert's layers through torch.compile.
+    """
+
+    def __init__(
+        self, vlm_with_expert: Any, *, chunk_size: int, mem_at_start: bool, mem_at_end: bool, compile_expert: bool
+    ):
+        self.model = vlm_with_expert
+        self.chunk_size, self.mem_at_start, self.mem_at_end = chunk_size, mem_at_start, mem_at_end
+        self.attend = attend
+        self.attend_prefix: Callable[[ExpertPrefix, Tensor], Tensor] = (
+            torch.compile(self._expert) if compile_expert else self._expert
+        )
+
+    # ------------------------------------------------------------------ prefix
+
+    def begin(self, prefix: Prefix, queries: int) -> "Encoding":
+        """Start encoding the prefixes of K consecutive queries; see `Encoding`."""
+        return Encoding(self, prefix, queries)
+
+    def append(self, tokens: Tensor, valid: Tensor, before: Encoded | None = None) -> Encoded:
+        """A block of tokens through the vision-language model.
+
+        Args:
+            tokens: [B, N, H] embeddings.
+            valid: [B, N] bool.
+            before: the blocks before; None for the first block.
+
+        Returns:
+            The block's keys and values.
+        """
+        return self._run(tokens, valid, before)[1]
+
+    def append_and_read(
+        self, tokens: Tensor, valid: Tensor, before: Encoded | None = None, *, moves_on: bool = True
+    ) -> tuple[Tensor, Encoded]:
+        """As `append`, with the model's final-norm output [B, N, H] before the block's keys and values.
+
+        A block that does not move on takes no place in the count of positions: what comes next stands where it
+        would without it.
+        """
+        output, block = self._run(tokens, valid, before, moves_on=moves_on, read=True)
+        assert output is not None
+        return output, block
+
+    def _run(
+        self, tokens: Tensor, valid: Tensor, before: Encoded | None, *, moves_on: bool = True, read: bool = False
+    ) -> tuple[Tensor | None, Encoded]:
+        text_model = self.model.get_vlm_model().text_model
+        *first, last = text_model.layers
+        positions, sees = valid.cumsum(dim=1), valid
+        if before is not None:
+            positions, sees = positions + before.next_position[:, None], torch.cat([before.valid, valid], dim=1)
+        next_position = positions[:, -1] if moves_on or before is None else before.next_position
+        rotation, bias = rotation_at(positions - 1, last.self_attn.head_dim), attention_bias(sees[:, None])
+        hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
+        keys, values = [], []
+        for index, layer in enumerate([*first, last]):
+            normed = _rms_norm(layer.input_layernorm, hidden)
+            key, value = rotate(_heads(layer, "k_proj", normed), rotation), _heads(layer, "v_proj", normed)
+            keys.append(key)
+            values.append(value)
+            if layer is last and not read:
+                return None, Encoded(keys, values, valid, next_position)
+            if before is not None:
+                key = torch.cat([before.keys[index], key], dim=1)
+                value = torch.cat([before.values[index], value], dim=1)
+            query = rotate(_heads(layer, "q_proj", normed), rotation)
+            hidden = _finish_layer(layer, hidden, self.attend(query, key, value, bias))
+        return _rms_norm(text_model.norm, hidden), Encoded(keys, values, valid, next_position)
+
+    # ------------------------------------------------------------------ expert
+
+    def expert_prefix(self, encoded: Encoded) -> ExpertPrefix:
+        """Once per query: all that the expert's layers need of the prefix."""
+        keys, values = [], []
+        for index, layer, crosses in self._expert_layers():
+            key, value = encoded.keys[index], encoded.values[index]
+            if crosses:
+                key, value = (
+                    _heads(layer, name, each.flatten(2)) for name, each in (("k_proj", key), ("v_proj", value))
+                )
+            keys.append(key)
+            values.append(value)
+        steps = torch.arange(self.chunk_size, device=encoded.valid.device)
+        sees = encoded.valid[:, None]
+        causal = (steps[:, None] >= steps).expand(len(sees), -1, -1)
+        return ExpertPrefix(
+            keys,
+            values,
+            attention_bias(sees),
+            attention_bias(torch.cat([sees.expand(-1, self.chunk_size, -1), causal], dim=2)),
+            rotation_at(encoded.next_position[:, None] + steps, self._head_dim),
+        )
+
+    def _expert(self, prefix: ExpertPrefix, hidden: Tensor) -> Tensor:
+        """The expert over action embeddings [B, T, H_expert], attending to the prefix: [B, T, H_expert]."""
+        hidden = hidden.to(self.model.lm_expert.norm.weight.dtype)
+        own_rotation = rotation_at(torch.arange(hidden.shape[1], device=hidden.device)[None], self._head_dim)
+        for (_, layer, crosses), key, value in zip(self._expert_layers(), prefix.keys, prefix.values, strict=True):
+            normed = _rms_norm(layer.input_layernorm, hidden)
+            query = _heads(layer, "q_proj", normed)
+            if crosses:  # positions count from 0 here, and the keys come as the prefix left them
+                attended = self.attend(rotate(query, own_rotation), key, value, prefix.bias)
+            else:
+                own_key = rotate(_heads(layer, "k_proj", normed), prefix.rotation)
+                key = torch.cat([key, own_key.to(key.dtype)], dim=1)
+                value = torch.cat([value, _heads(layer, "v_proj", normed).to(value.dtype)], dim=1)
+                attended = self.attend(rotate(query, prefix.rotation), key, value, prefix.causal_bias)
+            hidden = _finish_layer(layer, hidden, attended)
+        return _rms_norm(self.model.lm_expert.norm, hidden)
+
+    def _expert_layers(self) -> Iterator[tuple[int, Any, bool]]:
+        """(index of the VLM's layer it reads, expert layer, whether it attends across to the prefix alone)."""
+        model = self.model
+        every = max(model.num_vlm_layers // model.num_expert_layers, 1)
+        for number, layer in enumerate(model.lm_expert.layers[: model.num_vlm_layers]):
+            index = number * every
+            own = model.self_attn_every_n_layers > 0 and index % model.self_attn_every_n_layers == 0
+            yield index, layer, "cross" in model.attention_mode and not own
+
+    @property
+    def _head_dim(self) -> int:
+        return self.model.vlm.config.text_config.head_dim
+
+
+class Encoding:
+    """The prefixes of K consecutive queries, while memory passes from one to the next.
+
+    `query` is called for 0, 1, … K − 1 with the memory's tokens; `finish` gives what the expert attends to.
+    Without memory only `finish` is called.
+    """
+
+    def __init__(self, forward: FastForward, prefix: Prefix, queries: int):
+        self.forward, self.prefix, self.queries = forward, prefix, queries
+        self.remembered: list[Encoded] = []  # per query: the memory's block, or all blocks where it stands in front
+        self.shared = None if forward.mem_at_start else self._without_memory()
+
+    def _without_memory(self) -> Encoded:
+        """Context and state of all queries at once: what does not depend on memory."""
+        context = self.forward.append(self.prefix.context, self.prefix.valid)
+        return context.followed_by(self._state(self.prefix.state, context))
+
+    def _state(self, state: Tensor, before: Encoded) -> Encoded:
+        return self.forward.append(state, _all_valid(state), before)
+
+    def query(self, number: int, memory: Tensor) -> Tensor:
+        """Memory tokens [lanes, M, H] through the model in query `number`: their output [lanes, M, H]."""
+        forward = self.forward
+        if self.shared is not None:
+            before = self.shared.query(number, self.queries)
+            output, block = forward.append_and_read(memory, _all_valid(memory), before, moves_on=False)
+            self.remembered.append(block)
+            return output
+        prefix = self.prefix.query(number, self.queries)
+        tokens = torch.cat([memory.to(prefix.context.dtype), prefix.context], dim=1)
+        valid = torch.cat([_all_valid(memory), prefix.valid], dim=1)
+        if not forward.mem_at_end:
+            output, blocks = forward.append_and_read(tokens, valid)
+            self.remembered.append(blocks.followed_by(self._state(prefix.state, blocks)))
+            return output[:, : memory.shape[1]]
+        blocks = forward.append(tokens, valid)
+        blocks = blocks.followed_by(self._state(prefix.state, blocks))
+        output, block = forward.append_and_read(memory, _all_valid(memory), blocks, moves_on=False)
+        self.remembered.append(blocks.followed_by(block))
+        return output
+
+    def finish(self) -> ExpertPrefix:
+        if not self.remembered:
+            return self.forward.expert_prefix(self._without_memory() if self.shared is None else self.shared)
+        blocks = Encoded.interleave(self.remembered)
+        return self.forward.expert_prefix(blocks if self.shared is None else self.shared.followed_by(blocks))
+
+
+def attention_bias(sees: Tensor) -> Tensor:
+    """What attention adds to its scores: 0 where a token is seen, else the least number there is (as LeRobot)."""
+    return torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, torch.finfo(torch.float32).min)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Grouped-query attention.
+
+    Args:
+        query: [B, N, heads, D]. The heads of a group are neighbours.
+        key, value: [B, L, G, D].
+        bias: [B, N, L] from `attention_bias`, or [B, 1, L] when all queries see the same.
+
+    Returns:
+        [B, N, heads × D].
+    """
+    B, N, heads, D = query.shape
+    G = key.shape[2]
+    group = heads // G
+    query = query.view(B, N, G, group, D).permute(0, 2, 3, 1, 4).reshape(B, G, group * N, D)
+    if bias.shape[1] > 1 and group > 1:
+        bias = bias.repeat(1, group, 1)
+    key, value = (each.transpose(1, 2).to(query.dtype) for each in (key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias[:, None].to(query.dtype))
+    return attended.view(B, G, group, N, D).permute(0, 3, 1, 2, 4).reshape(B, N, heads * D)
+
+
+def rotation_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, N, 1, D/2] of rotary positions [B, N], float32 (Su et al. 2021, arXiv 2104.09864)."""
+    exponents = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2.0 / head_dim)
+    radians = positions[..., None, None].float() / ROPE_MAX_WAVELENGTH**exponents
+    return radians.cos(), radians.sin()
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions into queries or keys [B, N, heads, D], computed in float32."""
+    return _Rotation.apply(heads, *rotation)
+
+
+class _Rotation(torch.autograd.Function):
+    """One node of the graph instead of seven: the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, -sin), None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = heads.float().chunk(2, dim=-1)
+    turned = torch.empty(heads.shape, dtype=torch.float32, device=heads.device)
+    turned_first, turned_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
+    return turned.to(heads.dtype)
+
+
+def _heads(layer: Any, projection: str, hidden: Tensor) -> Tensor:
+    """[B, N, H] projected and split: [B, N, heads, D]."""
+    linear = getattr(layer.self_attn, projection)
+    return linear(hidden.to(linear.weight.dtype)).unflatten(-1, (-1, layer.self_attn.head_dim))
+
+
+def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    """What follows attention: output projection and feed-forward, each added to the residual stream."""
+    hidden = hidden + layer.self_attn.o_proj(attended.to(layer.self_attn.o_proj.weight.dtype))
+    return hidden + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden))
+
+
+def _rms_norm(norm: Any, hidden: Tensor) -> Tensor:
+    """transformers' RMSNorm in one operation."""
+    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.variance_epsilon)
+
+
+def _all_valid(tokens: Tensor) -> Tensor:
+    """[B, N, H] → [B, N] bool."""
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -1,0 +1,37 @@
+"""What one policy query shows the vision-language model, as embeddings.
+
+Letters, in all modules of the network: B rows of a batch = lanes × K queries (lane-major: lane 0 query 0, lane 0
+query 1, …), P tokens of images and language, L tokens of the whole prefix, M memory tokens, H hidden size,
+T chunk length, A action dimensions, G key-value heads, D head dimension.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Images and language, which see each other, and the state, which sees both.
+
+    Args:
+        context: [B, P, H] images, then language.
+        valid: [B, P] bool; false for padding and for cameras that are not there.
+        state: [B, 1, H].
+    """
+
+    context: Tensor
+    valid: Tensor
+    state: Tensor
+
+    def query(self, number: int, queries: int) -> Self:
+        """The rows of query `number` of every lane."""
+        return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
+
+
+def lane_major(queries: Sequence[Tensor]) -> Tensor:
+    """K tensors [lanes, …] → [lanes × K, …]."""
+    return torch.stack(list(queries), dim=1).flatten(0, 1)
