@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages report test test-full lint format bench constraints clean
+.PHONY: help setup data train-stage train-all-stages study report test test-full lint format bench constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -19,6 +19,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS=\"key=value …\" hands settings on:  make train-all-stages ARGS=\"profile=smoke seed=1\""
+	@echo "  Strategies and seeds of a study:       make study ARGS=\"strategy=replay,sequential,joint,ewc,merge seed=0,1\""
 	@echo "  TASK names a task:                     make train-stage TASK=$(firstword $(TASKS) task1_moving_grasp)"
 
 setup: .venv/.ready  ## make .venv with everything in it (the other targets do it when needed)
@@ -41,6 +42,9 @@ endif
 
 train-all-stages: .venv/.ready  ## train all stages in order, then report; skips finished ones, resumes an unfinished one
 	$(PY) -m kuavo_train.curriculum $(ARGS)
+
+study: .venv/.ready  ## train strategies × seeds and compare them; goes on where it was cut off
+	$(PY) -m kuavo_train.study $(ARGS)
 
 report: .venv/.ready  ## what was learnt and what was lost: the latest run, or RUN=outputs/…
 	$(PY) -m kuavo_train.report $(if $(RUN),run=$(RUN)) $(ARGS)

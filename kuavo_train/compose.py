@@ -111,19 +111,24 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
 
     @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
     def entry(composed: DictConfig) -> None:
-        try:
-            status = function(composed, list(HydraConfig.get().overrides.task))
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 1
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            status = 130
+        status = errors_in_one_line(lambda: function(composed, list(HydraConfig.get().overrides.task)))
         if status:
             sys.exit(status)
 
     register_task_aliases()
     return entry
+
+
+def errors_in_one_line(function: Callable[[], int]) -> int:
+    """The exit status of `function`; what the user can correct is told in a line instead of a traceback."""
+    try:
+        return function()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

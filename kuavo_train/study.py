@@ -1,0 +1,193 @@
+"""Several strategies × seeds, a run each, and a report that compares them.
+
+    python -m kuavo_train.study                                     # replay, sequential and joint, seeds 0 and 1
+    python -m kuavo_train.study strategy=replay,ewc,merge seed=0,1,2 profile=smoke
+    python -m kuavo_train.study run=long training.epochs=20         # other settings: another name
+
+Any override that holds for all stages may be given; commas are for strategy and seed alone. One of ewc.… or merge.…
+goes to the cells of that strategy. The run of a cell is named <run>-<strategy>-s<seed>. Finished cells are skipped and
+an interrupted one goes on, so the same command continues what was cut off, and one with more strategies or seeds adds
+to it. outputs/<run>-study/ holds study.json and report/, the comparison of all finished cells.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from kuavo_train.compose import compose_run, errors_in_one_line, stages_to_run
+from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.curriculum import check_overrides, train_all_stages
+
+SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
+"""What a study varies, and over what when nothing is said."""
+
+OF_ONE_STRATEGY = ("ewc", "merge")
+"""Groups of settings that only the strategy of that name has."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy with one seed: an ordinary run. `configs` has one entry per task."""
+
+    strategy: str
+    seed: int
+    configs: list[RunConfig]
+
+    @property
+    def run(self) -> str:
+        return self.configs[0].run
+
+    @property
+    def folder(self) -> Path:
+        return self.configs[0].run_folder
+
+    @property
+    def finished(self) -> bool:
+        from kuavo_train.run_folder import stage_folder
+
+        return all(stage_folder(stage).status == "finished" for stage in stages_to_run(self.configs))
+
+
+class StudyFile:
+    """study.json: the settings all cells share, and how far each cell is."""
+
+    def __init__(self, path: Path, run: str, overrides: Sequence[str]):
+        self.path = path
+        self.content: dict[str, Any] = {"run": run, "overrides": sorted(overrides), "cells": []}
+        if path.is_file():
+            stored = json.loads(path.read_text())
+            if stored["overrides"] != self.content["overrides"]:
+                raise ConfigError(
+                    f"the overrides of study {run} must stay what it began with ({' '.join(stored['overrides'])}), got "
+                    f"{' '.join(self.content['overrides'])}; choose another run=NAME"
+                )
+            self.content = stored
+
+    def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
+        """Note a cell's status (waiting, running, finished, interrupted or failed) and the seconds spent on it now."""
+        from kuavo_train.run_folder import write_json
+
+        about = {"run": cell.run, "folder": str(cell.folder), "strategy": cell.strategy, "seed": cell.seed}
+        cells = {each["run"]: each for each in self.content["cells"]}
+        spent = cells.get(cell.run, {}).get("seconds", 0.0)
+        cells[cell.run] = {**about, "status": status, "seconds": round(spent + seconds, 1)}
+        self.content["cells"] = list(cells.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+    @property
+    def finished(self) -> list[Path]:
+        """Run folders, those of earlier calls included."""
+        return [Path(cell["folder"]) for cell in self.content["cells"] if cell["status"] == "finished"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    if {"-h", "--help", "help"} & set(arguments):
+        print(__doc__)
+        return 0
+    run, shared, cells = compose_cells(arguments)
+    first = cells[0].configs[0]
+    # The heavy imports come after the configuration has been found good.
+    from kuavo_train.stage import record_missing_data
+
+    study = StudyFile(Path(first.outputs) / f"{run}-study" / "study.json", run, shared)
+    record_missing_data(first, [config.stage for config in cells[0].configs])
+    if first.data_only:
+        return 0
+    for cell in cells:
+        study.tell(cell, "finished" if cell.finished else "waiting")
+    for number, cell in enumerate(cells, start=1):
+        status = _run_cell(cell, study, f"run {number} of {len(cells)}: {cell.strategy}, seed {cell.seed}")
+        if status:
+            return status
+    _compare(study)
+    return 0 if all(cell.finished for cell in cells) else 1
+
+
+def compose_cells(arguments: Sequence[str]) -> tuple[str, list[str], list[Cell]]:
+    """The study's name, the overrides that its cells share, and the cells, one seed after another.
+
+    Raises:
+        ConfigError: commas elsewhere than in strategy and seed, or anything wrong with any cell's configuration.
+    """
+    swept, shared = dict(SWEPT), []
+    check_overrides(arguments)
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise ConfigError(str(error)) from error
+        key = override.key_or_group
+        if key in SWEPT:
+            swept[key] = (
+                list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+            )
+        elif override.is_sweep_override():
+            raise ConfigError(f"a study must vary {' and '.join(SWEPT)} alone, got {argument}; a list is [a,b]")
+        else:
+            shared.append(argument)
+    cells, run = [], ""
+    for seed, strategy in product(*(dict.fromkeys(swept[key]) for key in ("seed", "strategy"))):
+        own = [f"strategy={strategy}", f"seed={seed}", *_for(strategy, shared)]
+        run = run or compose_run(own)[0].run
+        configs = compose_run([*own, f"run={run}-{strategy}-s{seed}"])
+        cells.append(Cell(configs[0].strategy, configs[0].seed, configs))
+    return run, [override for override in shared if not override.startswith("run=")], cells
+
+
+def _for(strategy: str, overrides: Sequence[str]) -> list[str]:
+    """Without what only another strategy has settings for."""
+    others = tuple(f"{group}." for group in OF_ONE_STRATEGY if group != strategy)
+    return [override for override in overrides if not override.startswith(others)]
+
+
+def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
+    """Train what the cell lacks; a failure is told and the study goes on, an interruption ends it with its status."""
+    from kuavo_train.report import write_report
+
+    if cell.finished:
+        print(f"{title} is finished in {cell.folder}", flush=True)
+        return 0
+    print(f"\n=== {title}, in {cell.folder}", flush=True)
+    study.tell(cell, "running")
+    began, outcome = time.monotonic(), "failed"
+    try:
+        status = train_all_stages(cell.configs)
+        if status:
+            outcome = "interrupted"
+            return status
+        write_report(cell.folder)
+        outcome = "finished"
+    except RunError as error:
+        print(f"error: {title}: {error}", file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        outcome = "interrupted"
+        raise
+    finally:
+        study.tell(cell, outcome, seconds=time.monotonic() - began)
+    return 0
+
+
+def _compare(study: StudyFile) -> None:
+    from kuavo_train.report import comparison_table, write_comparison
+
+    runs = study.finished
+    if len(runs) < 2:
+        print(f"\nnothing to compare yet: {len(runs)} finished runs in {study.path}")
+        return
+    page = write_comparison(runs, study.path.parent / "report")
+    print(f"\n{comparison_table(runs)}\n\ncomparison: {page}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(errors_in_one_line(lambda: main(sys.argv[1:])))

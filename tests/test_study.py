@@ -1,0 +1,129 @@
+"""A study: one run per strategy and seed, each trained once, and their comparison."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kuavo_train import stage as stage_module
+from kuavo_train import study
+from kuavo_train.config import ConfigError
+from kuavo_train.learning.trainer import Trainer, TrainingDiverged
+from kuavo_train.study import compose_cells
+
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages entered, as run/stage."""
+    entered: list[str] = []
+    run_stage = stage_module.run_stage
+
+    def remember(config: Any, curriculum: Any) -> int:
+        entered.append(f"{config.run}/{config.stage.folder_name}")
+        return run_stage(config, curriculum)
+
+    monkeypatch.setattr(stage_module, "run_stage", remember)
+    return entered
+
+
+def cells_of(tmp_path: Path) -> dict[str, str]:
+    stored = json.loads((tmp_path / "outputs" / "smoke-study" / "study.json").read_text())
+    return {cell["run"]: cell["status"] for cell in stored["cells"]}
+
+
+SHORT = ("learn=[moving_grasp,weighing]", "training.max_steps=2")
+
+
+def test_the_cells_are_strategies_times_seeds_with_runs_of_their_own() -> None:
+    run, shared, cells = compose_cells(["profile=smoke", "strategy=sequential,ewc", "seed=3,4", "ewc.strength=7"])
+    assert run == "smoke"
+    assert shared == ["profile=smoke", "ewc.strength=7"]
+    names = ["smoke-sequential-s3", "smoke-ewc-s3", "smoke-sequential-s4", "smoke-ewc-s4"]
+    assert [cell.run for cell in cells] == names
+    assert [(cell.strategy, cell.seed) for cell in cells[1:3]] == [("ewc", 3), ("sequential", 4)]
+    assert [cell.configs[0].ewc and cell.configs[0].ewc.strength for cell in cells] == [None, 7, None, 7]
+    named = compose_cells(["run=mine", "seed=1"])
+    assert named[:2] == ("mine", [])
+    assert [cell.run for cell in named[2]] == ["mine-replay-s1", "mine-sequential-s1", "mine-joint-s1"]
+    assert len({cell.configs[0].data.root for cell in named[2]}) == 1  # demonstrations are recorded once
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lr=1e-3,1e-4", r"a study must vary strategy and seed alone, got training.lr=1e-3,1e-4"),
+        ("strategy=replay,dreaming", r"strategy/dreaming"),
+        ("seed=0,-1", r"seed must not be negative, got -1"),
+        ("stage.epochs=2", r"must hold for every stage, got stage.epochs=2"),
+        ("seed=", r"seed"),
+    ],
+)
+def test_what_a_study_cannot_mean_is_refused_before_anything_is_trained(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_cells([override])
+
+
+def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skipped(
+    small_run: Overrides,
+    tmp_path: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    arguments = small_run(*SHORT, "strategy=sequential,joint", "seed=0")
+    take_step = Trainer._step
+
+    def interrupt(self: Trainer, *rest: Any) -> dict[str, float]:
+        if self.description == "stage1_joint":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", interrupt)
+        assert study.main(arguments) == 128 + signal.SIGTERM
+    sequential = ["smoke-sequential-s0/stage1_moving_grasp", "smoke-sequential-s0/stage2_weighing"]
+    assert trained == [*sequential, "smoke-joint-s0/stage1_joint"]
+    assert cells_of(tmp_path) == {"smoke-sequential-s0": "finished", "smoke-joint-s0": "interrupted"}
+    trained.clear()
+    assert study.main(arguments) == 0
+    assert trained == ["smoke-joint-s0/stage1_joint"]
+    assert set(cells_of(tmp_path).values()) == {"finished"}
+    out = capsys.readouterr().out
+    assert "run 1 of 2: sequential, seed 0 is finished in" in out
+    outputs = tmp_path / "outputs"
+    comparison = outputs / "smoke-study" / "report" / "comparison.html"
+    assert f"comparison: {comparison}" in out
+    assert comparison.is_file()
+    assert all((outputs / run / "report" / "report.html").is_file() for run in cells_of(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"overrides of study smoke must stay .* got .*batch_size=2.*choose another"
+    ):
+        study.main([*arguments, "training.batch_size=2"])
+    trained.clear()
+    assert study.main([*arguments, "strategy=replay"]) == 0  # more strategies add to the study
+    assert {name.split("/")[0] for name in trained} == {"smoke-replay-s0"}
+    assert len(cells_of(tmp_path)) == 3
+
+
+def test_a_run_that_diverges_is_told_and_the_others_go_on(
+    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train = study.train_all_stages
+
+    def diverge(configs: Any) -> int:
+        if configs[0].seed == 0:
+            raise TrainingDiverged("loss nan")
+        return train(configs)
+
+    monkeypatch.setattr(study, "train_all_stages", diverge)
+    assert study.main(small_run(*SHORT, "strategy=sequential", "seed=0,1")) == 1
+    assert cells_of(tmp_path) == {"smoke-sequential-s0": "failed", "smoke-sequential-s1": "finished"}
+    captured = capsys.readouterr()
+    assert "error: run 1 of 2: sequential, seed 0: loss nan" in captured.err
+    assert "nothing to compare yet: 1 finished runs" in captured.out
