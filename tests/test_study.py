@@ -101,9 +101,7 @@ def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skippe
     assert f"comparison: {comparison}" in out
     assert comparison.is_file()
     assert all((outputs / run / "report" / "report.html").is_file() for run in cells_of(tmp_path))
-    with pytest.raises(
-        ConfigError, match=r"overrides of study smoke must stay .* got .*batch_size=2.*choose another"
-    ):
+    with pytest.raises(ConfigError, match=r"overrides of study smoke must stay .* got .*batch_size=2.*choose another"):
         study.main([*arguments, "training.batch_size=2"])
     trained.clear()
     assert study.main([*arguments, "strategy=replay"]) == 0  # more strategies add to the study
