@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kuavo_train import stage as stage_module
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
-from kuavo_train.learning.trainer import Trainer, TrainingDiverged
+from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
 from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import open_stage, run_stage
 
@@ -178,6 +178,36 @@ def test_a_run_with_and_without_validation_ends_in_the_same_weights(small_run: O
     assert run(often, 0) == run(rarely, 0) == 0
     assert len(records(stage_folder(often[0]), "epoch")) > len(records(stage_folder(rarely[0]), "epoch"))
     assert_equal_weights(weights(stage_folder(often[0])), weights(stage_folder(rarely[0])))
+
+
+def test_accumulated_batches_are_one_step_of_the_schedule(small_run: Overrides, tmp_path: Path) -> None:
+    recipe = [
+        "training.log_every=1",
+        "training.warmup_steps=2",
+        "training.decay_steps=4",
+        "policy.mem_backprop_depth=0",
+    ]
+    at_once = compose_run(small_run(*recipe))
+    in_parts = compose_run(
+        small_run(
+            *recipe,
+            f"outputs={tmp_path / 'parts'}",
+            "training.batch_size=2",
+            "training.gradient_accumulation_steps=2",
+        )
+    )
+    assert run(at_once, 0) == run(in_parts, 0) == 0
+    metrics = [stage_folder(configs[0]).metrics.read() for configs in (at_once, in_parts)]
+    for key in ("step", "lr", "task_frames"):
+        one, other = ([record[key] for record in records] for records in metrics)
+        assert one == other
+    assert len({record["lr"] for record in metrics[1]}) == 4
+
+
+def test_every_part_of_a_steps_time_is_told(four_stages: list[RunConfig]) -> None:
+    for record in stage_folder(four_stages[0]).metrics.read():
+        parts = sum(record[f"{part}_ms"] for part in STEP_PARTS)
+        assert 0.5 < parts / (4000 / record["samples_per_s"]) <= 1.001  # milliseconds of a step of 4 samples
 
 
 @pytest.mark.parametrize(("stop_after", "depth"), [(1, 0), (3, 2)])

@@ -1,4 +1,4 @@
-"""Config → policy, processors, optimizer, scheduler, all of them LeRobot's classes."""
+"""Config → policy, processors, optimizer, scheduler, of LeRobot's and torch's classes."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -161,14 +161,20 @@ def build_optimizer(
     steps: int,
     planned: Callable[[int], float] = float,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps.
+    """Fused AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps.
 
     Args:
         planned: step → the step of the plan it stands for, where a stage takes longer than planned.
     """
-    optimizer = AdamWConfig(
-        lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay
-    ).build([parameter for parameter in parameters if parameter.requires_grad])
+    # LeRobot's AdamWConfig knows no `fused`: a third of the plain one's time, on the CPU as well.
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in parameters if parameter.requires_grad],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
     scheduler = CosineDecayWithWarmupSchedulerConfig(
         num_warmup_steps=config.warmup_steps,
         num_decay_steps=config.decay_steps,

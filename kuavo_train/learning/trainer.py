@@ -236,7 +236,9 @@ class Trainer:
         }
         self.log(values, progress.step)
         bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['samples_per_s']:.0f} samples/s", refresh=False
+            f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['samples_per_s']:.0f} samples/s; ms "
+            + ", ".join(f"{part} {values[f'{part}_ms']:.0f}" for part in STEP_PARTS),
+            refresh=False,
         )
 
     def _validate_and_save(self, progress: Progress) -> None:
@@ -254,6 +256,10 @@ class Trainer:
             self.save(progress)
         elif step % self.config.save_every == 0:
             self.save(progress)
+
+
+STEP_PARTS = ("wait", "data", "forward", "backward", "optimizer")
+"""Waiting for the loader, LeRobot's preprocessor, and what the names say."""
 
 
 class MetricsWindow:
@@ -275,6 +281,8 @@ class MetricsWindow:
         self.began = self.marked = time.perf_counter()
 
     def mark(self, part: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a GPU works on long after it was told to, and the next part would pay for it
         now = time.perf_counter()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.marked
         self.marked = now
