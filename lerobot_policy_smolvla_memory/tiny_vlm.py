@@ -57,6 +57,11 @@ class _Settings:
     image_size: int
     patch_size: int
     scale_factor: int
+    key_value_heads: int | None
+    text_intermediate: int | None
+    vision_intermediate: int | None
+    vocabulary_size: int
+    write_weights: bool
     seed: int
     corpus: list[str]
     version: int = 1  # to be raised when this module writes something else for the same settings
@@ -66,6 +71,11 @@ class _Settings:
             width = getattr(self, name)
             if width % self.head_dim:
                 raise ValueError(f"{name} must be a multiple of head_dim={self.head_dim}, got {width}")
+        heads = self.text_hidden // self.head_dim
+        if self.key_value_heads is not None and heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads must divide the {heads} heads, got {self.key_value_heads}")
+        if self.vocabulary_size < VOCABULARY_SIZE:
+            raise ValueError(f"vocabulary_size must be at least {VOCABULARY_SIZE}, got {self.vocabulary_size}")
         patches = self.image_size // self.patch_size
         if self.image_size % self.patch_size or patches % self.scale_factor:
             raise ValueError(
@@ -90,6 +100,11 @@ def make_tiny_vlm(
     image_size: int = 64,
     patch_size: int = 16,
     scale_factor: int = 2,
+    key_value_heads: int | None = None,
+    text_intermediate: int | None = None,
+    vision_intermediate: int | None = None,
+    vocabulary_size: int = VOCABULARY_SIZE,
+    write_weights: bool = True,
     seed: int = 0,
     corpus: Sequence[str] = (),
 ) -> Path:
@@ -104,6 +119,10 @@ def make_tiny_vlm(
         vision_hidden, vision_layers: width and depth of the vision encoder.
         image_size, patch_size: in pixels. A camera becomes (image_size / patch_size / scale_factor)² tokens.
         scale_factor: how many patches per side are merged into one token.
+        key_value_heads: of the language model; None gives every head its own.
+        text_intermediate, vision_intermediate: widths of the feed-forward layers; None: twice the model's.
+        vocabulary_size: rows of the embedding. The tokenizer fills the first of them.
+        write_weights: false writes shapes only, for `load_vlm_weights=False`.
         corpus: instructions to train the tokenizer on. Sentences like these then take few tokens; any other
             text still tokenizes, byte by byte at worst.
 
@@ -119,6 +138,11 @@ def make_tiny_vlm(
         image_size=image_size,
         patch_size=patch_size,
         scale_factor=scale_factor,
+        key_value_heads=key_value_heads,
+        text_intermediate=text_intermediate,
+        vision_intermediate=vision_intermediate,
+        vocabulary_size=vocabulary_size,
+        write_weights=write_weights,
         seed=seed,
         corpus=list(corpus),
     )
@@ -156,10 +180,13 @@ def _move_into_place(staging: Path, folder: Path, settings: _Settings) -> None:
 def _write(folder: Path, settings: _Settings) -> None:
     tokenizer = _train_tokenizer(settings.corpus)
     _processor(tokenizer, settings).save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = SmolVLMForConditionalGeneration(_model_config(tokenizer, settings))
-    model.save_pretrained(folder)
+    config = _model_config(tokenizer, settings)
+    if settings.write_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     (folder / RECORD_NAME).write_text(json.dumps(asdict(settings), indent=2))
     os.chmod(folder, 0o755)  # mkdtemp makes folders that only their owner can enter
 
@@ -196,21 +223,21 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, settings: _Settings) -> Sm
         text_config={
             "model_type": "llama",
             "hidden_size": settings.text_hidden,
-            "intermediate_size": 2 * settings.text_hidden,
+            "intermediate_size": settings.text_intermediate or 2 * settings.text_hidden,
             "num_hidden_layers": settings.text_layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": heads,
+            "num_key_value_heads": settings.key_value_heads or heads,
             "head_dim": settings.head_dim,
             # The full size even where the corpus is too small to fill it: the shapes then depend on the
             # settings only, and a checkpoint made with one corpus opens with another.
-            "vocab_size": VOCABULARY_SIZE,
+            "vocab_size": settings.vocabulary_size,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
             "hidden_size": settings.vision_hidden,
-            "intermediate_size": 2 * settings.vision_hidden,
+            "intermediate_size": settings.vision_intermediate or 2 * settings.vision_hidden,
             "num_hidden_layers": settings.vision_layers,
             "num_attention_heads": settings.vision_hidden // settings.head_dim,
             "image_size": settings.image_size,

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.__main__ import main as benchmarks_main
-from benchmarks.memory_cost import measure
 from benchmarks.remember_colour import (
     COLOURS,
     LAYOUTS,
@@ -146,18 +144,6 @@ def test_arguments_multiply_and_bad_ones_are_named(capsys: pytest.CaptureFixture
         ("layout=middle", "layout must be one of start, both, end, got 'middle'"),
     ):
         assert main([word]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_cost_is_measured_against_no_memory(capsys: pytest.CaptureFixture) -> None:
-    rows = measure("VLM frozen", [("end", 2)], rows=2, rounds=3)
-    assert [row.split(" | ")[1] for row in rows] == ["no memory", "end, K = 2"]
-    assert float(rows[1].split(" | ")[3].split()[0]) > 0
-    for words, message in (
-        (["round=3"], "arguments are key=value with a key of rounds"),
-        (["bench"], "must be one of"),
-    ):
-        assert benchmarks_main(words) == 2
         assert message in capsys.readouterr().err
 
 

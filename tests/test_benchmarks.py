@@ -1,0 +1,94 @@
+"""The benchmarks run, compare like with like, and keep what they found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import latency, memory_cost, scaling
+from benchmarks.__main__ import main
+from benchmarks.measuring import Spread, Table, Timing, alternate, store
+
+
+def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+    timings = alternate({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3, warm_up=1, block=2)
+    assert "".join(order) == "aabb" * 4
+    assert len(timings["a"].wall) == len(timings["b"].cpu) == 3
+
+
+def test_the_ratio_is_taken_within_a_turn() -> None:
+    # A machine that is ten times as slow in the second turn is so for both.
+    slow, fast = Timing([2.0, 20.0, 2.0], [2.0, 2.0, 2.0]), Timing([1.0, 10.0, 1.0], [1.0, 1.0, 0.5])
+    wall, cpu = fast.times_as_fast_as(slow)
+    assert wall == Spread(2.0, 2.0, 2.0)
+    assert cpu == Spread(2.0, 2.0, 4.0)
+
+
+def test_a_training_step_is_compared_on_the_same_loss_and_the_result_is_stored(tmp_path: Path) -> None:
+    assert main(["training_step", "size=tiny", "rounds=1", "threads=1", f"folder={tmp_path}"]) == 0
+    tables = json.loads((tmp_path / "results.json").read_text())["training_step"]["tables"]
+    assert len(tables) == 2
+    for table in tables.values():
+        rows = {row[""]: row for row in table["rows"]}
+        for who in ("ours, pictures", "ours, features"):
+            assert float(rows[who]["loss"]) == pytest.approx(float(rows["LeRobot"]["loss"]), rel=1e-5)
+            assert rows[who]["× LeRobot"]["median"] > 0
+        assert str(tmp_path) not in table["command"]
+        assert table["versions"]["lerobot"]
+    assert "× LeRobot" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_query_of_ours_gives_lerobots_actions(tmp_path: Path) -> None:
+    speeds, costs = latency.compare("tiny", ("float32",), tmp_path, rounds=1)
+    errors = {row[""]: row["action error"] for row in speeds.rows if row["part"] == "whole query"}
+    assert errors["ours"] < 1e-4
+    assert [row["part"] for row in costs.rows] == ["whole query", "all that follows"]
+
+
+def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
+    settings = memory_cost.Settings(tokens=(2, 3), layout=("end", "start"), depth=(1, 2), rounds=1)
+    rows = memory_cost.compare("tiny", "VLM frozen", settings, tmp_path).rows
+    memories = ("end, 2 tokens", "end, 3 tokens", "start, 2 tokens")
+    assert [row[""] for row in rows] == [
+        "no memory",
+        *(f"{memory}, K = {depth}" for memory in memories for depth in (1, 2)),
+    ]
+
+
+def test_memory_grows_with_frames_whatever_the_number_of_tasks() -> None:
+    (table,) = scaling.run(scaling.Settings(frames=(400, 4000), tasks=(1, 2), batch_size=8, rounds=1))
+    assert [(row["tasks"], row["frames"]) for row in table.rows] == [(1, 400), (1, 4000), (2, 400), (2, 4000)]
+    assert table.rows[1]["MiB"] > table.rows[0]["MiB"]
+
+
+def test_a_new_result_takes_the_place_of_the_old_one_and_of_no_other(tmp_path: Path) -> None:
+    def result(title: str, value: float) -> list[Table]:
+        return [Table(title, [{"ms": value}])]
+
+    store(tmp_path, "latency", "About.", result("small", 1.0))
+    store(tmp_path, "latency", "About.", result("large", 2.0))
+    store(tmp_path, "scaling", "About.", result("small", 3.0))
+    store(tmp_path, "latency", "About.", result("small", 4.0))
+    found: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    assert {title: table["rows"][0]["ms"] for title, table in found["latency"]["tables"].items()} == {
+        "small": 4.0,
+        "large": 2.0,
+    }
+    assert found["scaling"]["tables"]["small"]["rows"] == [{"ms": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench"], "a benchmark must be one of training_step"),
+        (["scaling", "round=3"], "a key of scaling must be one of folder, batch_size"),
+        (["scaling", "rounds=many"], "rounds must be int, got 'many'"),
+    ],
+)
+def test_a_command_that_cannot_be_meant_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
