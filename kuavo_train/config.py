@@ -114,6 +114,24 @@ def check_shares(shares: Mapping[str, float], key: str) -> None:
 
 
 @dataclass(frozen=True)
+class AugmentationConfig:
+    """How far training pictures may be changed; 0 leaves them as they are."""
+
+    brightness: float = 0.0  # factors in [1 − b, 1 + b]; likewise contrast and saturation
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # turns of the colour circle, either way
+    shift: float = 0.0  # of the picture's side, each way
+    crop: float = 0.0  # of the picture's side, cut off at most
+
+    def __post_init__(self) -> None:
+        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("shift", 0.5)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"data.augmentation.{name}", f"be in [0, {most}]", value)
+        require(0 <= self.crop < 1, "data.augmentation.crop", "be in [0, 1)", self.crop)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     root: str  # folder that holds one dataset folder per task
     cameras: list[str]  # in the order the policy sees them
@@ -122,6 +140,7 @@ class DataConfig:
     split_seed: int = 0  # which episodes are held out; the same for runs that are to be compared
     normalization: str = "joint"
     frame_cache: bool = True
+    augmentation: AugmentationConfig | None = None
     num_workers: int = 0
     video_backend: str = "pyav"
     record_workers: int | None = None
@@ -358,15 +377,15 @@ def resolve(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).split("\n")[0]) from error
     plain.pop("task", None)  # the group's own, empty node
-    optional_parts = (
-        ("simulation", SimulationConfig),
-        ("tiny_vlm", TinyVLMConfig),
-        ("ewc", EwcConfig),
-        ("merge", MergeConfig),
-    )
-    for key, optional in optional_parts:
-        if plain[key] is not None:  # decoded alone, because a failed `X | None` does not say what failed
-            _decode(optional, plain[key], f"{key}: ")
+    for key, value, optional in (
+        ("simulation", plain["simulation"], SimulationConfig),
+        ("tiny_vlm", plain["tiny_vlm"], TinyVLMConfig),
+        ("ewc", plain["ewc"], EwcConfig),
+        ("merge", plain["merge"], MergeConfig),
+        ("data.augmentation", plain["data"].get("augmentation"), AugmentationConfig),
+    ):
+        if value is not None:  # decoded alone, because a failed `X | None` does not say what failed
+            _decode(optional, value, f"{key}: ")
     return _decode(RunConfig, plain)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
+from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
@@ -283,6 +284,19 @@ def _frame_sources(config: RunConfig, tasks: Sequence[Task]) -> list[FrameSource
     return sources
 
 
+def _augmentation(config: RunConfig, order: Order, process: int) -> Augmentation:
+    if config.data.augmentation is None:
+        return no_augmentation
+    return ClipAugmentation(
+        config.data.augmentation,
+        cameras=config.data.cameras,
+        queries=order.clip,
+        seed=config.seed,
+        stage=config.stage.index,
+        process=process,
+    )
+
+
 @dataclass
 class Stage:
     """A stage whose data and policy are open: train, validate, checkpoint, conclude."""
@@ -446,6 +460,7 @@ class Stage:
                 order=self.order,
                 recurrence=self.recurrence,
                 extra_loss=self.extra_loss,
+                augment=_augmentation(config, self.order, self.accelerator.process_index),
                 config=config.training,
                 timetable=self.timetable,
                 current=config.learns[0],

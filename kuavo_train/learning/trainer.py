@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from kuavo_train.config import RunError, TrainingConfig
+from kuavo_train.data.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.order import Order, StepSampler
 from kuavo_train.learning.extra_loss import ExtraLoss
@@ -117,6 +118,7 @@ class Trainer:
     save: Callable[[Progress], None]
     stop_signal: Callable[[], int | None]
     description: str = "train"
+    augment: Augmentation = no_augmentation
 
     def run(self, progress: Progress) -> Progress:
         """Train from `progress.step` to the end, or to where a validation asks to stop.
@@ -188,7 +190,7 @@ class Trainer:
         losses = []
         for number, batch in enumerate(batches):
             window.mark("data")
-            prepared = preprocess(batch, self.preprocessor)
+            prepared = self.augment(preprocess(batch, self.preprocessor), step, number)
             last = number == len(batches) - 1
             with self.accelerator.autocast(), _sync(self.accelerator, self.policy, enabled=last):
                 loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
