@@ -135,11 +135,14 @@ class AugmentationConfig:
 class DataConfig:
     root: str  # folder that holds one dataset folder per task
     cameras: list[str]  # in the order the policy sees them
-    image_size: list[int] | None = None  # height, width frames are stored at in the frame cache; None keeps them
+    image_size: list[int] | None = None  # height, width that frames are brought to; None keeps them
     held_out_episodes: int = 20  # per task, never trained on
     split_seed: int = 0  # which episodes are held out; the same for runs that are to be compared
     normalization: str = "joint"
     frame_cache: bool = True
+    feature_cache: bool = True
+    feature_cache_limit_gib: float = 100.0
+    cache_root: str | None = None  # None: .cache in `root`
     augmentation: AugmentationConfig | None = None
     num_workers: int = 0
     video_backend: str = "pyav"
@@ -150,11 +153,18 @@ class DataConfig:
         require(len(set(self.cameras)) == len(self.cameras), "data.cameras", "not repeat a camera", self.cameras)
         require(self.held_out_episodes >= 1, "data.held_out_episodes", "be at least 1", self.held_out_episodes)
         require(self.num_workers >= 0, "data.num_workers", "not be negative", self.num_workers)
+        limit = self.feature_cache_limit_gib
+        require(limit >= 0, "data.feature_cache_limit_gib", "not be negative", limit)
         one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
         one_of("data.video_backend", self.video_backend, ("pyav", "torchcodec"))
         if self.image_size is not None:
             valid = len(self.image_size) == 2 and min(self.image_size) >= 16
             require(valid, "data.image_size", "be [height, width], each at least 16 pixels", self.image_size)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where frames and image embeddings are kept, for all runs on this data."""
+        return Path(self.root) / ".cache" if self.cache_root is None else Path(self.cache_root)
 
 
 @dataclass(frozen=True)

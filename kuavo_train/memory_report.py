@@ -29,7 +29,7 @@ import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import demonstrate
 from kuavo_train.config import ConfigError, RunConfig, StageConfig, require, resolve
-from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
+from kuavo_train.data.frames import open_frames
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, open_task
@@ -119,7 +119,7 @@ def report(
         numbers = numbers[:episodes]
     stored.normalization.check_covers(asked)
     policy, preprocessor = stored.load()
-    sources = [_frames(stored, asked), _frames(stored, known)]
+    sources = [open_frames(each, stored.config.data) for each in (asked, known)]
     dataset = MixedDataset([asked, known], sources, stored.normalization, chunk_size=policy.config.chunk_size)
     probe = MemoryProbe(policy, dataset, preprocessor)
     cues = cues_of(asked)
@@ -156,12 +156,6 @@ def report(
     (output / "memory.json").write_text(json.dumps(found, indent=1))
     _draw(output, found, questions, dataset, walk)
     return found
-
-
-def _frames(stored: StoredPolicy, task: Task) -> FrameSource:
-    data = stored.config.data
-    decoded = DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
-    return cached_frames(decoded, Path(stored.config.outputs) / "cache" / "frames") if data.frame_cache else decoded
 
 
 def cues_of(task: Task) -> dict[int, dict[str, Any]]:
@@ -230,7 +224,7 @@ def _draw(output: Path, found: dict[str, Any], questions: Sequence[Question], da
     if "trace" in found:
         camera = next(iter(dataset.tasks[0].cameras))
         rows = np.array([draw.row for draw in walk.episodes[0]])
-        pictures = dataset.frames[0](camera, rows).permute(0, 2, 3, 1).numpy()
+        pictures = dataset.images[0](camera, rows).permute(0, 2, 3, 1).numpy()
         draw_trace(output / "memory_trace.png", found, pictures, questions[0] if questions else None)
     if "decision" in found:
         draw_cue(output / "memory_cue.png", found)

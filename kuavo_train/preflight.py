@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.data.images import Images
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task
 
@@ -24,6 +25,7 @@ def check_stage(
     tasks: Sequence[Task],
     normalization: Normalization,
     image_shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    images: Images,
     policy: Any,
     shares: Mapping[str, float],
     steps: int,
@@ -34,6 +36,7 @@ def check_stage(
         tasks: all tasks of the run, opened.
         shares: task → its part of the stage's samples.
         image_shapes: of each task, camera → (3, H, W).
+        images: what the stage's images come from.
 
     Raises:
         ConfigError: one or more problems, each with its fix.
@@ -44,10 +47,11 @@ def check_stage(
         *_agreement_problems(tasks, image_shapes),
         *_width_problems(policy.config, normalization),
         *_disk_problems(config, policy),
+        *images.problems,
     ]
     if problems:
         raise ConfigError("preflight found problems\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return _table(config, tasks, lengths, shares, steps)
+    return f"{_table(config, tasks, lengths, shares, steps)}\n{images.description}"
 
 
 def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | None]:

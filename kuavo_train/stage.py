@@ -23,7 +23,8 @@ from tqdm import tqdm
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
 from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
-from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
+from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images import Images, plan_images
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
@@ -36,6 +37,7 @@ from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
+from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.learning.extra_loss import (
     ElasticPenalty,
     ExtraLoss,
@@ -125,6 +127,12 @@ def _stages_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Sequ
     return curriculum[: [other.name for other in curriculum].index(config.learns[0])]
 
 
+def _seen(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:
+    """Tasks learnt up to and including this stage."""
+    names = [stage.name for stage in curriculum]
+    return names[: names.index(config.learns[-1]) + 1]
+
+
 def _result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Checkpoint | None:
     """What the stage before ended in; None for the first stage. Raises `ConfigError` when it is not finished."""
     earlier = _stages_before(config, curriculum)
@@ -167,11 +175,11 @@ def open_stage(
     normalization = _shared_normalization(config, tasks)
     for task in tasks:
         normalization.check_covers(task)
-    frames = _frame_sources(config, tasks)
-    image_shapes = [
-        {camera: tuple(source(camera, task.bounds[0, :1]).shape[1:]) for camera in task.cameras}
-        for task, source in zip(tasks, frames, strict=True)
-    ]
+    data = config.data
+    decoded = {
+        task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
+    }
+    image_shapes = [frames.shapes for frames in decoded.values()]
     is_first = not _stages_before(config, curriculum)
     frozen = config.training.freeze_first_stage if is_first else config.training.freeze
     torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
@@ -192,11 +200,15 @@ def open_stage(
         steps_per_epoch=order.steps_per_epoch(config.learns[0], batches_per_step),
         max_steps=config.training.max_steps,
     )
+    precision, autocast = config.training.mixed_precision, accelerator.autocast
+    encoder = frozen_encoder(built.policy, precision=precision, autocast=autocast)
+    images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
     table = check_stage(
         config,
         tasks=tasks,
         normalization=normalization,
         image_shapes=image_shapes,
+        images=images,
         policy=built.policy,
         shares=order.shares,
         steps=timetable.steps,
@@ -207,7 +219,7 @@ def open_stage(
         folder=stage_folder(config),
         accelerator=accelerator,
         tasks=tasks,
-        frames=frames,
+        images=images,
         normalization=normalization,
         built=built,
         order=order,
@@ -275,13 +287,21 @@ def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization
     return normalization
 
 
-def _frame_sources(config: RunConfig, tasks: Sequence[Task]) -> list[FrameSource]:
-    sources: list[FrameSource] = []
-    for task in tasks:
-        decoded = DecodedFrames(task, image_size=config.data.image_size, video_backend=config.data.video_backend)
-        cache = Path(config.outputs) / "cache" / "frames"
-        sources.append(cached_frames(decoded, cache) if config.data.frame_cache else decoded)
-    return sources
+def _episodes_read(
+    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
+) -> dict[str, list[int]]:
+    """Task → the episodes the stage trains on or validates."""
+    trained = [task.name for task in order.tasks]
+    validated = [task.name for task in tasks]
+    if _stages_before(config, curriculum) and not config.validation.unseen_tasks:
+        validated = _seen(config, curriculum)
+    return {
+        task.name: [
+            *(task.train_episodes if task.name in trained else ()),
+            *(task.held_out_episodes if task.name in validated else ()),
+        ]
+        for task in tasks
+    }
 
 
 def _augmentation(config: RunConfig, order: Order, process: int) -> Augmentation:
@@ -306,7 +326,7 @@ class Stage:
     folder: StageFolder
     accelerator: Accelerator
     tasks: list[Task]
-    frames: list[FrameSource]
+    images: Images
     normalization: Normalization
     built: BuiltPolicy
     order: Order
@@ -323,10 +343,12 @@ class Stage:
         config = self.config
         self.before = before
         self.gate, self.extra_loss = self._gate(), self._extra_loss()
+        where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
+        self.accelerator.print(f"\n{where}\n{self.table}", flush=True)
+        self._fill_images()
         self._open_folder(resumed)
         groups = self._fingerprints_before(resumed)
-        where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
-        self.accelerator.print(f"\n{where}\n{self.table}\n{parameter_table(groups)}", flush=True)
+        self.accelerator.print(parameter_table(groups), flush=True)
         parameters = self.built.policy.parameters()
         optimizer, self.scheduler = build_optimizer(
             parameters, config.training, steps=self.timetable.steps, planned=self.timetable.planned
@@ -364,9 +386,7 @@ class Stage:
 
     @property
     def _seen(self) -> list[str]:
-        """Tasks learnt up to and including this stage."""
-        names = [stage.name for stage in self.curriculum]
-        return names[: names.index(self.config.learns[-1]) + 1]
+        return _seen(self.config, self.curriculum)
 
     def _gate(self) -> Gate:
         learnt, gated = {}, self.config.forgetting.budget is not None
@@ -391,9 +411,20 @@ class Stage:
             return NoExtraLoss()
         return ElasticPenalty(self.built.policy, earlier, strength=self.config.ewc.strength)
 
+    def _fill_images(self) -> None:
+        """Each process computes a share of what is missing; all go on when all are done."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.images.fill(process=process, processes=processes, progress=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+
     def _dataset(self, tasks: Sequence[Task]) -> MixedDataset:
-        frames = [self.frames[self.tasks.index(task)] for task in tasks]
-        return MixedDataset(tasks, frames, self.normalization, chunk_size=self.built.policy.config.chunk_size)
+        return MixedDataset(
+            tasks,
+            [self.images.sources[task.name] for task in tasks],
+            self.normalization,
+            chunk_size=self.built.policy.config.chunk_size,
+            image_key=self.images.image_key,
+        )
 
     def _tell(self, **values: Any) -> None:
         if self.accelerator.is_main_process:

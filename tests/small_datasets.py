@@ -28,6 +28,7 @@ def write_dataset(
     names: list[str] | None = None,
     cameras: tuple[str, ...] = CAMERAS,
     fps: int = 10,
+    videos: bool = True,
 ) -> Path:
     """A LeRobot v3 dataset whose next joint angles can be read off its frames and state."""
     action_names = names or ARM_NAMES + (BASE_NAMES if base else [])
@@ -36,7 +37,7 @@ def write_dataset(
         "action": {"dtype": "float32", "shape": (len(action_names),), "names": action_names},
         **{
             f"observation.images.{camera}": {
-                "dtype": "video",
+                "dtype": "video" if videos else "image",
                 "shape": (size, size, 3),
                 "names": ["height", "width", "channels"],
             }
@@ -48,7 +49,7 @@ def write_dataset(
         fps,
         features,
         root=root,
-        use_videos=True,
+        use_videos=videos,
         video_backend="pyav",
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )

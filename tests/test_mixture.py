@@ -8,7 +8,7 @@ import torch
 from small_datasets import TASK_NAMES
 
 from kuavo_train.compose import compose_run
-from kuavo_train.data.cache import DecodedFrames, cached_frames
+from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization
 from kuavo_train.data.order import Draw, Quota, SampleOrder, StepSampler
@@ -139,30 +139,17 @@ def test_a_batch_holds_what_the_dataset_holds(tasks: list[Task], normalization: 
             assert torch.equal(batch[camera][place], item[camera])
 
 
-def test_cached_frames_are_the_decoded_ones(tasks: list[Task], tmp_path: Path) -> None:
-    task = tasks[1]
-    decoded = DecodedFrames(task, image_size=[24, 24], video_backend="pyav")
-    cached = cached_frames(decoded, tmp_path, progress=False)
-    rows = np.array([3, 20, 20, 41, 7])
-    for camera in task.cameras:
-        assert torch.equal(decoded(camera, rows), cached(camera, rows))
-        assert cached(camera, rows).shape == (5, 3, 24, 24)
+def test_an_action_chunk_costs_no_image_but_its_first(tasks: list[Task], normalization: Normalization) -> None:
+    asked = []
 
+    def pictures(camera: str, rows: np.ndarray) -> torch.Tensor:
+        asked.append((camera, rows.tolist()))
+        return torch.zeros((len(rows), 3, 8, 8), dtype=torch.uint8)
 
-def test_an_interrupted_frame_cache_leaves_nothing_behind(tasks: list[Task], tmp_path: Path) -> None:
-    decoded = DecodedFrames(tasks[0], image_size=None, video_backend="pyav")
-    original, calls = decoded._decode, []
-
-    def stop_in_the_middle(*arguments: object) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) > 6:
-            raise KeyboardInterrupt
-        return original(*arguments)  # type: ignore[arg-type]
-
-    decoded._decode = stop_in_the_middle  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        cached_frames(decoded, tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
+    dataset = MixedDataset(tasks[:2], [pictures] * 2, normalization, chunk_size=6)
+    batch = dataset.__getitems__([Draw(0, 3), Draw(1, 20), Draw(0, 9)])
+    assert batch["action"].shape[1] == 6
+    assert asked == [(camera, rows) for rows in ([3, 9], [20]) for camera in tasks[0].cameras]
 
 
 def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], normalization: Normalization) -> None:

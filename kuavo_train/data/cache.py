@@ -1,149 +1,199 @@
-"""Frames of a task: decoded through LeRobot, or read from a memory map that was filled that way.
+"""A memory map per camera, filled episode by episode: what is computed from pictures once and read many times.
 
-Video decoding gives tens of samples a second where the map gives tens of thousands, so a stage decodes every
-frame once. The map is keyed by everything that decides its content and is written whole or not at all.
+    <folder>/<task>-<hash of the key>/
+        key.json         everything that decides the content
+        <camera>.npy     [N, …], a row per frame of the dataset; takes no disk where episodes are missing
+        filled           a byte per episode, 1 once all its rows are on the disk
+
+Processes may fill one cache at the same time, each its own episodes. After a kill the episodes done are kept and
+the others are filled by the next who needs them. Reading rows of an episode that was never filled is an error.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.video_utils import decode_video_frames
 from tqdm import tqdm
 
 from kuavo_train.config import ConfigError
 from kuavo_train.data.tasks import Task
 
-DECODE_TOLERANCE_S = 1e-4
+PIECE = 64  # frames held in memory at once, per thread that decodes
 
 
-class FrameSource(Protocol):
+class ImageSource(Protocol):
     def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
-        """Frames [len(rows), 3, H, W] uint8 of a camera, by its name in the policy."""
+        """[len(rows), …] what a camera, by its name in the policy, gives for rows of a task."""
 
 
-class DecodedFrames:
-    """Frames decoded on demand by LeRobot: exact, slow, nothing stored."""
+class EpisodeCache:
+    """One task's arrays.
 
-    def __init__(self, task: Task, *, image_size: Sequence[int] | None, video_backend: str):
-        self.task = task
-        self.image_size = image_size
-        self.video_backend = video_backend
+    Args:
+        folder: holds the caches of this kind, of all tasks and keys.
+        key: everything that decides the content. A cache with another key is another cache.
+        shapes: camera → shape of a row.
+        dtype: of the arrays.
+    """
 
-    def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
-        rows = np.asarray(rows)
-        frames: list[torch.Tensor | None] = [None] * len(rows)
-        for episode in np.unique(self.task.episode[rows]):
-            places = np.flatnonzero(self.task.episode[rows] == episode)
-            for place, frame in zip(places, self._decode(camera, int(episode), rows[places]), strict=True):
-                frames[place] = frame
-        return torch.stack(frames)  # type: ignore[arg-type]
+    def __init__(
+        self, folder: Path, task: Task, key: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: type
+    ):
+        self.task, self.key, self.shapes, self.dtype = task, dict(key), dict(shapes), np.dtype(dtype)
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        self.path = folder / f"{task.name}-{digest[:16]}"
 
-    def _decode(self, camera: str, episode: int, rows: np.ndarray) -> torch.Tensor:
-        task, key = self.task, self.task.cameras[camera]
-        if key in task.meta.video_keys:
-            path = task.root / task.meta.get_video_file_path(episode, key)
-            start = float(task.meta.episodes[episode][f"videos/{key}/from_timestamp"])
-            times = [start + float(frame) / task.meta.fps for frame in task.frame[rows]]
-            try:
-                frames = decode_video_frames(path, times, DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
-            except Exception as error:  # each backend raises its own
-                raise ConfigError(
-                    f"{task.name}: video {path} must decode, episode {episode}, frames "
-                    f"{int(task.frame[rows].min())} to {int(task.frame[rows].max())}: {str(error).splitlines()[0]}"
-                ) from error
-        else:
-            frames = self._read_images(key, rows)
-        if self.image_size is not None and list(frames.shape[-2:]) != list(self.image_size):
-            resized = F.interpolate(
-                frames.float(), size=list(self.image_size), mode="bilinear", antialias=True, align_corners=False
-            )
-            frames = resized.round().clamp(0, 255).to(torch.uint8)
-        return frames
+    def size(self, episodes: Iterable[int]) -> int:
+        """Bytes that these episodes take."""
+        frames = sum(int(np.diff(self.task.bounds[episode]).item()) for episode in episodes)
+        return frames * sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
-    def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
-        dataset = LeRobotDataset(
-            f"local/{self.task.name}", root=self.task.root, video_backend=self.video_backend, download_videos=False
-        )
-        images = dataset.hf_dataset.with_format(None)[[int(row) for row in rows]][key]
-        return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+    def missing(self, episodes: Iterable[int]) -> list[int]:
+        if not self.path.is_dir():
+            return list(episodes)
+        filled = np.fromfile(self.path / "filled", np.uint8)
+        return [episode for episode in episodes if not filled[episode]]
+
+    def others(self) -> dict[Path, int]:
+        """Caches of the same task with another key, and the bytes of disk that each takes."""
+        found = (path for path in self.path.parent.glob(f"{self.task.name}-{'?' * 16}") if path != self.path)
+        return {path: sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in sorted(found)}
+
+    def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), …] Raises `RuntimeError` for rows whose episode is not filled."""
+        episodes = self.task.episode[rows]
+        absent = episodes[self._filled[episodes] == 0]
+        if len(absent):
+            raise RuntimeError(f"{self.path} must hold episode {absent[0]} before it is read; it was not filled")
+        return self._maps[camera][rows]
+
+    def create(self) -> None:
+        """Lay the files out, unless they are there; who comes first wins.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        if self.path.is_dir():
+            return
+        partial = self.path.with_name(f".{self.path.name}-{uuid4().hex}")
+        try:
+            partial.mkdir(parents=True)
+            (partial / "key.json").write_text(json.dumps(self.key, indent=1))
+            for camera, shape in self.shapes.items():
+                np.lib.format.open_memmap(partial / f"{camera}.npy", "w+", self.dtype, (len(self.task.state), *shape))
+            (partial / "filled").write_bytes(bytes(len(self.task.bounds)))
+            partial.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not self.path.is_dir():
+                raise self._unwritable(error) from error
+
+    def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
+        """Store values [n, …] of consecutive rows. Raises `ConfigError` when the disk is full."""
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        array = self._maps[camera]
+        assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
+        # Through the file: on a full disk, writing to a memory map would kill the process.
+        self._write_at(f"{camera}.npy", array.offset + first_row * array[:1].nbytes, values.data)
+
+    def mark_filled(self, episode: int) -> None:
+        self._write_at("filled", episode, b"\1")
+
+    def _write_at(self, name: str, offset: int, content: bytes | memoryview) -> None:
+        """On the disk when it returns, so that an episode is never marked before its rows are there."""
+        try:
+            with open(self.path / name, "r+b") as file:
+                file.seek(offset)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"data.cache_root must be a folder that can be written, got {self.path}: {error}")
+
+    @cached_property
+    def _maps(self) -> dict[str, np.memmap]:
+        return {camera: np.load(self.path / f"{camera}.npy", mmap_mode="r") for camera in self.shapes}
+
+    @cached_property
+    def _filled(self) -> np.memmap:
+        return np.memmap(self.path / "filled", np.uint8, "r")
 
 
-class CachedFrames:
-    """Frames read from one memory map per camera, [N, 3, H, W] uint8."""
+def fill(
+    cache: EpisodeCache,
+    episodes: Sequence[int],
+    source: ImageSource,
+    *,
+    convert: Callable[[torch.Tensor], np.ndarray],
+    description: str,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> None:
+    """Fill what is missing of this process's share of `episodes`.
 
-    def __init__(self, folder: Path, cameras: Sequence[str]):
-        self.maps = {camera: np.load(folder / f"{camera}.npy", mmap_mode="r") for camera in cameras}
-
-    def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.maps[camera][rows])
-
-
-def cached_frames(decoded: DecodedFrames, folder: Path, *, progress: bool = True) -> CachedFrames:
-    """Open the frame cache of a task below `folder`, decoding every frame first if it is not there yet.
+    Args:
+        source: asked for at most `PIECE` rows at a time, by several threads.
+        convert: from what the source gives to what is stored; called by this thread alone.
 
     Raises:
-        ConfigError: a video does not decode, or the disk cannot hold the cache.
+        ConfigError: a video does not decode, or the disk does not take what is written.
     """
-    task = decoded.task
-    key = {
-        "dataset": task.content_hash,
-        "cameras": task.cameras,
-        "image_size": decoded.image_size and list(decoded.image_size),
-        "video_backend": decoded.video_backend,
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    target = folder / f"{task.name}-{name}"
-    if not target.is_dir():
-        _fill(decoded, target, progress=progress)
-    return CachedFrames(target, list(task.cameras))
+    share = episodes[process::processes]  # of all, not of what is missing: others are filling theirs meanwhile
+    missing = cache.missing(share)
+    if not missing:
+        return
+    cache.create()
+    pieces = {episode: list(_pieces(cache, *cache.task.bounds[episode].tolist())) for episode in missing}
+    cores = os.cpu_count() or 1
+    with (
+        ThreadPoolExecutor(cores) as pool,
+        tqdm(
+            total=len(share),
+            initial=len(share) - len(missing),
+            desc=description,
+            unit="episode",
+            disable=not progress,
+            leave=False,
+        ) as bar,
+    ):
+        read = _ahead(pool, source, (piece for of_episode in pieces.values() for piece in of_episode), cores)
+        for episode, of_episode in pieces.items():
+            for camera, rows in of_episode:
+                cache.write(camera, int(rows[0]), convert(next(read)))
+            cache.mark_filled(episode)
+            bar.update()
 
 
-def _fill(decoded: DecodedFrames, target: Path, *, progress: bool) -> None:
-    task = decoded.task
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    try:
-        maps = {}
-        for camera in task.cameras:
-            shape = (len(task.state), *decoded(camera, np.array([0])).shape[1:])
-            size, free = int(np.prod(shape)) * len(task.cameras), shutil.disk_usage(target.parent).free
-            if size > free:
-                raise ConfigError(
-                    f"data.frame_cache needs {size / 2**30:.1f} GiB below {target.parent}, {free / 2**30:.1f} GiB are "
-                    "free; free some, set data.image_size smaller or data.frame_cache=false"
-                )
-            maps[camera] = np.lib.format.open_memmap(partial / f"{camera}.npy", "w+", np.uint8, shape)
+def _pieces(cache: EpisodeCache, first_row: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Camera by camera, the rows in pieces."""
+    for camera in cache.shapes:
+        for first in range(first_row, end, PIECE):
+            yield camera, np.arange(first, min(first + PIECE, end))
 
-        def fill_episode(episode: int) -> None:
-            rows = np.arange(*task.bounds[episode])
-            for camera, frames in maps.items():
-                frames[rows] = decoded(camera, rows).numpy()
 
-        episodes = [*task.train_episodes, *task.held_out_episodes]
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(
-                total=len(episodes), desc=f"decode {task.name}", unit="episode", disable=not progress, leave=False
-            ) as bar,
-        ):
-            for _ in pool.map(fill_episode, episodes):
-                bar.update()
-        for frames in maps.values():
-            frames.flush()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[..., torch.Tensor], arguments: Iterable[tuple], count: int
+) -> Iterator[torch.Tensor]:
+    """Results in order, with `count` more under way: `pool.map` would hold all that nobody has taken yet."""
+    waiting: deque = deque()
+    for each in arguments:
+        waiting.append(pool.submit(function, *each))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,7 +1,7 @@
 """Frames of several tasks in one space: fetched in batches, by name, whatever task they are from."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import DataLoader, Dataset
 
-from kuavo_train.data.cache import FrameSource
+from kuavo_train.data.cache import ImageSource
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.order import Draw, StepSampler
 from kuavo_train.data.tasks import Task
@@ -20,12 +20,23 @@ MEMORY_RESET = "observation.memory_reset"
 
 
 class MixedDataset(Dataset):
-    """Frames of several tasks in the union of their features; an index is a `Draw`."""
+    """Frames of several tasks in the union of their features; an index is a `Draw`.
+
+    Args:
+        images: of each task, what its cameras give.
+        image_key: name of a camera → name in a batch of what it gives, where that is not its picture.
+    """
 
     def __init__(
-        self, tasks: Sequence[Task], frames: Sequence[FrameSource], normalization: Normalization, *, chunk_size: int
+        self,
+        tasks: Sequence[Task],
+        images: Sequence[ImageSource],
+        normalization: Normalization,
+        *,
+        chunk_size: int,
+        image_key: Callable[[str], str] = str,
     ):
-        self.tasks, self.frames, self.chunk_size = list(tasks), list(frames), chunk_size
+        self.tasks, self.images, self.image_key, self.chunk_size = list(tasks), list(images), image_key, chunk_size
         space = normalization.space
         self.columns = [(space.state_columns(task), space.action_columns(task)) for task in self.tasks]
         # A dimension that a task lacks holds the mean, which normalizes to zero.
@@ -41,10 +52,10 @@ class MixedDataset(Dataset):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         """One batch of B samples with chunks of C actions:
 
-        observation.images.*: [B, 3, H, W] uint8; observation.state: [B, S]; action: [B, C, A]; action_is_pad:
-        [B, C], True past the episode's end; action_dim_is_pad: [B, A], True where the task lacks the dimension;
-        observation.memory_reset: [B], True where a memory starts anew; task: B instructions; task_position,
-        episode_index, frame_index, stream: [B].
+        observation.images.*: [B, 3, H, W] uint8, or under `image_key` what stands for it; observation.state:
+        [B, S]; action: [B, C, A]; action_is_pad: [B, C], True past the episode's end; action_dim_is_pad: [B, A],
+        True where the task lacks the dimension; observation.memory_reset: [B], True where a memory starts anew;
+        task: B instructions; task_position, episode_index, frame_index, stream: [B].
         """
         places, rows, streams, begins = np.array(draws, dtype=np.int64).T
         size = len(places)
@@ -68,10 +79,10 @@ class MixedDataset(Dataset):
             ]
             dim_is_pad[np.ix_(mine, action_columns)] = False
             for camera in task.cameras:
-                pictures = self.frames[place](camera, own)
-                if camera not in images:
-                    images[camera] = torch.empty((size, *pictures.shape[1:]), dtype=torch.uint8)
-                images[camera][torch.from_numpy(mine)] = pictures
+                given, key = self.images[place](camera, own), self.image_key(camera)
+                if key not in images:
+                    images[key] = torch.empty((size, *given.shape[1:]), dtype=given.dtype)
+                images[key][torch.from_numpy(mine)] = given
         return {
             **images,
             OBS_STATE: torch.from_numpy(state),

@@ -1,7 +1,7 @@
 """Frozen means frozen: named parameter groups, counted, and fingerprinted before and after a stage."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,21 +62,24 @@ def trainable_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 def take_fingerprints(policy: nn.Module) -> list[ParameterGroup]:
     """Size, trainability and sha256 of every group's values."""
     parameters = dict(policy.named_parameters())
-    table = []
-    for group, names in parameter_groups(policy).items():
-        digest = hashlib.sha256()
-        for name in sorted(names):
-            values = parameters[name].detach().cpu().contiguous()
-            digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
-        table.append(
-            ParameterGroup(
-                group,
-                sum(parameters[name].numel() for name in names),
-                any(parameters[name].requires_grad for name in names),
-                digest.hexdigest(),
-            )
+    return [
+        ParameterGroup(
+            group,
+            sum(parameters[name].numel() for name in names),
+            any(parameters[name].requires_grad for name in names),
+            fingerprint({name: parameters[name] for name in names}),
         )
-    return table
+        for group, names in parameter_groups(policy).items()
+    ]
+
+
+def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        values = parameters[name].detach().cpu().contiguous()
+        digest.update(name.encode() + values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[ParameterGroup]) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Frames of a task: decoded through LeRobot, or read from a memory map that was filled that way.
+
+Video decoding gives tens of samples a second where the map gives tens of thousands, so every frame is decoded
+once. Decoding stays the source of truth.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+
+from kuavo_train.config import ConfigError, DataConfig
+from kuavo_train.data.cache import EpisodeCache, fill
+from kuavo_train.data.tasks import Task
+
+DECODE_TOLERANCE_S = 1e-4
+
+
+class DecodedFrames:
+    """Frames [n, 3, H, W] uint8, decoded on demand by LeRobot: exact, slow, nothing stored."""
+
+    def __init__(self, task: Task, *, image_size: Sequence[int] | None, video_backend: str):
+        self.task = task
+        self.image_size = image_size
+        self.video_backend = video_backend
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything that decides what the frames look like."""
+        return {
+            "dataset": self.task.content_hash,
+            "cameras": self.task.cameras,
+            "image_size": self.image_size and list(self.image_size),
+            "video_backend": self.video_backend,
+        }
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Camera → (3, H, W)."""
+        first = self.task.bounds[0, :1]
+        return {camera: tuple(self(camera, first).shape[1:]) for camera in self.task.cameras}
+
+    def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
+        rows = np.asarray(rows)
+        frames: list[torch.Tensor | None] = [None] * len(rows)
+        for episode in np.unique(self.task.episode[rows]):
+            places = np.flatnonzero(self.task.episode[rows] == episode)
+            for place, frame in zip(places, self._decode(camera, int(episode), rows[places]), strict=True):
+                frames[place] = frame
+        return torch.stack(frames)  # type: ignore[arg-type]
+
+    def _decode(self, camera: str, episode: int, rows: np.ndarray) -> torch.Tensor:
+        task, key = self.task, self.task.cameras[camera]
+        if key in task.meta.video_keys:
+            path = task.root / task.meta.get_video_file_path(episode, key)
+            start = float(task.meta.episodes[episode][f"videos/{key}/from_timestamp"])
+            times = [start + float(frame) / task.meta.fps for frame in task.frame[rows]]
+            try:
+                frames = decode_video_frames(path, times, DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
+            except Exception as error:  # each backend raises its own
+                raise ConfigError(
+                    f"{task.name}: video {path} must decode, episode {episode}, frames "
+                    f"{int(task.frame[rows].min())} to {int(task.frame[rows].max())}: {str(error).splitlines()[0]}"
+                ) from error
+        else:
+            frames = self._read_images(key, rows)
+        if self.image_size is not None and list(frames.shape[-2:]) != list(self.image_size):
+            resized = F.interpolate(
+                frames.float(), size=list(self.image_size), mode="bilinear", antialias=True, align_corners=False
+            )
+            frames = resized.round().clamp(0, 255).to(torch.uint8)
+        return frames
+
+    def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
+        # The column alone: a row of the whole table would decode the images of every camera.
+        images = self._table.select_columns([key])[rows.tolist()][key]
+        return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+
+    @cached_property
+    def _table(self) -> Dataset:
+        """The dataset's own rows, for cameras stored as images."""
+        dataset = LeRobotDataset(
+            f"local/{self.task.name}", root=self.task.root, video_backend=self.video_backend, download_videos=False
+        )
+        return dataset.hf_dataset.with_format(None)
+
+
+class CachedFrames:
+    """Frames [n, 3, H, W] uint8, read from a memory map."""
+
+    def __init__(self, cache: EpisodeCache):
+        self.cache = cache
+
+    def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.cache.read(camera, rows))
+
+
+def frame_cache(decoded: DecodedFrames, folder: Path) -> EpisodeCache:
+    """The cache of a task's frames below `folder`; nothing is written yet."""
+    return EpisodeCache(folder / "frames", decoded.task, decoded.key, decoded.shapes, np.uint8)
+
+
+def fill_frames(cache: EpisodeCache, decoded: DecodedFrames, episodes: Sequence[int], **how: Any) -> None:
+    """Decode the episodes that are missing; `how` as in `cache.fill`."""
+    fill(cache, episodes, decoded, convert=torch.Tensor.numpy, description=f"decode {decoded.task.name}", **how)
+
+
+def open_frames(task: Task, config: DataConfig, *, progress: bool = True) -> DecodedFrames | CachedFrames:
+    """A task's frames for reading at once: all its episodes, decoded first if need be.
+
+    Raises:
+        ConfigError: a video does not decode, or the disk cannot hold the cache.
+    """
+    decoded = DecodedFrames(task, image_size=config.image_size, video_backend=config.video_backend)
+    if not config.frame_cache:
+        return decoded
+    cache = frame_cache(decoded, config.cache_folder)
+    fill_frames(cache, decoded, [*task.train_episodes, *task.held_out_episodes], progress=progress)
+    return CachedFrames(cache)

@@ -1,0 +1,148 @@
+"""What a stage's images come from: embeddings by a frozen encoder, frames in a memory map, or decoding.
+
+The rule, applied in this order and told in the stage's table:
+
+    embeddings   the image encoder is frozen, data.augmentation is null, data.feature_cache is true, and they
+                 take no more than data.feature_cache_limit_gib
+    frames       data.frame_cache is true
+    decoding     anew for every batch
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kuavo_train.config import DataConfig
+from kuavo_train.data.cache import EpisodeCache, ImageSource
+from kuavo_train.data.features import CachedFeatures, Encoder, feature_cache, fill_features
+from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a stage's tasks.
+
+    Attributes:
+        sources: task → what gives its images, once they are filled.
+        image_key: name of a camera → name in a batch of what it gives.
+        fill: `fill(process=0, processes=1, progress=True)` computes this process's share of what is missing.
+        description: what was chosen and why, what it takes on the disk and how much of that is there.
+        problems: why it cannot be filled.
+    """
+
+    sources: Mapping[str, ImageSource]
+    image_key: Callable[[str], str]
+    fill: Callable[..., None]
+    description: str
+    problems: Sequence[str] = ()
+
+
+def plan_images(
+    config: DataConfig,
+    decoded: Mapping[str, DecodedFrames],
+    episodes: Mapping[str, Sequence[int]],
+    encoder: Encoder | None,
+) -> Images:
+    """Choose, and measure what it takes. Nothing is computed yet and nothing written.
+
+    Args:
+        decoded: task → its frames.
+        episodes: task → the episodes that the stage reads.
+        encoder: of the policy, frozen in this stage; None where it learns.
+    """
+    if encoder is None:
+        return _frames(config, decoded, episodes, "the image encoder is trained")
+    if config.augmentation is not None:
+        return _frames(config, decoded, episodes, "data.augmentation changes the pictures")
+    if not config.feature_cache:
+        return _frames(config, decoded, episodes, "data.feature_cache=false")
+    caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
+    size = sum(cache.size(episodes[name]) for name, cache in caches.items())
+    if size > config.feature_cache_limit_gib * GIB:
+        over = f"they would take {_size(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
+        return _frames(config, decoded, episodes, over)
+
+    def fill(**how: object) -> None:
+        for name, cache in caches.items():
+            frames = frame_cache(decoded[name], config.cache_folder)
+            there = not frames.missing(cache.missing(episodes[name]))
+            fill_features(cache, encoder, CachedFrames(frames) if there else decoded[name], episodes[name], **how)
+
+    tokens, width = next(shape for cache in caches.values() for shape in cache.shapes.values())
+    what = f"embeddings by the frozen encoder, {tokens} × {width} bfloat16 per camera"
+    return Images(
+        {name: CachedFeatures(cache) for name, cache in caches.items()},
+        encoder.image_key,
+        fill,
+        _description(what, caches, episodes),
+        _disk_problems(config, "feature_cache", caches, episodes),
+    )
+
+
+def _frames(
+    config: DataConfig,
+    decoded: Mapping[str, DecodedFrames],
+    episodes: Mapping[str, Sequence[int]],
+    why_not_embeddings: str,
+) -> Images:
+    because = f"(no embeddings: {why_not_embeddings})"
+    if not config.frame_cache:
+        return Images(
+            decoded, str, lambda **_: None, f"  images: decoded anew for every batch, data.frame_cache=false {because}"
+        )
+    caches = {name: frame_cache(frames, config.cache_folder) for name, frames in decoded.items()}
+
+    def fill(**how: object) -> None:
+        for name, cache in caches.items():
+            fill_frames(cache, decoded[name], episodes[name], **how)
+
+    return Images(
+        {name: CachedFrames(cache) for name, cache in caches.items()},
+        str,
+        fill,
+        _description(f"frames {because}", caches, episodes),
+        _disk_problems(config, "frame_cache", caches, episodes),
+    )
+
+
+def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
+    missing = _missing_bytes(caches, episodes)
+    folder = next(iter(caches.values())).path.parent
+    there = f"{_size(missing)} of it to be computed now" if missing else "all of it there"
+    lines = [f"  images: {what}; {_size(_bytes(caches, episodes))} in {folder}, {there}"]
+    others = {path: size for cache in caches.values() for path, size in cache.others().items()}
+    if others:
+        names = ", ".join(path.name for path in others)
+        lines.append(
+            f"  beside them {_size(sum(others.values()))} of other weights or settings, to be deleted if no other run "
+            f"needs them: {names}"
+        )
+    return "\n".join(lines)
+
+
+def _disk_problems(
+    config: DataConfig, key: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]
+) -> list[str]:
+    needed = _missing_bytes(caches, episodes)
+    folder = config.cache_folder.absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    if needed <= free:
+        return []
+    return [
+        f"data.{key} needs {_size(needed)} below {config.cache_folder}, {_size(free)} are free; free some, set "
+        f"data.cache_root to another disk, or data.{key}=false"
+    ]
+
+
+def _bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
+    return sum(cache.size(episodes[name]) for name, cache in caches.items())
+
+
+def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
+    return sum(cache.size(cache.missing(episodes[name])) for name, cache in caches.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

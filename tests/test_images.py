@@ -1,0 +1,280 @@
+"""Frames and image embeddings are computed once, kept, and never taken for those of other data or weights."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_datasets import write_dataset
+
+from kuavo_train.compose import compose_run
+from kuavo_train.config import ConfigError, DataConfig
+from kuavo_train.data import cache as cache_module
+from kuavo_train.data import images as images_module
+from kuavo_train.data.features import CachedFeatures, Encoder
+from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images import Images, plan_images
+from kuavo_train.data.tasks import Task, open_task
+
+
+@pytest.fixture
+def config(datasets: Path, tmp_path: Path) -> DataConfig:
+    return compose_run(
+        ["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2", f"data.cache_root={tmp_path}"]
+    )[0].data
+
+
+@pytest.fixture
+def task(config: DataConfig) -> Task:
+    return open_task(compose_run(["simulation=null", f"data.root={config.root}"])[1].stage, config)
+
+
+@pytest.fixture
+def decoded(task: Task) -> DecodedFrames:
+    return DecodedFrames(task, image_size=None, video_backend="pyav")
+
+
+class Counted:
+    """An encoder of 4 × 8 embeddings, or a source, that remembers what it was asked."""
+
+    def __init__(self, source: Callable[..., torch.Tensor] | None = None):
+        self.source, self.asked, self.fail_at = source, [], -1
+
+    def __call__(self, *about: Any) -> torch.Tensor:
+        if len(self.asked) == self.fail_at:
+            raise KeyboardInterrupt
+        self.asked.append(about)
+        if self.source is not None:
+            return self.source(*about)
+        return about[0].mean(dim=(1, 2, 3))[:, None, None] * torch.linspace(0.1, 1, 32).view(1, 4, 8)
+
+
+def encoder(embed: Callable[..., torch.Tensor], weights: str = "first") -> Encoder:
+    return Encoder(embed, {"weights": weights}, lambda camera: f"features of {camera}", torch.device("cpu"))
+
+
+def plan(config: DataConfig, decoded: DecodedFrames, chosen: Encoder | None, episodes: Sequence[int] = ()) -> Images:
+    name = decoded.task.name
+    return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen)
+
+
+@pytest.mark.parametrize("videos", [True, False], ids=["video", "images"])
+def test_cached_frames_are_the_decoded_ones(config: DataConfig, tmp_path: Path, *, videos: bool) -> None:
+    root = write_dataset(tmp_path / "data", episodes=3, length=70, size=24, videos=videos)
+    stage = replace(compose_run(["simulation=null"])[1].stage, root=str(root))
+    task = open_task(stage, replace(config, held_out_episodes=1))
+    assert bool(task.meta.video_keys) == videos
+    for size in (None, [16, 20]):
+        decoded = DecodedFrames(task, image_size=size, video_backend="pyav")
+        cache = frame_cache(decoded, config.cache_folder)
+        fill_frames(cache, decoded, [0, 2], progress=False)
+        cached = CachedFrames(cache)
+        rows = np.array([3, 69, 140, 209, 3])
+        for camera in task.cameras:
+            assert torch.equal(decoded(camera, rows), cached(camera, rows))
+            assert cached(camera, rows).shape == (5, 3, *(size or [24, 24]))
+            assert cached(camera, rows).dtype == torch.uint8
+
+
+def test_an_episode_that_was_not_filled_is_not_read(decoded: DecodedFrames, tmp_path: Path) -> None:
+    cache = frame_cache(decoded, tmp_path)
+    fill_frames(cache, decoded, [1], progress=False)
+    cache.read("observation.images.head_cam_h", np.arange(*decoded.task.bounds[1]))
+    with pytest.raises(RuntimeError, match="must hold episode 2 before it is read"):
+        cache.read("observation.images.head_cam_h", decoded.task.bounds[1:3, 0])
+
+
+def test_features_are_the_encoders_output_as_bfloat16(config: DataConfig, decoded: DecodedFrames) -> None:
+    embed = Counted()
+    images = plan(config, decoded, encoder(embed))
+    assert isinstance(images.sources["weighing"], CachedFeatures)
+    images.fill(progress=False)
+    rows = np.array([30, 2, 30, 69])
+    for camera in decoded.task.cameras:
+        assert images.image_key(camera) == f"features of {camera}"
+        expected = embed(decoded(camera, rows).float() / 255).bfloat16()
+        assert torch.equal(images.sources["weighing"](camera, rows), expected)
+
+
+def test_a_cut_off_computation_keeps_what_is_done_and_goes_on_with_the_rest(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    embed = Counted()
+    images = plan(config, decoded, encoder(embed))
+    embed.fail_at = len(embed.asked) + 7  # in the third of five episodes of three cameras
+    with pytest.raises(KeyboardInterrupt):
+        images.fill(progress=False)
+    again = Counted()
+    images = plan(config, decoded, encoder(again))
+    again.asked.clear()
+    images.fill(progress=False)
+    assert len(again.asked) == 3 * 3
+    whole = plan(replace(config, cache_root=f"{config.cache_root}/whole"), decoded, encoder(Counted()))
+    whole.fill(progress=False)
+    for camera in decoded.task.cameras:
+        rows = np.arange(len(decoded.task.state))
+        assert torch.equal(images.sources["weighing"](camera, rows), whole.sources["weighing"](camera, rows))
+    again.asked.clear()
+    images.fill(progress=False)
+    assert again.asked == []
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["in turn", "at once"])
+def test_processes_share_the_work_and_fill_one_cache(
+    config: DataConfig, decoded: DecodedFrames, *, at_once: bool
+) -> None:
+    embeds = [Counted(), Counted()]
+    plans = [plan(config, decoded, encoder(embed)) for embed in embeds]
+    for embed in embeds:
+        embed.asked.clear()
+    with ThreadPoolExecutor(2 if at_once else 1) as pool:
+        list(pool.map(lambda rank: plans[rank].fill(process=rank, processes=2, progress=False), range(2)))
+    assert [len(embed.asked) for embed in embeds] == [3 * 3, 2 * 3]  # episodes × cameras
+    alone = plan(replace(config, cache_root=f"{config.cache_root}/alone"), decoded, encoder(Counted()))
+    alone.fill(progress=False)
+    for camera in decoded.task.cameras:
+        rows = np.arange(len(decoded.task.state))
+        for images in plans:
+            assert torch.equal(images.sources["weighing"](camera, rows), alone.sources["weighing"](camera, rows))
+    assert [path.name for path in (config.cache_folder / "features").iterdir() if path.name.startswith(".")] == []
+
+
+def test_only_episodes_that_are_read_are_computed(config: DataConfig, decoded: DecodedFrames) -> None:
+    few, all_of_them = Counted(), Counted()
+    plan(config, decoded, encoder(few), episodes=[3]).fill(progress=False)
+    plan(config, decoded, encoder(all_of_them)).fill(progress=False)
+    shapes = 3  # each plan asks every camera once for the shape
+    assert (len(few.asked) - shapes, len(all_of_them.asked) - shapes) == (3, 12)
+
+
+def test_other_weights_are_another_cache_and_the_old_one_is_named_with_its_size(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    first = plan(config, decoded, encoder(Counted()))
+    first.fill(progress=False)
+    assert "to be deleted" not in first.description
+    changed = Counted()
+    second = plan(config, decoded, encoder(changed, "second"))
+    changed.asked.clear()
+    second.fill(progress=False)
+    assert len(changed.asked) == 15
+    (old,) = (source.cache.path for source in first.sources.values())
+    assert old.is_dir()
+    assert f"of other weights or settings, to be deleted if no other run needs them: {old.name}" in second.description
+
+
+def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) -> None:
+    def key(task: Task = task, image_size: Sequence[int] | None = None, video_backend: str = "pyav") -> dict[str, Any]:
+        return DecodedFrames(task, image_size=image_size, video_backend=video_backend).key
+
+    head, left, right = task.cameras
+    others = [
+        key(image_size=[16, 16]),
+        key(video_backend="torchcodec"),
+        key(replace(task, cameras={head: right, left: left, right: head})),
+        key(replace(task, root=datasets / "placement")),
+    ]
+    assert all(other != key() for other in others)
+    assert key(replace(task, name="renamed")) == key()
+
+
+def test_frames_that_are_cached_already_are_not_decoded_again(config: DataConfig, decoded: DecodedFrames) -> None:
+    frames = plan(config, decoded, None)
+    frames.fill(progress=False)
+    decoded._decode = Counted()  # type: ignore[method-assign]
+    plan(config, decoded, encoder(Counted())).fill(progress=False)
+    assert decoded._decode.asked == []
+
+
+def test_features_fill_without_a_frame_cache(config: DataConfig, decoded: DecodedFrames) -> None:
+    plan(config, decoded, encoder(Counted())).fill(progress=False)
+    assert not (config.cache_folder / "frames").exists()
+
+
+RULES: list[tuple[dict[str, Any], bool, type, str]] = [  # config, encoder frozen?, source, told
+    ({}, True, CachedFeatures, "embeddings by the frozen encoder, 4 × 8 bfloat16 per camera; 0.0 MiB in"),
+    ({}, False, CachedFrames, "frames (no embeddings: the image encoder is trained); 0.6 MiB in"),
+    ({"augmentation": object()}, True, CachedFrames, "no embeddings: data.augmentation changes the pictures"),
+    ({"feature_cache": False}, True, CachedFrames, "no embeddings: data.feature_cache=false"),
+    (
+        {"feature_cache_limit_gib": 1e-6},
+        True,
+        CachedFrames,
+        "no embeddings: they would take 0.0 MiB, over data.feature_cache_limit_gib=1e-06",
+    ),
+    ({"frame_cache": False}, True, CachedFeatures, "embeddings by the frozen encoder"),
+    ({"frame_cache": False}, False, DecodedFrames, "decoded anew for every batch, data.frame_cache=false"),
+]
+
+
+@pytest.mark.parametrize(("changes", "frozen", "source", "told"), RULES)
+def test_what_images_come_from_follows_a_rule_and_is_told(
+    config: DataConfig, decoded: DecodedFrames, changes: dict[str, Any], source: type, told: str, *, frozen: bool
+) -> None:
+    images = plan(replace(config, **changes), decoded, encoder(Counted()) if frozen else None)
+    assert isinstance(images.sources["weighing"], source)
+    assert told in images.description
+    assert list(config.cache_folder.iterdir()) == []  # nothing is written before it has been told
+
+
+@pytest.mark.parametrize(("frozen", "key"), [(True, "feature_cache"), (False, "frame_cache")])
+def test_a_disk_that_cannot_hold_it_is_a_problem_before_anything_is_computed(
+    config: DataConfig, decoded: DecodedFrames, monkeypatch: pytest.MonkeyPatch, key: str, *, frozen: bool
+) -> None:
+    chosen = encoder(Counted()) if frozen else None
+    assert plan(config, decoded, chosen).problems == []
+    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    (problem,) = plan(config, decoded, chosen).problems
+    assert problem.startswith(f"data.{key} needs ")
+    assert f"set data.cache_root to another disk, or data.{key}=false" in problem
+    monkeypatch.undo()
+    plan(config, decoded, chosen).fill(progress=False)
+    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert plan(config, decoded, chosen).problems == []  # all there: nothing more is needed
+
+
+def test_a_disk_that_fills_up_is_an_error_with_words_and_loses_nothing(
+    config: DataConfig, decoded: DecodedFrames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+
+    def full(descriptor: int) -> None:
+        writes.append(descriptor)
+        if len(writes) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    images = plan(config, decoded, encoder(Counted()))
+    monkeypatch.setattr(cache_module.os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"data.cache_root must be a folder that can be written.*No space left"):
+        images.fill(progress=False)
+    monkeypatch.undo()
+    again = Counted()
+    images = plan(config, decoded, encoder(again))
+    again.asked.clear()
+    images.fill(progress=False)
+    assert len(again.asked) == 4 * 3
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_words(config: DataConfig, decoded: DecodedFrames) -> None:
+    (Path(str(config.cache_root)) / "file").touch()
+    with pytest.raises(ConfigError, match=r"data.cache_root must be a folder that can be written, got .*/file/frames"):
+        plan(replace(config, cache_root=f"{config.cache_root}/file"), decoded, None).fill(progress=False)
+
+
+def test_a_video_that_does_not_decode_is_named(config: DataConfig, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", episodes=2)
+    stage = replace(compose_run(["simulation=null"])[1].stage, root=str(root))
+    task = open_task(stage, replace(config, held_out_episodes=1))
+    decoded = DecodedFrames(task, image_size=None, video_backend="pyav")
+    assert decoded.shapes
+    video = next(root.rglob("*.mp4"))
+    video.write_bytes(b"no video")
+    with pytest.raises(ConfigError, match=r"weighing: video .* must decode, episode \d, frames \d+ to \d+"):
+        plan(config, decoded, None, episodes=[0, 1]).fill(progress=False)

@@ -1,0 +1,202 @@
+"""A stage with a frozen encoder learns from stored embeddings what it would learn from pictures."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from kuavo_train.compose import compose_run
+from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.data import images as images_module
+from kuavo_train.data.features import CachedFeatures
+from kuavo_train.data.frames import CachedFrames
+from kuavo_train.data.mixture import preprocess
+from kuavo_train.data.order import Draw
+from kuavo_train.learning.encoder import frozen_encoder
+from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.stage import Stage, open_stage, run_stage
+from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
+
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def embedded(small_run: Overrides, tmp_path: Path) -> Callable[..., list[RunConfig]]:
+    """The embedded profile, as it is but for its sizes."""
+
+    def configs(*more: str) -> list[RunConfig]:
+        sizes = [item for item in small_run() if not item.startswith("profile=")]
+        return compose_run(["profile=embedded", *sizes, "validation.draws=1", f"data.cache_root={tmp_path}", *more])
+
+    return configs
+
+
+def opened(configs: list[RunConfig], place: int = 1) -> Stage:
+    return open_stage(configs[place], [config.stage for config in configs], None, Accelerator(cpu=True))
+
+
+def run(configs: list[RunConfig], place: int) -> None:
+    assert run_stage(configs[place], [config.stage for config in configs]) == 0
+
+
+def losses(folder: StageFolder) -> list[float]:
+    return [record["loss"] for record in folder.validations.read()] + [
+        record["loss"] for record in folder.metrics.read()
+    ]
+
+
+def weights(folder: StageFolder) -> torch.Tensor:
+    """All in one vector, of the stage's last step."""
+    stored = load_file(folder.path / "checkpoints/last/pretrained_model/model.safetensors")
+    return torch.cat([stored[name].flatten() for name in sorted(stored)])
+
+
+class EmbedCalls(list):
+    """How many pictures `embed_camera` was asked for, call by call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        embed = SmolVLAMemoryPolicy.embed_camera
+
+        def counted(policy: SmolVLAMemoryPolicy, pictures: torch.Tensor) -> torch.Tensor:
+            self.append(len(pictures))
+            return embed(policy, pictures)
+
+        monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
+
+
+def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(
+    embedded: Callable[..., list[RunConfig]],
+) -> None:
+    configs = embedded()
+    kinds = [type(source) for source in opened(configs, 0).images.sources.values()]
+    assert kinds == [CachedFrames] * 4
+    for place in (1, 2, 3):
+        stage = opened(configs, place)
+        assert [type(source) for source in stage.images.sources.values()] == [CachedFeatures] * 4
+        assert "embeddings by the frozen encoder" in stage.table
+
+
+@pytest.mark.parametrize("trained", ["vision", "connector"])
+def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(
+    embedded: Callable[..., list[RunConfig]], trained: str
+) -> None:
+    frozen = {"vision": "connector", "connector": "vision"}[trained]
+    stage = opened(embedded(f"training.freeze=[{frozen}]"))
+    assert all(isinstance(source, CachedFrames) for source in stage.images.sources.values())
+    assert "no embeddings: the image encoder is trained" in stage.table
+
+
+def test_the_loss_from_features_is_that_from_pictures(embedded: Callable[..., list[RunConfig]]) -> None:
+    relative = []
+    batches: list[dict[str, Any]] = []
+    for cached in ("true", "false"):
+        stage = opened(embedded(f"data.feature_cache={cached}"))
+        stage.images.fill(progress=False)
+        dataset = stage._dataset(stage.tasks)
+        draws = [Draw(place, row) for place in range(4) for row in (0, 20, 41, 69)]
+        draws = [draw for draw in draws if stage.tasks[draw.task].episode[draw.row] in _read(stage, draw.task)]
+        batches.append(preprocess(dataset.__getitems__(draws), stage.built.preprocessor))
+    policy = stage.built.policy.eval()
+    features, pictures = batches
+    assert not any(key.startswith("observation.images.") for key in features)
+    assert not any(key.startswith("observation.image_features.") for key in pictures)
+    for seed in range(4):
+        random = torch.Generator().manual_seed(seed)
+        size = len(features["action"])
+        given = {"noise": torch.randn((size, 6, 32), generator=random), "time": torch.rand(size, generator=random)}
+        with torch.no_grad():
+            loss, reference = (policy.forward(batch, **given)[0].item() for batch in (features, pictures))
+            wrong = {key: -value if "image_features" in key else value for key, value in features.items()}
+            other = policy.forward(wrong, **given)[0].item()
+        relative.append(abs(loss / reference - 1))
+        assert abs(other / reference - 1) > 10 * relative[-1]  # pictures do count
+    assert max(relative) < 1e-3
+
+
+def _read(stage: Stage, place: int) -> list[int]:
+    task = stage.tasks[place]
+    trained = task.train_episodes if task.name in stage.config.replay else ()
+    return [*trained, *task.held_out_episodes]
+
+
+def test_training_from_features_is_training_from_pictures(
+    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = EmbedCalls(monkeypatch)
+    with_features = embedded("policy.mem_backprop_depth=2")
+    for place in range(2):
+        run(with_features, place)
+    assert sum(calls) > 500
+    with_pictures = [
+        replace(config, run="pictures", data=replace(config.data, feature_cache=False)) for config in with_features
+    ]
+    calls.clear()
+    for place in range(2):
+        run(with_pictures, place)
+    assert calls == []
+    one, other = (stage_folder(configs[1]) for configs in (with_features, with_pictures))
+    assert losses(one) == pytest.approx(losses(other), rel=2e-3)
+    assert losses(one) != losses(other)
+    begun, ended, other_end = (weights(folder) for folder in (stage_folder(with_features[0]), one, other))
+    assert (ended - other_end).norm() < 0.02 * (ended - begun).norm()
+    audits = [json.loads((folder.path / "replay_audit.json").read_text()) for folder in (one, other)]
+    assert audits[0] == audits[1]
+
+
+def test_a_later_stage_computes_only_the_episodes_it_reads_for_the_first_time(
+    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = embedded()
+    run(configs, 0)
+    calls = EmbedCalls(monkeypatch)
+    for place, frames in ((1, 2 * 70 + 2 * 28), (2, 42), (3, 42)):  # then: what was held out is there already
+        calls.clear()
+        run(configs, place)
+        shapes = 4 * 3  # every camera of every task, once
+        assert sum(calls) - shapes == 3 * frames
+    begun = stage_folder(configs[2]).checkpoints.at("best")
+    stage = open_stage(
+        replace(configs[3], run="again"), [config.stage for config in configs], begun, Accelerator(cpu=True)
+    )
+    calls.clear()
+    stage.images.fill(progress=False)
+    assert calls == []
+
+
+def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(
+    embedded: Callable[..., list[RunConfig]],
+) -> None:
+    policy = opened(embedded()).built.policy
+
+    def settings(precision: str = "no") -> dict[str, Any]:
+        encoder = frozen_encoder(policy, precision=precision, autocast=nullcontext)
+        assert encoder is not None
+        return dict(encoder.settings)
+
+    first, parameters = settings(), dict(policy.named_parameters())
+    assert settings("bf16") != first
+    for group, names in policy.parameter_groups().items():
+        before, values = settings(), parameters[names[-1]].data
+        values.view(-1)[0] += 1e-3
+        assert (settings() != before) == (group in ("vision", "connector")), group
+    before = settings()
+    policy.config.resize_imgs_with_padding = (48, 48)
+    assert settings() != before
+
+
+def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
+    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "_missing_bytes", lambda *_: 2**60)
+    configs = embedded()
+    with pytest.raises(ConfigError, match=r"data.feature_cache needs 1073741824.0 GiB below .* are free"):
+        opened(configs)
+    assert not stage_folder(configs[1]).path.exists()
