@@ -14,10 +14,12 @@ prefix.py.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
@@ -39,6 +41,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix
+from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
 
 # Which part of the model a parameter belongs to, by the path of its module.
 PARAMETER_GROUPS = {
@@ -56,6 +59,7 @@ PARAMETER_GROUPS = {
     "memory": ["model.memory"],
 }
 MEMORY_PATH = "model.memory."
+HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
 """What the action expert attends to: of the fast forward, or of LeRobot's."""
@@ -524,6 +528,21 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         for name, _ in self.named_parameters():
             groups[_group_of(name)].append(name)
         return groups
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> "SmolVLAMemoryPolicy":
+        """As LeRobot's. The vision-language model's description is the checkpoint's own, where it has one."""
+        download = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(pretrained_name_or_path, **download)
+        config.vlm_model_name = vlm_described_in(pretrained_name_or_path, config.vlm_model_name, **download)
+        return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save_pretrained(save_directory, state_dict)
+        save_vlm_description(save_directory, self.model.vlm_with_expert)
 
     @classmethod
     def _load_as_safetensor(

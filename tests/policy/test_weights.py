@@ -1,9 +1,13 @@
 """Saving, loading, starting from plain SmolVLA, and which parameter belongs where."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_policy_config
+from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
@@ -32,7 +36,7 @@ def test_a_checkpoint_is_the_same_policy_again(make_policy, make_batch, tmp_path
     policy = make_policy(num_mem_tokens=tokens, read_mem_from_cache=True, mem_cache_size=3).eval()
     policy.save_pretrained(tmp_path)
     again = SmolVLAMemoryPolicy.from_pretrained(tmp_path)
-    assert again.config == policy.config
+    assert replace(again.config, vlm_model_name=policy.config.vlm_model_name) == policy.config
     for (name, weight), (other_name, other) in zip(
         policy.state_dict().items(), again.state_dict().items(), strict=True
     ):
@@ -42,6 +46,55 @@ def test_a_checkpoint_is_the_same_policy_again(make_policy, make_batch, tmp_path
     for seed in range(2):
         actions = [each.predict_action_chunk(make_batch(2, seed=seed), noise) for each in (policy, again)]
         assert torch.equal(*actions)
+
+
+def open_as_any_lerobot_tool_does(folder):
+    config = PreTrainedConfig.from_pretrained(folder)
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    return policy, *make_pre_post_processors(config, pretrained_path=str(folder))
+
+
+def test_a_checkpoint_opens_where_nothing_else_of_its_run_is_left(
+    make_policy, make_config, make_batch, tiny_vlm, tmp_path
+):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_vlm, run / "vlm_of_the_run")
+    policy = make_policy(vlm_model_name=str(run / "vlm_of_the_run"))
+    pipelines = make_pre_post_processors(policy.config, dataset_stats={})
+    batch = {key: value for key, value in make_batch(2).items() if "language" not in key}
+    batch["task"] = ["put the red block into the box", "take it out"]
+    expected = pipelines[0](batch)
+    for each in (policy, *pipelines):
+        each.save_pretrained(run / "checkpoint")
+    shutil.copytree(run / "checkpoint", tmp_path / "moved")
+    shutil.rmtree(run)
+
+    policy, *pipelines = open_as_any_lerobot_tool_does(tmp_path / "moved")
+    for each in (policy, *pipelines):
+        each.save_pretrained(tmp_path / "saved again")
+    shutil.rmtree(tmp_path / "moved")
+    assert str(tmp_path) not in (tmp_path / "saved again" / "config.json").read_text()
+
+    policy, preprocessor, _ = open_as_any_lerobot_tool_does(tmp_path / "saved again")
+    ready = preprocessor(batch)
+    assert torch.equal(ready["observation.language.tokens"], expected["observation.language.tokens"])
+    assert policy.predict_action_chunk(ready).shape == (2, 6, 4)
+
+
+def test_a_checkpoint_keeps_the_name_of_a_vlm_that_comes_from_the_hub(make_policy, tmp_path):
+    policy = make_policy()
+    policy.config.vlm_model_name = "someone/their-vlm"
+    policy.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vlm_model_name"] == "someone/their-vlm"
+    again = SmolVLAMemoryPolicy.from_pretrained(tmp_path)  # by its own description, without the hub
+    assert again.config.vlm_model_name == str(tmp_path / "vlm")
+
+
+def test_a_checkpoint_without_its_description_of_the_vlm_is_refused(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "vlm")
+    with pytest.raises(FileNotFoundError, match="vlm must hold the config and tokenizer"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
 
 
 def test_a_plain_checkpoint_loads_and_only_the_memory_is_new(make_config, plain_checkpoint):
