@@ -17,7 +17,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, RunError, check_curriculum, require, resolve
+from kuavo_train.config import (
+    CONFIG_FOLDER,
+    ConfigError,
+    RunConfig,
+    RunError,
+    StageConfig,
+    check_curriculum,
+    require,
+    resolve,
+)
 
 
 def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
@@ -97,6 +106,18 @@ def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
     stage = replace(first.stage, name="joint", index=1, replay={"joint": 1.0})
     passes = {config.stage.name: config.training.epochs for config in configs}
     return [replace(first, stage=stage, training=training, passes=passes)]
+
+
+def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:
+    """The stage that a command line asks for, and the curriculum it belongs to. Raises `ConfigError`."""
+    config = resolve(composed)
+    configs = compose_run(overrides_for_all_tasks(overrides), current=config)
+    if config.mixture == "all_tasks":
+        for override in overrides:
+            if override.startswith(("task=", "stage.")):
+                raise ConfigError(f"strategy=joint has one stage for all tasks: leave out what chooses one, {override}")
+        config = stages_to_run(configs)[0]
+    return config, [other.stage for other in configs]
 
 
 def overrides_for_all_tasks(overrides: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
+from kuavo_train.data import known_tasks
 from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.images import Images, plan_images
@@ -30,7 +31,7 @@ from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
-from kuavo_train.data.tasks import FeatureSpace, Task, open_task
+from kuavo_train.data.tasks import FeatureSpace, Task, instruction_text, open_task
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
@@ -48,17 +49,21 @@ from kuavo_train.learning.extra_loss import (
 from kuavo_train.learning.freezing import (
     ParameterGroup,
     compare_fingerprints,
-    freeze,
-    parameter_table,
     take_fingerprints,
 )
 from kuavo_train.learning.merging import copy_weights, sweep_merges
-from kuavo_train.learning.policy_factory import BuiltPolicy, build_optimizer, build_policy, choose_device
+from kuavo_train.learning.policy_factory import (
+    BuiltPolicy,
+    build_optimizer,
+    build_policy,
+    choose_device,
+    configure_policy,
+)
 from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
-from kuavo_train.preflight import check_stage
+from kuavo_train.preflight import Findings
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts
 
 
@@ -69,19 +74,25 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
         ConfigError: before training; nothing is written that a later run would stumble over.
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
     """
-    accelerator = Accelerator(
+    accelerator, folder, findings = _accelerator(config), stage_folder(config), Findings()
+    with accelerator.main_process_first():  # what the first process records and caches, the others find
+        resumed = _checkpoint_to_resume(config, folder)
+        before = _result_before(config, curriculum)
+        record_missing_data(config, curriculum)
+        stage = open_stage(config, curriculum, resumed or before, accelerator, findings)
+        findings.raise_problems()
+    assert stage is not None, "what cannot be opened is a problem"
+    return stage.run(resumed, before)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    """Raises `ConfigError` when the device is not there."""
+    return Accelerator(
         mixed_precision=config.training.mixed_precision,
         cpu=choose_device(config.training.device).type == "cpu",
         # Parameters that one batch does not reach (the write path at depth 1) must not stall several processes.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    folder = stage_folder(config)
-    with accelerator.main_process_first():  # what the first process records and caches, the others find
-        resumed = _checkpoint_to_resume(config, folder)
-        before = _result_before(config, curriculum)
-        record_missing_data(config, curriculum)
-        stage = open_stage(config, curriculum, resumed or before, accelerator)
-    return stage.run(resumed, before)
 
 
 def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
@@ -163,56 +174,76 @@ def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:
     return checkpoint
 
 
+def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findings:
+    """What `run_stage` would begin with, without recording, training or writing into the run's folder."""
+    findings = Findings()
+    accelerator = findings.attempt(_accelerator, config) or Accelerator(cpu=True)
+    resumed = findings.attempt(_checkpoint_to_resume, config, stage_folder(config))
+    before = findings.attempt(_result_before, config, curriculum)
+    open_stage(config, curriculum, resumed or before, accelerator, findings)
+    return findings
+
+
 def open_stage(
-    config: RunConfig, curriculum: Sequence[StageConfig], start: Checkpoint | None, accelerator: Accelerator
-) -> "Stage":
+    config: RunConfig,
+    curriculum: Sequence[StageConfig],
+    start: Checkpoint | None,
+    accelerator: Accelerator,
+    findings: Findings,
+) -> "Stage | None":
     """Open data, build the policy from `start`, freeze, and let preflight look at all of it.
 
-    Raises:
-        ConfigError: everything preflight and the datasets find wrong.
+    What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same. None when
+    there are problems.
     """
-    tasks = _open_tasks(config, curriculum)
-    normalization = _shared_normalization(config, tasks)
-    for task in tasks:
-        normalization.check_covers(task)
-    data = config.data
+    tasks = [task for stage in curriculum if (task := findings.attempt(open_task, stage, config.data))]
+    data, training = config.data, config.training
     decoded = {
         task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
     }
-    image_shapes = [frames.shapes for frames in decoded.values()]
+    shapes = {name: found for name, frames in decoded.items() if (found := findings.attempt(frames.checked_shapes))}
+    findings.look_at_tasks(tasks, shapes)
+    normalization = findings.attempt(_shared_normalization, config, tasks) if tasks else None
+    if normalization is None or not shapes:
+        return None
+    for task in tasks:
+        findings.attempt(normalization.check_covers, task)
     is_first = not _stages_before(config, curriculum)
-    frozen = config.training.freeze_first_stage if is_first else config.training.freeze
+    wanted: dict[str, Any] = {
+        "normalization": normalization,
+        "frozen": training.freeze_first_stage if is_first else training.freeze,
+        "checkpoint": start.pretrained_model if start else None,
+        "device": accelerator.device,
+    }
+    instructions = [instruction_text(stage) for stage in curriculum]
+    image_shapes = next(iter(shapes.values()))
+    policy_config = findings.attempt(
+        configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted
+    )
+    if policy_config is None:
+        return None
+    findings.attempt(findings.look_at_policy_config, policy_config, tasks, normalization)
     torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
-    built = build_policy(
-        config,
-        normalization=normalization,
-        image_shapes=image_shapes[0],
-        instructions=[task.instruction for task in tasks],
-        freeze=frozen,
-        checkpoint=start.pretrained_model if start else None,
-        device=accelerator.device,
-    )
-    freeze(built.policy, frozen)
-    order, recurrence = _order(config, tasks, built.policy)
-    batches_per_step = config.training.gradient_accumulation_steps * accelerator.num_processes
+    built = findings.attempt(build_policy, config, policy_config, **wanted)
+    if built is None:
+        return None
+    findings.look_at_policy(config, built.policy)
+    ordered = findings.attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
+    if ordered is None:
+        return None
+    order, recurrence = ordered
     timetable = Timetable(
-        epochs=config.training.epochs,
-        steps_per_epoch=order.steps_per_epoch(config.learns[0], batches_per_step),
-        max_steps=config.training.max_steps,
+        epochs=training.epochs,
+        steps_per_epoch=order.steps_per_epoch(
+            config.learns[0], training.gradient_accumulation_steps * accelerator.num_processes
+        ),
+        max_steps=training.max_steps,
     )
-    precision, autocast = config.training.mixed_precision, accelerator.autocast
-    encoder = frozen_encoder(built.policy, precision=precision, autocast=autocast)
+    encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
     images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
-    table = check_stage(
-        config,
-        tasks=tasks,
-        normalization=normalization,
-        image_shapes=image_shapes,
-        images=images,
-        policy=built.policy,
-        shares=order.shares,
-        steps=timetable.steps,
-    )
+    findings.look_at_plan(config, order.shares, timetable.steps, images)
+    if findings.problems:
+        return None
     return Stage(
         config=config,
         curriculum=curriculum,
@@ -225,7 +256,7 @@ def open_stage(
         order=order,
         recurrence=recurrence,
         timetable=timetable,
-        table=table,
+        table=findings.table,
     )
 
 
@@ -259,32 +290,15 @@ def _fresh_memory(order: Order, policy: Any) -> Recurrence:
     return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip)
 
 
-def _open_tasks(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[Task]:
-    """All tasks of the curriculum; the problems of all of them are told at once."""
-    tasks, problems = [], []
-    for stage in curriculum:
-        try:
-            tasks.append(open_task(stage, config.data))
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return tasks
-
-
 def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
-    """The run's statistics: fixed by its first stage, only read by the later ones."""
+    """The run's statistics: fixed by its first stage (which writes them when it begins), only read by the others."""
     path, source = config.run_folder / "normalization.json", config.data.normalization
     if path.is_file():
         return Normalization.load(path)
     if source == "pretrained":
         checkpoint = Path(str(config.policy.get("pretrained_path")))
-        normalization = normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks))
-    else:
-        normalization = fit_normalization(tasks if source == "joint" else tasks[:1], source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    normalization.save(path)
-    return normalization
+        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks))
+    return fit_normalization(tasks if source == "joint" else tasks[:1], source)
 
 
 def _episodes_read(
@@ -348,7 +362,6 @@ class Stage:
         self._fill_images()
         self._open_folder(resumed)
         groups = self._fingerprints_before(resumed)
-        self.accelerator.print(parameter_table(groups), flush=True)
         parameters = self.built.policy.parameters()
         optimizer, self.scheduler = build_optimizer(
             parameters, config.training, steps=self.timetable.steps, planned=self.timetable.planned
@@ -435,6 +448,8 @@ class Stage:
         config, folder = self.config, self.folder
         if not self.accelerator.is_main_process:
             return
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        self.normalization.save(config.run_folder / "normalization.json")
         write_run_facts(config, self.curriculum, self.tasks, self.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for lines in (folder.metrics, folder.validations, folder.gate):
@@ -551,6 +566,7 @@ class Stage:
             progress.step,
             policy=self.accelerator.unwrap_model(self.policy),
             processors=self._processors,
+            documents=self._documents,
             training_state={
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
@@ -566,6 +582,12 @@ class Stage:
     @property
     def _processors(self) -> tuple[Any, Any]:
         return self.built.preprocessor, self.built.postprocessor
+
+    @property
+    def _documents(self) -> dict[str, str]:
+        """Files beside the weights: what a robot must know of the tasks learnt by now."""
+        seen = [task for task in self.tasks if task.name in self._seen]
+        return {known_tasks.FILE_NAME: known_tasks.KnownTasks.of(seen, self.normalization).to_json()}
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -636,6 +658,7 @@ class Stage:
                 step=best.step,
                 policy=policy,
                 processors=self._processors,
+                documents=self._documents,
                 about={**self._about, "merged": {"alpha": sweep["chosen"], "old": before.hash, "new": best.hash}},
             )
             self.folder.checkpoints.point("best", name)

@@ -16,6 +16,7 @@ MAY_IMPORT = {  # floor → project packages and modules it may import
         "lerobot_policy_smolvla_memory",
     },
     "kuavo_train/evaluation": {"kuavo_train.config", "kuavo_train.data", "kuavo_train.evaluation"},
+    "kuavo_train/wrapper": {"kuavo_train.data", "kuavo_train.wrapper", "lerobot_policy_smolvla_memory"},
     "kuavo_sim": {"kuavo_sim"},
     "lerobot_policy_smolvla_memory": {"lerobot_policy_smolvla_memory"},
 }

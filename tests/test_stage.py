@@ -18,6 +18,7 @@ from kuavo_train import stage as stage_module
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
+from kuavo_train.preflight import Findings
 from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import open_stage, run_stage
 
@@ -86,7 +87,9 @@ def test_each_stage_starts_from_the_one_before(four_stages: list[RunConfig]) -> 
             [each.stage for each in four_stages],
             stage_folder(four_stages[config.stage.index - 2]).checkpoints.at("best"),
             Accelerator(cpu=True),
+            Findings(),
         )
+        assert stage is not None
         began = {name: value for name, value in stage.built.policy.state_dict().items() if "memory" in name}
         before = weights(stage_folder(four_stages[config.stage.index - 2]), "best")
         assert began

@@ -23,6 +23,12 @@ from kuavo_train.data.tasks import Task
 DECODE_TOLERANCE_S = 1e-4
 
 
+def resized(frames: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Float frames [n, 3, H, W] of 0 to 255, brought to `size` (height, width) and rounded to whole values."""
+    smaller = F.interpolate(frames, size=list(size), mode="bilinear", antialias=True, align_corners=False)
+    return smaller.round().clamp(0, 255)
+
+
 class DecodedFrames:
     """Frames [n, 3, H, W] uint8, decoded on demand by LeRobot: exact, slow, nothing stored."""
 
@@ -47,6 +53,23 @@ class DecodedFrames:
         first = self.task.bounds[0, :1]
         return {camera: tuple(self(camera, first).shape[1:]) for camera in self.task.cameras}
 
+    def checked_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`shapes`, after decoding the last frame of every video file: one that was cut off ends early.
+
+        Raises:
+            ConfigError: names the file and the first frame that does not decode.
+        """
+        shapes, task = self.shapes, self.task
+        for camera in task.cameras:
+            if task.cameras[camera] in task.meta.video_keys:
+                last_in_file = {
+                    task.meta.get_video_file_path(episode, task.cameras[camera]): episode
+                    for episode in sorted([*task.train_episodes, *task.held_out_episodes])
+                }
+                for episode in last_in_file.values():
+                    self(camera, task.bounds[episode, 1:] - 1)
+        return shapes
+
     def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
         rows = np.asarray(rows)
         frames: list[torch.Tensor | None] = [None] * len(rows)
@@ -65,18 +88,23 @@ class DecodedFrames:
             try:
                 frames = decode_video_frames(path, times, DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
             except Exception as error:  # each backend raises its own
+                first = next((i for i, time in enumerate(times) if not self._decodes(path, time)), 0)
                 raise ConfigError(
-                    f"{task.name}: video {path} must decode, episode {episode}, frames "
-                    f"{int(task.frame[rows].min())} to {int(task.frame[rows].max())}: {str(error).splitlines()[0]}"
+                    f"{task.name}: video {path} must decode, got an error at frame {int(task.frame[rows[first]])} of "
+                    f"episode {episode}, {times[first]:.2f} s into the file: {str(error).splitlines()[0]}"
                 ) from error
         else:
             frames = self._read_images(key, rows)
         if self.image_size is not None and list(frames.shape[-2:]) != list(self.image_size):
-            resized = F.interpolate(
-                frames.float(), size=list(self.image_size), mode="bilinear", antialias=True, align_corners=False
-            )
-            frames = resized.round().clamp(0, 255).to(torch.uint8)
+            frames = resized(frames.float(), self.image_size).to(torch.uint8)
         return frames
+
+    def _decodes(self, path: Path, time: float) -> bool:
+        try:
+            decode_video_frames(path, [time], DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
+        except Exception:  # each backend raises its own
+            return False
+        return True
 
     def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
         # The column alone: a row of the whole table would decode the images of every camera.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 
 from kuavo_train.config import ConfigError, DataConfig, StageConfig
 
@@ -46,6 +46,18 @@ class Task:
     train_episodes: tuple[int, ...]
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Features of the dataset beside the robot's state and actions that no part of this project reads."""
+        used = {OBS_STATE, ACTION, *self.cameras.values(), *DEFAULT_FEATURES}
+        return tuple(key for key in self.meta.features if key not in used)
+
+    def camera_size(self, camera: str) -> tuple[int, int]:
+        """(height, width) of the dataset's pictures, of a camera by its name in the policy."""
+        shape = self.meta.features[self.cameras[camera]]["shape"]
+        height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]  # either order is found in datasets
+        return int(height), int(width)
 
     @cached_property
     def train_rows(self) -> np.ndarray:
@@ -107,7 +119,7 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
     return Task(
         name=stage.name,
         index=stage.index,
-        instruction=" ".join(stage.instruction.split()),
+        instruction=instruction_text(stage),
         root=root,
         meta=meta,
         state_names=state_names,
@@ -121,6 +133,11 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
         held_out_episodes=held_out,
         cameras=_map_cameras(stage, meta, config.cameras, where),
     )
+
+
+def instruction_text(stage: StageConfig) -> str:
+    """The instruction in one line, as the policy reads it in training and on the robot."""
+    return " ".join(stage.instruction.split())
 
 
 def split_episodes(
@@ -199,10 +216,15 @@ class FeatureSpace:
 
     def action_groups(self) -> dict[str, np.ndarray]:
         """Columns of each joint group that is there: left_arm, right_arm, claws, base, other."""
-        groups: dict[str, list[int]] = {}
-        for column, name in enumerate(self.action_names):
-            groups.setdefault(joint_group(name), []).append(column)
-        return {group: np.array(columns) for group, columns in groups.items()}
+        return columns_by_group(self.action_names)
+
+
+def columns_by_group(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Joint group → places in `names`, groups in order of first appearance."""
+    groups: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        groups.setdefault(joint_group(name), []).append(column)
+    return {group: np.array(columns) for group, columns in groups.items()}
 
 
 def joint_group(name: str) -> str:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,31 @@ class CheckpointFolder:
         policy: Any,
         processors: tuple[Any, ...],
         training_state: dict[str, Any],
+        documents: Mapping[str, str],
         about: dict[str, Any],
     ) -> Checkpoint:
-        """Write the checkpoint of `step` and let `last` point to it. A step already there is kept."""
-        checkpoint = self._write(_folder_name(step), {"step": step, **about}, policy, processors, training_state)
+        """Write the checkpoint of `step` and let `last` point to it. A step already there is kept.
+
+        Args:
+            documents: name → text of files that go beside the weights.
+        """
+        about = {"step": step, **about}
+        checkpoint = self._write(_folder_name(step), about, policy, processors, documents, training_state)
         self.point("last", step)
         return checkpoint
 
     def save_weights(
-        self, name: str, *, step: int, policy: Any, processors: tuple[Any, ...], about: dict[str, Any]
+        self,
+        name: str,
+        *,
+        step: int,
+        policy: Any,
+        processors: tuple[Any, ...],
+        documents: Mapping[str, str],
+        about: dict[str, Any],
     ) -> Checkpoint:
         """Write a checkpoint that no training resumes from. One already there is kept."""
-        return self._write(name, {"step": step, **about}, policy, processors, None)
+        return self._write(name, {"step": step, **about}, policy, processors, documents, None)
 
     def _write(
         self,
@@ -88,6 +102,7 @@ class CheckpointFolder:
         about: dict[str, Any],
         policy: Any,
         processors: tuple[Any, ...],
+        documents: Mapping[str, str],
         training_state: dict[str, Any] | None,
     ) -> Checkpoint:
         if not (self.folder / name).is_dir():
@@ -98,6 +113,8 @@ class CheckpointFolder:
             policy.save_pretrained(model)
             for processor in processors:
                 processor.save_pretrained(model)
+            for file, text in documents.items():
+                (model / file).write_text(text)
             if training_state is not None:
                 state.mkdir()
                 torch.save(training_state, state / "state.pt")

@@ -59,6 +59,19 @@ def trainable_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
+def parameter_counts(policy: nn.Module) -> list[dict[str, Any]]:
+    """Of every group its name, its number of parameters and whether it is trained."""
+    parameters = dict(policy.named_parameters())
+    return [
+        {
+            "group": group,
+            "parameters": sum(parameters[name].numel() for name in names),
+            "trainable": any(parameters[name].requires_grad for name in names),
+        }
+        for group, names in parameter_groups(policy).items()
+    ]
+
+
 def take_fingerprints(policy: nn.Module) -> list[ParameterGroup]:
     """Size, trainability and sha256 of every group's values."""
     parameters = dict(policy.named_parameters())
@@ -91,13 +104,3 @@ def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[Param
             raise RuntimeError(f"frozen parameter group {then.group} changed: {then.fingerprint} → {now.fingerprint}")
         rows.append({**then.as_begun(), "fingerprint_after": now.fingerprint, "changed": changed})
     return {"groups": rows}
-
-
-def parameter_table(groups: Sequence[ParameterGroup]) -> str:
-    """The groups as lines of text, to be printed before training."""
-    total = sum(group.parameters for group in groups)
-    trainable = sum(group.parameters for group in groups if group.trainable)
-    lines = [
-        f"  {group.group:<12} {group.parameters:>13,}  {'trained' if group.trainable else 'frozen'}" for group in groups
-    ]
-    return "\n".join([*lines, f"  {'total':<12} {total:>13,}  {trainable:,} in trained groups"])

@@ -18,7 +18,9 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.learning.freezing import freeze
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
+from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
 
 @dataclass(frozen=True)
@@ -28,59 +30,80 @@ class BuiltPolicy:
     postprocessor: Any
 
 
-def build_policy(
+def configure_policy(
     config: RunConfig,
     *,
     normalization: Normalization,
     image_shapes: Mapping[str, tuple[int, ...]],
     instructions: Sequence[str],
-    freeze: Sequence[str],
-    checkpoint: str | Path | None,
+    frozen: Sequence[str],
+    checkpoint: Path | None,
     device: torch.device,
-) -> BuiltPolicy:
-    """The policy of a stage with the shared normalization in its processors.
+) -> PreTrainedConfig:
+    """The LeRobot config of a stage's policy.
 
     Args:
         image_shapes: camera → (3, H, W), in the policy's order.
         instructions: of all tasks; the tiny tokenizer learns its words from them.
-        freeze: parameter groups this stage holds fixed.
-        checkpoint: folder or hub id whose weights to start from; None starts from new ones.
+        frozen: parameter groups this stage holds fixed.
+        checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
     Raises:
-        ConfigError: a field the policy does not have, weights that cannot be had or do not fit, a frozen VLM
-            that nobody trained.
+        ConfigError: a policy that is not there, or a field it does not have.
     """
-    fields_given = dict(config.policy)
-    kind, pretrained = fields_given.pop("type"), fields_given.pop("pretrained_path", None)
-    source = checkpoint or pretrained
+    values = {key: value for key, value in config.policy.items() if key not in ("type", "pretrained_path")}
     if config.tiny_vlm is not None:
-        fields_given["vlm_model_name"] = _tiny_vlm(config, instructions, checkpoint)
-    if "load_vlm_weights" in fields_given:
+        values["vlm_model_name"] = _tiny_vlm(config, instructions, checkpoint)
+    if "load_vlm_weights" in values:
         # A checkpoint holds the VLM's weights; fetching them twice would only be overwritten.
-        fields_given["load_vlm_weights"] = bool(fields_given["load_vlm_weights"]) and source is None
-        frozen_random = "vlm_text" in freeze and source is None and not fields_given["load_vlm_weights"]
-        if frozen_random and not config.allow_random_frozen_vlm:
-            raise ConfigError(
-                "a frozen VLM must have pretrained weights, got policy.pretrained_path=null and "
-                "policy.load_vlm_weights=false; set one of them, or training.freeze_first_stage=[] to train it, "
-                "or allow_random_frozen_vlm=true"
-            )
-    policy_class = _policy_class(kind)
-    lerobot_config = _lerobot_config(
-        policy_class.config_class,
-        {**fields_given, **_freezing_flags(policy_class.config_class, freeze), "device": device.type},
+        values["load_vlm_weights"] = bool(values["load_vlm_weights"]) and _source(config, checkpoint) is None
+    config_class = _policy_class(config.policy["type"]).config_class
+    return _lerobot_config(
+        config_class,
+        {**values, **_freezing_flags(config_class, frozen), "device": device.type},
         normalization=normalization,
         image_shapes=image_shapes,
     )
-    policy = _with_weights(policy_class, lerobot_config, source)
-    preprocessor, postprocessor = make_pre_post_processors(lerobot_config, dataset_stats=normalization.for_lerobot())
+
+
+def build_policy(
+    config: RunConfig,
+    policy_config: PreTrainedConfig,
+    *,
+    normalization: Normalization,
+    frozen: Sequence[str],
+    checkpoint: Path | None,
+    device: torch.device,
+) -> BuiltPolicy:
+    """The policy that `configure_policy` has planned, its weights, and the shared normalization in its processors.
+
+    Raises:
+        ConfigError: weights that cannot be had or do not fit, a frozen VLM that nobody trained, a group that the
+            policy does not have.
+    """
+    source = _source(config, checkpoint)
+    random_vlm = source is None and getattr(policy_config, "load_vlm_weights", None) is False
+    if random_vlm and "vlm_text" in frozen and not config.allow_random_frozen_vlm:
+        raise ConfigError(
+            "a frozen VLM must have pretrained weights, got policy.pretrained_path=null and "
+            "policy.load_vlm_weights=false; set one of them, or training.freeze_first_stage=[] to train it, "
+            "or allow_random_frozen_vlm=true"
+        )
+    policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
+    freeze(policy, frozen)
+    preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=normalization.for_lerobot())
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
 
 
-def _tiny_vlm(config: RunConfig, instructions: Sequence[str], checkpoint: str | Path | None) -> str:
+def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
+    """Folder or hub id whose weights the policy starts from; None for new ones."""
+    return checkpoint or config.policy.get("pretrained_path")
+
+
+def _tiny_vlm(config: RunConfig, instructions: Sequence[str], checkpoint: Path | None) -> str:
     """Folder of the tiny VLM. A checkpoint keeps its own: a task added later must not change its tokenizer."""
     if checkpoint is not None:
-        return PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
+        return vlm_described_in(checkpoint, PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name)
     settings = {**asdict(config.tiny_vlm), "corpus": list(instructions)}  # type: ignore[arg-type]
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return str(make_tiny_vlm(Path(config.outputs).resolve() / "tiny_vlm" / name, **settings))
@@ -119,12 +142,12 @@ def _lerobot_config(
         raise ConfigError(f"policy: {error}") from error
 
 
-def _freezing_flags(config_class: type[PreTrainedConfig], freeze: Sequence[str]) -> dict[str, bool]:
+def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str]) -> dict[str, bool]:
     """SmolVLA's own switches, so that it skips what the frozen groups make superfluous."""
     flags = {
-        "freeze_vision_encoder": "vision" in freeze,
-        "train_expert_only": {"vision", "vlm_text"} <= set(freeze),
-        "train_state_proj": "state_proj" not in freeze,
+        "freeze_vision_encoder": "vision" in frozen,
+        "train_expert_only": {"vision", "vlm_text"} <= set(frozen),
+        "train_state_proj": "state_proj" not in frozen,
     }
     known = {item.name for item in fields(config_class)}
     return {name: value for name, value in flags.items() if name in known}

@@ -1,0 +1,72 @@
+"""What a checkpoint knows of its tasks: tasks.json in pretrained_model/, all that a robot needs beside the weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lerobot.utils.constants import OBS_STATE
+
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task
+
+FILE_NAME = "tasks.json"
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """A task the policy has learnt; names are in the order of the task's own dataset."""
+
+    name: str
+    instruction: str
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KnownTasks:
+    """
+    Attributes:
+        tasks: those learnt so far, in the order of learning.
+        fps: queries are `n_action_steps` frames at this rate apart.
+        state_names, action_names: the policy's dimensions, the union over all tasks of its run.
+        absent_state: [S] what the policy sees in a state dimension that a task lacks, in robot units.
+        camera_sizes: camera → [height, width] of the datasets' pictures, before data.image_size.
+    """
+
+    tasks: tuple[KnownTask, ...]
+    fps: int
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    absent_state: tuple[float, ...]
+    camera_sizes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], normalization: Normalization) -> "KnownTasks":
+        space = normalization.space
+        return cls(
+            tasks=tuple(KnownTask(t.name, t.instruction, t.state_names, t.action_names) for t in tasks),
+            fps=tasks[0].meta.fps,
+            state_names=space.state_names,
+            action_names=space.action_names,
+            absent_state=tuple(normalization.array(OBS_STATE, "mean").tolist()),
+            camera_sizes={camera: tasks[0].camera_size(camera) for camera in tasks[0].cameras},
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "KnownTasks":
+        """Raises `FileNotFoundError`: the checkpoint is not from this project."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} must be there: only checkpoints written by kuavo_train know their tasks")
+        stored = json.loads(path.read_text())
+        names = {key: tuple(stored[key]) for key in ("state_names", "action_names", "absent_state")}
+        tasks = tuple(
+            KnownTask(each["name"], each["instruction"], tuple(each["state_names"]), tuple(each["action_names"]))
+            for each in stored["tasks"]
+        )
+        sizes = {camera: (size[0], size[1]) for camera, size in stored["camera_sizes"].items()}
+        return cls(tasks=tasks, fps=stored["fps"], camera_sizes=sizes, **names)

@@ -1,0 +1,1 @@
+"""Policies as a robot process uses them: observations and actions in robot units."""

@@ -1,0 +1,295 @@
+"""A trained policy as a robot process uses it: pictures, joint positions and an instruction in, joint commands out.
+
+    policy = SmolVLAPolicyWrapper.from_pretrained("outputs/robot/stage4_sorting/checkpoints/best", seed=0)
+    policy.reset()                                      # an episode begins
+    action = policy.select_action(                      # at the dataset's rate, 10 Hz
+        {
+            "observation.images.head_cam_h": picture,   # [480, 640, 3] uint8, or [3, 480, 640] float in [0, 1]
+            "observation.images.wrist_cam_l": …,
+            "observation.images.wrist_cam_r": …,
+            "observation.state": joints,                # [16] rad, claws in [0, 1]
+            "task": "Pick up the package from …",       # or the task's name
+        }
+    )                                                   # [16] rad; the sorting task has its 20 dimensions
+
+The wrapper needs nothing but the checkpoint's folder, wherever it was copied, and no network. With a leading batch
+dimension on every observation and a list of instructions it drives several robots, each with its own memory.
+
+Threads: one call at a time; a lock holds the others back. The memory is that of the robots in the batch, in their
+order, so processes or threads that drive different robots each need a wrapper of their own.
+"""
+
+import difflib
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
+
+from kuavo_train.data.frames import resized
+from kuavo_train.data.known_tasks import KnownTask, KnownTasks
+from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+
+LIKE_A_TRAINED_ONE = 0.6
+"""Instructions whose words match one the policy was trained with to at least this ratio are taken without a warning."""
+
+
+class SmolVLAPolicyWrapper:
+    """SmolVLA, with or without memory, between robot units and robot units.
+
+    Attributes:
+        known: the tasks the policy has learnt, with their instructions and dimensions.
+        cameras: what every observation must hold, camera → (height, width).
+    """
+
+    def __init__(
+        self, policy: SmolVLAMemoryPolicy, processors: tuple[Any, Any], known: KnownTasks, *, seed: int | None = None
+    ):
+        """
+        Args:
+            processors: LeRobot's pre- and post-processor, as stored with the policy.
+            seed: of the noise that actions are denoised from; None draws one.
+        """
+        self._policy, (self._preprocess, self._postprocess), self.known = policy.eval(), processors, known
+        self.cameras = {camera: tuple(f.shape[1:]) for camera, f in policy.config.image_features.items()}
+        self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        self._lock = threading.Lock()
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | None = None, seed: int | None = None
+    ) -> "SmolVLAPolicyWrapper":
+        """
+        Args:
+            path: a checkpoint (`checkpoints/best`), its `pretrained_model`, or a hub id.
+            device: cpu, cuda or mps; None takes a GPU where there is one.
+
+        Raises:
+            FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.
+            ValueError: a policy of another kind, or weights that do not fit it.
+        """
+        folder = _folder_of(path)
+        known = KnownTasks.load(folder)
+        config = PreTrainedConfig.from_pretrained(folder)
+        if not isinstance(config, SmolVLAConfig):
+            raise ValueError(f"{folder} must hold a SmolVLA policy, got {config.type}")
+        config.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not isinstance(config, SmolVLAMemoryConfig):
+            config = SmolVLAMemoryConfig.from_smolvla(config, num_mem_tokens=0)
+        policy = SmolVLAMemoryPolicy.from_pretrained(folder, config=config)
+        processors = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": config.device}},
+        )
+        return cls(policy, processors, known, seed=seed)
+
+    def reset(self, indices: Sequence[int] | None = None) -> None:
+        """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
+
+        After `reset()` the next batch may have another size. With a seed, the actions of an episode are a function
+        of its observations alone.
+
+        Raises:
+            ValueError: an index outside the batch.
+        """
+        with self._lock:
+            if indices is None:
+                self._policy.reset()
+                self._instructions: list[str] = []
+                self._calls: list[int] = []  # since each element's reset
+            else:
+                self._reset(list(indices))
+
+    def _reset(self, indices: list[int]) -> None:
+        size = len(self._calls)
+        for index in indices:
+            if not 0 <= index < size:
+                raise ValueError(f"indices must be in [0, {size}), the size of the last batch, got {index}")
+        if indices:
+            self._policy.reset(indices)
+        for index in indices:
+            self._calls[index] = 0
+
+    def select_action(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+        """The next action, from a new look at the observation every `n_action_steps` calls.
+
+        Another instruction than at the last call begins a new task: what was planned and remembered of the old one
+        is dropped, for that robot.
+
+        Args:
+            observation: of every camera [H, W, 3] uint8 or [3, H, W] float in [0, 1], `observation.state` [S], and
+                `task`, an instruction or the name of a learnt task. For B robots, all with a leading B, and B tasks
+                or one for all. S are the dimensions of the task's dataset.
+
+        Returns:
+            [A] float32 in robot units, A the dimensions of the task. For B robots [B, A], or a list of B such arrays
+            where their tasks have different dimensions.
+
+        Raises:
+            ValueError: a camera or the state missing, of another shape or type or not finite, an instruction too
+                long for the policy, or another batch size than since the last reset.
+        """
+        with self._lock:
+            return self._select_action(observation)
+
+    def _select_action(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+        states = self._states(observation)
+        batched, size = _array(observation[OBS_STATE]).ndim == 2, len(states)
+        instructions = self._instructions_of(observation, size)
+        tasks = [self._task_like(instruction) for instruction in instructions]
+        batch = {camera: self._pictures(observation, camera, size, batched=batched) for camera in self.cameras}
+        batch[OBS_STATE] = torch.stack([self._in_policy_order(*each) for each in zip(states, tasks, strict=True)])
+        columns = [[self.known.action_names.index(name) for name in task.action_names] for task in tasks]
+        absent = torch.ones(size, len(self.known.action_names), dtype=torch.bool)
+        for row, present in enumerate(columns):
+            absent[row, present] = False
+        ready = self._preprocess({**batch, "action_dim_is_pad": absent, "task": instructions})
+        self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], instructions)
+        self._begin_new_tasks(instructions)
+        actions = self._postprocess(self._policy.select_action(ready, noise=self._noise()))
+        self._calls = [calls + 1 for calls in self._calls]
+        chosen = [row[present].numpy().astype(np.float32) for row, present in zip(actions, columns, strict=True)]
+        if not batched:
+            return chosen[0]
+        return np.stack(chosen) if len({len(action) for action in chosen}) == 1 else chosen
+
+    # ------------------------------------------------------------------------------------- what an observation holds
+
+    def _states(self, observation: Mapping[str, Any]) -> np.ndarray:
+        """[B, S]"""
+        if OBS_STATE not in observation:
+            raise ValueError(f"the observation must hold {OBS_STATE}, got {', '.join(observation)}")
+        state = np.asarray(_array(observation[OBS_STATE]), dtype=np.float32)
+        if state.ndim not in (1, 2) or state.size == 0:
+            raise ValueError(f"{OBS_STATE} must be of shape [S] or [B, S], got {list(state.shape)}")
+        if not np.isfinite(state).all():
+            raise ValueError(f"{OBS_STATE} must be finite, got {state}")
+        return np.atleast_2d(state)
+
+    def _in_policy_order(self, state: np.ndarray, task: KnownTask) -> torch.Tensor:
+        """[S of the policy], by name; a dimension the task lacks holds what it held in training."""
+        if len(state) != len(task.state_names):
+            raise ValueError(
+                f"{OBS_STATE} must have the {len(task.state_names)} dimensions of {task.name} "
+                f"({', '.join(task.state_names)}), got {len(state)}"
+            )
+        given = dict(zip(task.state_names, state.tolist(), strict=True))
+        return torch.tensor(
+            [
+                given.get(name, absent)
+                for name, absent in zip(self.known.state_names, self.known.absent_state, strict=True)
+            ]
+        )
+
+    def _pictures(self, observation: Mapping[str, Any], camera: str, size: int, *, batched: bool) -> torch.Tensor:
+        """[B, 3, H, W] float in [0, 1], brought to the size of training as training did."""
+        if camera not in observation:
+            raise ValueError(
+                f"the observation must hold {camera}; the policy was trained with {', '.join(self.cameras)}, "
+                f"got {', '.join(observation)}"
+            )
+        given = torch.from_numpy(np.ascontiguousarray(_array(observation[camera])))
+        pictures = given if batched else given[None]
+        whole = given.dtype == torch.uint8
+        if whole and pictures.ndim == 4 and pictures.shape[-1] == 3:
+            pictures = pictures.permute(0, 3, 1, 2)
+        elif not (pictures.is_floating_point() and pictures.ndim == 4 and pictures.shape[1] == 3):
+            raise ValueError(
+                f"{camera} must be [H, W, 3] uint8 or [3, H, W] float{', for each of the batch' if batched else ''}, "
+                f"got {list(given.shape)} {str(given.dtype).removeprefix('torch.')}"
+            )
+        if len(pictures) != size:
+            raise ValueError(f"{camera} must be of {size} robots, as {OBS_STATE} is, got {len(pictures)}")
+        pictures = pictures.float() if whole else pictures.float() * 255
+        if not (pictures.min() >= 0 and pictures.max() <= 255):
+            raise ValueError(
+                f"{camera} as float must be in [0, 1], got {pictures.min() / 255:g} to {pictures.max() / 255:g}; "
+                "give pictures of 0 to 255 as uint8"
+            )
+        trained, found = self.cameras[camera], tuple(pictures.shape[2:])
+        if found != trained:
+            if found != self.known.camera_sizes.get(camera):
+                raise ValueError(f"{camera} must be of the size in training, {trained} (height, width), got {found}")
+            pictures = resized(pictures, trained)
+        return pictures / 255
+
+    def _instructions_of(self, observation: Mapping[str, Any], size: int) -> list[str]:
+        given = observation.get("task")
+        given = [given] * size if isinstance(given, str) else given
+        if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each.strip() for each in given):
+            raise ValueError(f"task must be an instruction, or a list of them, got {observation.get('task')!r}")
+        if len(given) != size:
+            raise ValueError(f"task must be one instruction, or {size} for as many states, got {len(given)}")
+        if self._instructions and len(self._instructions) != size:
+            raise ValueError(
+                f"the batch must stay at {len(self._instructions)} robots until reset(), got {size}; "
+                "each has its own memory"
+            )
+        by_name = {task.name: task.instruction for task in self.known.tasks}
+        return [by_name.get(each, " ".join(each.split())) for each in given]
+
+    def _task_like(self, instruction: str) -> KnownTask:
+        """The learnt task whose instruction is closest, which decides the dimensions."""
+        words = instruction.lower().split()
+
+        def likeness(task: KnownTask) -> float:
+            return difflib.SequenceMatcher(None, words, task.instruction.lower().split()).ratio()
+
+        closest = max(self.known.tasks, key=likeness)
+        if likeness(closest) < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
+            warnings.warn(
+                f"the policy was never trained with an instruction like {instruction!r}: what it will do is unknown. "
+                f"Its dimensions are taken to be those of {closest.name}, the closest ({closest.instruction!r})",
+                stacklevel=4,
+            )
+        return closest
+
+    def _check_length(self, mask: torch.Tensor, instructions: Sequence[str]) -> None:
+        """LeRobot cuts what is too long without a word: a row filled to its end may have been cut."""
+        limit = self._policy.config.tokenizer_max_length
+        tokenizer = next(step.input_tokenizer for step in self._preprocess.steps if hasattr(step, "input_tokenizer"))
+        for row, instruction in zip(mask, instructions, strict=True):
+            if int(row.sum()) == limit and len(tokenizer(instruction + "\n").input_ids) > limit:
+                raise ValueError(f"task must fit the policy's {limit} tokens, got a longer one: {instruction!r}")
+
+    def _begin_new_tasks(self, instructions: list[str]) -> None:
+        if not self._instructions:
+            self._calls = [0] * len(instructions)
+        else:
+            pairs = zip(self._instructions, instructions, strict=True)
+            self._reset([index for index, (before, now) in enumerate(pairs) if before != now])
+        self._instructions = instructions
+
+    def _noise(self) -> torch.Tensor:
+        """[B, T, max_action_dim], of each element a function of the seed, its place and its calls since reset."""
+        config = self._policy.config
+        rows = []
+        for index, calls in enumerate(self._calls):
+            generator = np.random.default_rng([self._seed, index, calls])
+            rows.append(generator.standard_normal((config.chunk_size, config.max_action_dim), dtype=np.float32))
+        return torch.from_numpy(np.stack(rows)).to(config.device)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _folder_of(path: str | Path) -> Path:
+    """The folder with config.json: of a checkpoint, of its pretrained_model, or downloaded from the hub."""
+    for folder in (Path(path), Path(path) / "pretrained_model"):
+        if (folder / "config.json").is_file():
+            return folder
+    is_hub_id = len(Path(path).parts) == 2 and not Path(path).exists() and not str(path).startswith((".", "/", "~"))
+    if not is_hub_id:
+        raise FileNotFoundError(f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model")
+    return Path(snapshot_download(str(path)))

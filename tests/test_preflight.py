@@ -1,0 +1,98 @@
+"""Preflight tells everything about a stage at once, as a table and for machines, and leaves nothing behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_datasets import write_dataset
+from test_command_line import call
+
+from kuavo_train.compose import compose_run
+from kuavo_train.preflight import Findings
+from kuavo_train.stage import examine_stage
+
+Overrides = Callable[..., list[str]]
+
+
+def examine(overrides: list[str], place: int = 0) -> Findings:
+    configs = compose_run(overrides)
+    return examine_stage(configs[place], [config.stage for config in configs])
+
+
+def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> None:
+    findings = examine(small_run())
+    assert findings.problems == []
+    table = findings.table
+    for words in (
+        "task               train  held out    frames     hours       fps    tokens     share",
+        "moving_grasp           3         2        42      0.00        10",
+        "cameras  head_cam_h 32×32, wrist_cam_l 32×32, wrist_cam_r 32×32",
+        "state    16 = 7 left_arm + 2 claws + 7 right_arm",
+        "action   20 = 7 left_arm + 2 claws + 7 right_arm + 4 base   (sorting)",
+        "  weighing       Pick up the package from the conveyor belt",
+        "trained",
+        "in trained groups",
+        "checkpoints",
+        "4 steps of 4 samples",
+    ):
+        assert words in table, words
+    tokens = [task["tokens"] for task in findings.facts["tasks"]]
+    assert all(10 < count <= findings.facts["token_limit"] for count in tokens)
+
+
+def test_preflight_writes_nothing_into_the_runs_folder(small_run: Overrides) -> None:
+    overrides = small_run()
+    examine(overrides)
+    assert not compose_run(overrides)[0].run_folder.exists()
+
+
+def test_all_problems_are_told_at_once_each_with_its_fix(small_run: Overrides, datasets: Path, tmp_path: Path) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "weighing")
+    shutil.rmtree(tmp_path / "data" / "placement")
+    write_dataset(tmp_path / "data" / "placement", fps=20, size=48)
+    overrides = small_run(
+        f"data.root={tmp_path / 'data'}",
+        "policy.tokenizer_max_length=20",
+        "policy.max_action_dim=16",
+        "policy.pretrained_path=/nowhere/at/all",
+        "training.device=mps",
+    )
+    said = "\n".join(examine(overrides, place=1).problems)
+    for problem in (
+        "must follow a finished stage 1",
+        "stage 2 (weighing): dataset",
+        "fps must be equal for all tasks, got {'moving_grasp': 10, 'placement': 20, 'sorting': 10}",
+        "observation.images.head_cam_h must have one size in all tasks",
+        "instruction of sorting must fit policy.tokenizer_max_length=20 tokens",
+        "policy.max_action_dim must be at least 20",
+        "policy.pretrained_path must be an existing folder or a hub id",
+        "training.device must be available, got mps",
+    ):
+        assert problem in said, problem
+
+
+def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, datasets: Path, tmp_path: Path) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    root = tmp_path / "data" / "sorting"
+    video = next((root / "videos").rglob("*wrist_cam_l*/**/*.mp4"))
+    shutil.copy(next((datasets / "weighing" / "videos").rglob("*wrist_cam_l*/**/*.mp4")), video)
+    whole = video.read_bytes()
+    write_dataset(tmp_path / "short", episodes=4, base=True)
+    shutil.copy(next((tmp_path / "short" / "videos").rglob("*wrist_cam_l*/**/*.mp4")), video)
+    assert len(video.read_bytes()) < len(whole)
+    problems = examine(small_run(f"data.root={tmp_path / 'data'}")).problems
+    assert len(problems) == 1
+    assert f"sorting: video {video} must decode, got an error at frame 13 of episode 4, 6.90 s" in problems[0]
+
+
+@pytest.mark.parametrize(("override", "status"), [("seed=0", 0), ("policy.tokenizer_max_length=20", 1)])
+def test_the_command_prints_json_and_exits_by_the_problems(small_run: Overrides, override: str, status: int) -> None:
+    done = call("kuavo_train.preflight", *small_run(override), "--json")
+    assert done.returncode == status, done.stderr
+    said = json.loads(done.stdout[done.stdout.index("{") :])
+    assert bool(said["problems"]) == bool(status)
+    assert [task["name"] for task in said["tasks"]] == ["moving_grasp", "weighing", "placement", "sorting"]
+    assert {"parameters", "memory_bytes", "disk_bytes", "training", "notes"} <= said.keys()

@@ -1,0 +1,232 @@
+"""The policy as a robot process uses it: robot units in and out, by task, per robot, and clear words on misuse."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_datasets import ARM_NAMES, CAMERAS
+
+from kuavo_train.compose import compose_run, stages_to_run
+from kuavo_train.run_folder import stage_folder
+from kuavo_train.stage import run_stage
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
+
+Observation = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that has learnt all four tasks, at a place of its own: nothing else of its run is left."""
+    folder = tmp_path_factory.mktemp("robot")
+    configs = compose_run(
+        [
+            "profile=smoke",
+            "strategy=joint",
+            "simulation=null",
+            f"outputs={folder / 'outputs'}",
+            f"data.root={datasets}",
+            f"data.cache_root={folder / 'cache'}",
+            "data.held_out_episodes=2",
+            "data.image_size=[24,24]",
+            "tiny_vlm.image_size=32",
+            "policy.resize_imgs_with_padding=[32,32]",
+            "policy.chunk_size=6",
+            "policy.n_action_steps=2",
+            "training.max_steps=1",
+            "training.batch_size=4",
+        ]
+    )
+    joint = stages_to_run(configs)[0]
+    assert run_stage(joint, [config.stage for config in configs]) == 0
+    shutil.copytree(stage_folder(joint).path / "checkpoints" / "best", folder / "best", symlinks=False)
+    shutil.rmtree(folder / "outputs")
+    return folder / "best"
+
+
+@pytest.fixture
+def wrapper(checkpoint: Path) -> SmolVLAPolicyWrapper:
+    return SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=3)
+
+
+def look(number: int = 0, *, task: str = "weighing", robots: int | None = None) -> Observation:
+    """What a robot sees at a moment; with `robots`, what each of them sees."""
+    random = np.random.default_rng(number)
+    shape = () if robots is None else (robots,)
+    return {
+        **{f"observation.images.{c}": random.integers(0, 256, (*shape, 32, 32, 3), dtype=np.uint8) for c in CAMERAS},
+        "observation.state": random.normal(size=(*shape, 16)).astype(np.float32),
+        "task": task,
+    }
+
+
+def of_robot(observation: Observation, robot: int) -> Observation:
+    return {key: value if isinstance(value, str) else value[robot] for key, value in observation.items()}
+
+
+def episode(wrapper: SmolVLAPolicyWrapper, *, task: str = "weighing", steps: int = 5) -> np.ndarray:
+    return np.stack([wrapper.select_action(look(step, task=task)) for step in range(steps)])
+
+
+def test_an_action_has_the_dimensions_of_the_task_in_robot_units(wrapper: SmolVLAPolicyWrapper) -> None:
+    arms = wrapper.select_action(look())
+    assert arms.shape == (16,)
+    assert arms.dtype == np.float32
+    wrapper.reset()
+    assert wrapper.select_action(look(task="sorting")).shape == (20,)
+    # The datasets' joints swing within ±1 rad; an untrained policy answers around their mean, not around its code's.
+    assert np.abs(arms).max() < 5
+
+
+def test_the_same_seed_and_observations_give_the_same_actions(checkpoint: Path, wrapper: SmolVLAPolicyWrapper) -> None:
+    torch.manual_seed(0)
+    first = episode(wrapper)
+    torch.manual_seed(1)
+    wrapper.reset()
+    assert np.array_equal(episode(wrapper), first)
+    again = SmolVLAPolicyWrapper.from_pretrained(checkpoint / "pretrained_model", device="cpu", seed=3)
+    assert np.array_equal(episode(again), first)
+    other = SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=4)
+    assert not np.array_equal(episode(other), first)
+
+
+def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) -> None:
+    whole = look()
+    floats = {
+        key: np.moveaxis(value, -1, 0).astype(np.float32) / 255 if "images" in key else value
+        for key, value in whole.items()
+    }
+    expected = wrapper.select_action(whole)
+    wrapper.reset()
+    np.testing.assert_allclose(wrapper.select_action(floats), expected, atol=1e-5)
+    wrapper.reset()
+    tensors = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in whole.items()}
+    assert np.array_equal(wrapper.select_action(tensors), expected)
+
+
+def test_what_a_robot_sees_is_what_training_saw(wrapper: SmolVLAPolicyWrapper, datasets: Path) -> None:
+    from kuavo_train.data.frames import DecodedFrames
+    from kuavo_train.data.tasks import open_task
+
+    config = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])[1]
+    task = open_task(config.stage, config.data)
+    camera, rows = config.data.cameras[0], np.array([5])
+    trained = DecodedFrames(task, image_size=[24, 24], video_backend="pyav")(camera, rows)
+    picture = DecodedFrames(task, image_size=None, video_backend="pyav")(camera, rows)[0].permute(1, 2, 0).numpy()
+    given = wrapper._pictures({camera: picture}, camera, 1, batched=False)
+    assert torch.equal(given, trained.float() / 255)
+
+
+def test_every_robot_of_a_batch_has_a_memory_of_its_own(wrapper: SmolVLAPolicyWrapper) -> None:
+    steps = [look(step, robots=2) for step in range(5)]
+    together = np.stack([wrapper.select_action(step) for step in steps])
+    assert together.shape == (5, 2, 16)
+    wrapper.reset()
+    alone = np.stack([wrapper.select_action(of_robot(step, 0)) for step in steps])
+    np.testing.assert_allclose(together[:, 0], alone, atol=1e-5)
+
+
+def test_robots_of_a_batch_may_do_different_tasks(wrapper: SmolVLAPolicyWrapper) -> None:
+    observation = look(robots=2) | {"task": ["sorting", "weighing"]}
+    actions = wrapper.select_action(observation)
+    assert [action.shape for action in actions] == [(20,), (16,)]
+
+
+def test_resetting_one_robot_leaves_the_other_alone(wrapper: SmolVLAPolicyWrapper) -> None:
+    steps = [look(step, robots=2) for step in range(4)]
+    undisturbed = [wrapper.select_action(step) for step in steps]
+    wrapper.reset()
+    for step in steps[:3]:
+        wrapper.select_action(step)
+    wrapper.reset([1])
+    after = wrapper.select_action(steps[3])
+    np.testing.assert_allclose(after[0], undisturbed[3][0], atol=1e-5)
+    assert not np.allclose(after[1], undisturbed[3][1], atol=1e-5)
+    wrapper.reset()
+    fresh = wrapper.select_action(steps[3])
+    np.testing.assert_allclose(after[1], fresh[1], atol=1e-5)
+
+
+def test_another_instruction_begins_the_new_task_at_once(wrapper: SmolVLAPolicyWrapper) -> None:
+    wrapper.select_action(look(0, task="weighing"))  # plans two actions
+    switched = wrapper.select_action(look(1, task="placement"))
+    wrapper.reset()
+    np.testing.assert_allclose(switched, wrapper.select_action(look(1, task="placement")), atol=1e-5)
+
+
+def test_an_instruction_may_be_said_in_full_or_a_little_otherwise(wrapper: SmolVLAPolicyWrapper) -> None:
+    instruction = next(task.instruction for task in wrapper.known.tasks if task.name == "weighing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_name = wrapper.select_action(look())
+        wrapper.reset()
+        assert np.array_equal(wrapper.select_action(look(task=f"  {instruction}\n")), by_name)
+        wrapper.reset()
+        wrapper.select_action(look(task=instruction.replace("electronic ", "")))
+
+
+def test_an_instruction_unlike_all_learnt_ones_is_warned_of_once(wrapper: SmolVLAPolicyWrapper) -> None:
+    with pytest.warns(UserWarning, match="never trained with an instruction like 'make coffee'"):
+        assert wrapper.select_action(look(task="make coffee")) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper.select_action(look(task="make coffee"))
+
+
+def without(key: str) -> Callable[[Observation], Any]:
+    return lambda observation: observation.pop(key)
+
+
+HEAD = "observation.images.head_cam_h"
+MISUSES: list[tuple[str, Callable[[Observation], Any], str]] = [
+    ("no camera", without(HEAD), rf"must hold {HEAD}; the policy was trained with"),
+    ("no state", without("observation.state"), r"must hold observation\.state"),
+    ("no task", without("task"), r"task must be an instruction, or a list of them, got None"),
+    ("empty task", lambda o: o.update(task=" "), r"task must be an instruction"),
+    ("17 joints", lambda o: o.update({"observation.state": np.zeros(17)}), r"16 dimensions of weighing .* got 17"),
+    ("nan", lambda o: o.update({"observation.state": np.full(16, np.nan)}), r"observation.state must be finite"),
+    (
+        "size",
+        lambda o: o.update({HEAD: np.zeros((9, 8, 3), np.uint8)}),
+        r"in training, \(24, 24\) .* got \(9, 8\)",
+    ),
+    ("grey", lambda o: o.update({HEAD: np.zeros((32, 32), np.uint8)}), r"must be \[H, W, 3\] uint8 .* got \[32, 32\]"),
+    ("int", lambda o: o.update({HEAD: np.zeros((32, 32, 3), np.int64)}), r"must be \[H, W, 3\] uint8 .* int64"),
+    ("bright", lambda o: o.update({HEAD: np.full((3, 32, 32), 9.0)}), r"as float must be in \[0, 1\], got 9 to 9"),
+    ("long", lambda o: o.update(task="go " * 300), r"task must fit the policy's 96 tokens"),
+]
+
+
+@pytest.mark.parametrize(("what", "spoil", "message"), MISUSES, ids=[item[0] for item in MISUSES])
+@pytest.mark.filterwarnings("ignore:the policy was never trained")
+def test_misuse_is_said_clearly(
+    wrapper: SmolVLAPolicyWrapper, what: str, spoil: Callable[[Observation], Any], message: str
+) -> None:
+    observation = look()
+    spoil(observation)
+    with pytest.raises(ValueError, match=message):
+        wrapper.select_action(observation)
+    assert wrapper.select_action(look()).shape == (len(ARM_NAMES),)  # the next good one is answered
+
+
+def test_another_batch_size_needs_a_reset(wrapper: SmolVLAPolicyWrapper) -> None:
+    wrapper.select_action(look(robots=2))
+    with pytest.raises(ValueError, match=r"must stay at 2 robots until reset\(\), got 3"):
+        wrapper.select_action(look(robots=3))
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 2\), .* got 2"):
+        wrapper.reset([2])
+    wrapper.reset()
+    assert wrapper.select_action(look(robots=3)).shape == (3, 16)
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint's folder"):
+        SmolVLAPolicyWrapper.from_pretrained(tmp_path / "nothing" / "there")
+    shutil.copytree(checkpoint, tmp_path / "best")
+    (tmp_path / "best" / "pretrained_model" / "tasks.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tasks.json must be there"):
+        SmolVLAPolicyWrapper.from_pretrained(tmp_path / "best")
