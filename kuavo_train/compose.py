@@ -4,6 +4,7 @@
 adding a task is adding a file.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -132,7 +133,11 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
 
     @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
     def entry(composed: DictConfig) -> None:
-        status = errors_in_one_line(lambda: function(composed, list(HydraConfig.get().overrides.task)))
+        def run() -> int:
+            set_hub(resolve(composed))
+            return function(composed, list(HydraConfig.get().overrides.task))
+
+        status = errors_in_one_line(run)
         if status:
             sys.exit(status)
 
@@ -153,3 +158,11 @@ def errors_in_one_line(function: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def set_hub(config: RunConfig) -> None:
+    """Where the hub is asked, and whether. The hub's library reads both once, when it is imported, which is later."""
+    if config.hf_endpoint is not None:
+        os.environ["HF_ENDPOINT"] = config.hf_endpoint
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"

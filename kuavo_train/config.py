@@ -7,7 +7,7 @@ Imports nothing of the project, so that anything may import it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +30,23 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on; its text says where it stopped and what is kept."""
+
+
+class Problems(list[str]):
+    """What is wrong, told all at once instead of the first thing only."""
+
+    def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+        """The function's result; None when it raised `ConfigError`, which then is among the problems."""
+        try:
+            return function(*arguments, **named)
+        except ConfigError as error:
+            self.append(str(error))
+            return None
+
+    def raise_all(self) -> None:
+        """Raises `ConfigError` with all of them, a line each."""
+        if self:
+            raise ConfigError("\n".join(self))
 
 
 def require(condition: bool, key: str, rule: str, value: object) -> None:
@@ -78,6 +95,10 @@ class StageConfig:
     final_loss_limit: float = 0.9  # held-out loss the final model should stay under
     episodes: list[int] | None = None  # [first, last] episode to use; all when absent
     cameras: dict[str, str] = field(default_factory=dict)  # name in the dataset → name in the policy
+    repo_id: str | None = None  # of the dataset on the hub, fetched to `root` when nothing is there
+    state_names: list[str] | None = None  # in place of the dataset's, where they are wrong or missing
+    action_names: list[str] | None = None
+    scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
     simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
 
     def __post_init__(self) -> None:
@@ -99,6 +120,9 @@ class StageConfig:
         if self.episodes is not None:
             valid = len(self.episodes) == 2 and 0 <= self.episodes[0] <= self.episodes[1]
             require(valid, f"{where} episodes", "be [first, last] with 0 <= first <= last", self.episodes)
+        for name, factor in self.scale.items():
+            valid = name.startswith(("state.", "action.")) and factor != 0
+            require(valid, f"{where} scale", "give state.NAME or action.NAME a factor that is not 0", {name: factor})
 
     @property
     def folder_name(self) -> str:
@@ -139,6 +163,7 @@ class DataConfig:
     held_out_episodes: int = 20  # per task, never trained on
     split_seed: int = 0  # which episodes are held out; the same for runs that are to be compared
     normalization: str = "joint"
+    claw_limits: list[float] | None = field(default_factory=lambda: [0.0, 1.0])  # None takes claws as they are
     frame_cache: bool = True
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
@@ -156,6 +181,9 @@ class DataConfig:
         limit = self.feature_cache_limit_gib
         require(limit >= 0, "data.feature_cache_limit_gib", "not be negative", limit)
         one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
+        if self.claw_limits is not None:
+            valid = len(self.claw_limits) == 2 and self.claw_limits[0] < self.claw_limits[1]
+            require(valid, "data.claw_limits", "be [open, closed] in ascending order, or null", self.claw_limits)
         one_of("data.video_backend", self.video_backend, ("pyav", "torchcodec"))
         if self.image_size is not None:
             valid = len(self.image_size) == 2 and min(self.image_size) >= 16
@@ -326,6 +354,9 @@ class RunConfig:
     merge: MergeConfig | None = None
     passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every file of configs/tasks
+    hf_endpoint: str | None = None  # a mirror of the hub, https://…; None: huggingface.co, or $HF_ENDPOINT
+    offline: bool = False  # never ask the hub: everything is in local folders or in its cache
+    licence: str = "apache-2.0"  # of the trained weights, in their model card
     allow_random_frozen_vlm: bool = False
     data_only: bool = False  # record missing demonstrations and stop
 
@@ -336,6 +367,9 @@ class RunConfig:
         one_of("strategy", self.strategy, ("replay", "sequential", "joint", "ewc", "merge"))
         one_of("mixture", self.mixture, ("replay", "own_task", "all_tasks"))
         self._check_strategy()
+        if self.hf_endpoint is not None:
+            valid = bool(re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.hf_endpoint))
+            require(valid, "hf_endpoint", "be an address like https://hf-mirror.com, or null", self.hf_endpoint)
         one_of("tracking", self.tracking, ("off", "offline", "online"))
         require("type" in self.policy, "policy", "have a `type`", self.policy)
 

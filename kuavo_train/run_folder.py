@@ -140,9 +140,13 @@ def write_run_facts(
 
 
 def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, content: str) -> None:
     """Write in one move, so that a kill leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1))
+    partial.write_text(content)
     os.replace(partial, path)
 
 

@@ -37,6 +37,8 @@ from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.validation import Validator
+from kuavo_train.findings import Findings
+from kuavo_train.learning import model_card
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
 from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.learning.extra_loss import (
@@ -63,8 +65,7 @@ from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurre
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
-from kuavo_train.preflight import Findings
-from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts
+from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
 
 
 def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
@@ -177,9 +178,10 @@ def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:
 def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findings:
     """What `run_stage` would begin with, without recording, training or writing into the run's folder."""
     findings = Findings()
-    accelerator = findings.attempt(_accelerator, config) or Accelerator(cpu=True)
-    resumed = findings.attempt(_checkpoint_to_resume, config, stage_folder(config))
-    before = findings.attempt(_result_before, config, curriculum)
+    attempt = findings.problems.attempt
+    accelerator = attempt(_accelerator, config) or Accelerator(cpu=True)
+    resumed = attempt(_checkpoint_to_resume, config, stage_folder(config))
+    before = attempt(_result_before, config, curriculum)
     open_stage(config, curriculum, resumed or before, accelerator, findings)
     return findings
 
@@ -196,18 +198,19 @@ def open_stage(
     What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same. None when
     there are problems.
     """
-    tasks = [task for stage in curriculum if (task := findings.attempt(open_task, stage, config.data))]
+    attempt = findings.problems.attempt
+    tasks = [task for stage in curriculum if (task := attempt(open_task, stage, config.data))]
     data, training = config.data, config.training
     decoded = {
         task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
     }
-    shapes = {name: found for name, frames in decoded.items() if (found := findings.attempt(frames.checked_shapes))}
+    shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
     findings.look_at_tasks(tasks, shapes)
-    normalization = findings.attempt(_shared_normalization, config, tasks) if tasks else None
+    normalization = attempt(_shared_normalization, config, tasks) if tasks else None
     if normalization is None or not shapes:
         return None
     for task in tasks:
-        findings.attempt(normalization.check_covers, task)
+        attempt(normalization.check_covers, task)
     is_first = not _stages_before(config, curriculum)
     wanted: dict[str, Any] = {
         "normalization": normalization,
@@ -217,18 +220,16 @@ def open_stage(
     }
     instructions = [instruction_text(stage) for stage in curriculum]
     image_shapes = next(iter(shapes.values()))
-    policy_config = findings.attempt(
-        configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted
-    )
+    policy_config = attempt(configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted)
     if policy_config is None:
         return None
-    findings.attempt(findings.look_at_policy_config, policy_config, tasks, normalization)
+    findings.look_at_policy_config(policy_config, tasks, normalization)
     torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
-    built = findings.attempt(build_policy, config, policy_config, **wanted)
+    built = attempt(build_policy, config, policy_config, **wanted)
     if built is None:
         return None
     findings.look_at_policy(config, built.policy)
-    ordered = findings.attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
+    ordered = attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
     if ordered is None:
         return None
     order, recurrence = ordered
@@ -586,8 +587,11 @@ class Stage:
     @property
     def _documents(self) -> dict[str, str]:
         """Files beside the weights: what a robot must know of the tasks learnt by now."""
-        seen = [task for task in self.tasks if task.name in self._seen]
-        return {known_tasks.FILE_NAME: known_tasks.KnownTasks.of(seen, self.normalization).to_json()}
+        return {known_tasks.FILE_NAME: known_tasks.KnownTasks.of(self._learnt, self.normalization).to_json()}
+
+    @property
+    def _learnt(self) -> list[Task]:
+        return [task for task in self.tasks if task.name in self._seen]
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -611,7 +615,8 @@ class Stage:
         if config.merge is not None and self.before is not None:
             result, loss = self._merge(policy, self.before, best, config.merge)
         names = [task.name for task in self.tasks] if config.validation.unseen_tasks else self._seen
-        self._validate("end", step=best.step, epoch=math.ceil(self.timetable.epoch(best.step)), names=names)
+        epoch = math.ceil(self.timetable.epoch(best.step))
+        records = self._validate("end", step=best.step, epoch=epoch, names=names)
         drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
         if not self.accelerator.is_main_process:
             return
@@ -625,6 +630,8 @@ class Stage:
             batches_per_step=config.training.gradient_accumulation_steps,
         )
         write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
+        card = model_card.model_card(config, self._learnt, self.order.shares, records)
+        write_text(result.pretrained_model / model_card.FILE_NAME, card)
         folder.tell(
             status="finished",
             steps=progress.step,

@@ -623,6 +623,8 @@ def _check_weights(policy: nn.Module, model_file: str) -> bool:
     ]
     if problems:
         listed = "\n  ".join(problems[:10])
+        if any("._orig_mod." in key or key.startswith(("normalize_", "unnormalize_")) for key in stored):
+            listed += "\nIt is of an older LeRobot; lerobot.processor.migrate_policy_normalization renews it"
         raise ValueError(
             f"{model_file} does not fit this policy: {len(problems)} of its weights\n  {listed}"
             + ("\n  …" if len(problems) > 10 else "")

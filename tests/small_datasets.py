@@ -24,13 +24,22 @@ def write_dataset(
     length: int = 14,
     base: bool = False,
     seed: int = 0,
-    size: int = 32,
+    size: int | tuple[int, int] = 32,
     names: list[str] | None = None,
     cameras: tuple[str, ...] = CAMERAS,
     fps: int = 10,
     videos: bool = True,
+    depth: bool = False,
+    claw_scale: float = 1,
 ) -> Path:
-    """A LeRobot v3 dataset whose next joint angles can be read off its frames and state."""
+    """A LeRobot v3 dataset whose next joint angles can be read off its frames and state.
+
+    Args:
+        size: of the pictures, or (height, width).
+        depth: also columns observation.depth_h (a video of 8 bits) and observation.depth_l (numbers, in mm).
+        claw_scale: what the action's claws are recorded times.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     action_names = names or ARM_NAMES + (BASE_NAMES if base else [])
     features = {
         "observation.state": {"dtype": "float32", "shape": (16,), "names": ARM_NAMES},
@@ -38,12 +47,15 @@ def write_dataset(
         **{
             f"observation.images.{camera}": {
                 "dtype": "video" if videos else "image",
-                "shape": (size, size, 3),
+                "shape": (height, width, 3),
                 "names": ["height", "width", "channels"],
             }
             for camera in cameras
         },
     }
+    if depth:
+        features["observation.depth_h"] = dict(features[f"observation.images.{cameras[0]}"])
+        features["observation.depth_l"] = {"dtype": "uint16", "shape": (4, 6), "names": ["height", "width"]}
     dataset = LeRobotDataset.create(
         f"local/{root.name}",
         fps,
@@ -59,10 +71,16 @@ def write_dataset(
         for step in range(length):
             state = np.sin(phase + speed * step + np.arange(16)).astype(np.float32)
             action = np.resize(np.sin(phase + speed * (step + 1) + np.arange(len(action_names))), len(action_names))
+            claws = [name.endswith("_claw") for name in action_names]
+            action[claws] = claw_scale * (action[claws] + 1) / 2
+            state[[7, 15]] = (state[[7, 15]] + 1) / 2
             frame = {"observation.state": state, "action": action.astype(np.float32), "task": root.name}
+            if depth:
+                frame["observation.depth_h"] = np.full((height, width, 3), 200, dtype=np.uint8)
+                frame["observation.depth_l"] = np.full((4, 6), 800, dtype=np.uint16)
             for number, camera in enumerate(cameras):
                 shade = int(127 + 100 * np.sin(phase + speed * step + number))
-                frame[f"observation.images.{camera}"] = np.full((size, size, 3), shade, dtype=np.uint8)
+                frame[f"observation.images.{camera}"] = np.full((height, width, 3), shade, dtype=np.uint8)
             dataset.add_frame(frame)
         dataset.save_episode()
     dataset.finalize()

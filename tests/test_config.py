@@ -37,6 +37,21 @@ def test_the_task_files_carry_the_exact_recipes() -> None:
         assert (training.batch_size, training.betas, training.weight_decay) == (64, [0.9, 0.999], 5e-7)
 
 
+def test_the_robot_profile_is_smolvla_as_it_is_fine_tuned() -> None:
+    config = compose_run(["profile=robot", "data.root=/data/kuavo"])[1]
+    policy, training = config.policy, config.training
+    assert config.stage.root == "/data/kuavo/weighing"
+    assert policy["pretrained_path"] == "lerobot/smolvla_base"
+    assert policy["vlm_model_name"] == "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    assert (policy["chunk_size"], policy["n_action_steps"]) == (50, 8)
+    assert (policy["max_state_dim"], policy["max_action_dim"]) == (32, 32)
+    assert (training.eps, training.grad_clip_norm, training.decay_lr) == (1e-8, 1.0, 1e-6)
+    assert (training.device, training.mixed_precision) == ("cuda", "bf16")
+    assert training.freeze_first_stage == training.freeze == ["vision", "connector", "vlm_text"]
+    assert (config.validation.every_epochs, config.data.held_out_episodes) == (2, 20)
+    assert (config.tiny_vlm, config.simulation, config.offline, config.hf_endpoint) == (None, None, False, None)
+
+
 def test_the_embedded_profile_scales_the_recipe_and_keeps_its_decay() -> None:
     rates = [config.training.lr for config in compose_run()]
     assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 0.7, 0.5, 0.4])
@@ -146,6 +161,9 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("seed=-1", r"seed must not be negative, got -1"),
     ("run=a/b", r"run must be a folder name"),
     ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
+    ("hf_endpoint=mirror", r"hf_endpoint must be an address like https://.*, or null, got 'mirror'"),
+    ("data.claw_limits=[1,0]", r"data.claw_limits must be \[open, closed\] in ascending order, or null, got \[1"),
+    ("+stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
     ("resume=perhaps", r"resume.*perhaps"),
     ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),
     ("profile=huge", r"profile/huge"),

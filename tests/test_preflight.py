@@ -10,7 +10,7 @@ from small_datasets import write_dataset
 from test_command_line import call
 
 from kuavo_train.compose import compose_run
-from kuavo_train.preflight import Findings
+from kuavo_train.findings import Findings
 from kuavo_train.stage import examine_stage
 
 Overrides = Callable[..., list[str]]

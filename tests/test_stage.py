@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from kuavo_train import stage as stage_module
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
-from kuavo_train.preflight import Findings
 from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import open_stage, run_stage
 
@@ -172,6 +173,22 @@ def test_the_best_checkpoint_has_the_least_mean_loss_over_all_tasks_seen(four_st
     end = {record["task"]: record["loss"] for record in records(folder, "end")}
     during = {record["task"]: record["loss"] for record in records(folder, "epoch") if record["step"] == best}
     assert {task: end[task] for task in during} == pytest.approx(during)
+
+
+def test_the_result_of_every_stage_has_a_model_card(four_stages: list[RunConfig]) -> None:
+    for place, config in enumerate(four_stages):
+        folder = stage_folder(config)
+        result = folder.checkpoints.at("best")
+        result.verify()
+        _, header, text = (result.pretrained_model / "README.md").read_text().split("---\n", 2)
+        header = yaml.safe_load(header)
+        assert (header["license"], header["library_name"]) == ("apache-2.0", "lerobot")
+        assert "smolvla_memory" in header["tags"]
+        losses = {record["task"]: record["loss"] for record in records(folder, "end")}
+        for number, other in enumerate(four_stages):
+            name, learnt = other.stage.name, number <= place
+            assert (f"| {name} | {losses[name]:.4f} |" in text) == learnt
+            assert (f"- **{name}**: {' '.join(other.stage.instruction.split())}" in text) == learnt
 
 
 def test_a_run_with_and_without_validation_ends_in_the_same_weights(small_run: Overrides, tmp_path: Path) -> None:
@@ -352,7 +369,11 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
     ("policy.type=smolvlaa", r"policy.type must be a policy LeRobot knows, got 'smolvlaa'"),
     ("policy.n_action_steps=99", r"policy: .*99.*n_action_steps"),
     ("policy.pretrained_path=/nowhere/at/all", r"policy.pretrained_path must be an existing folder or a hub id"),
-    ("policy.pretrained_path=nobody/nothing", r"policy weights must load from the hub id nobody/nothing.*"),
+    (
+        "policy.pretrained_path=nobody/nothing",
+        r"a folder, or a hub id that can be had, got nobody/nothing, looked for only in the local cache \(offline\).*"
+        r"\n.*copy it here and give the folder: policy.pretrained_path=/path/to/nothing",
+    ),
     ("training.freeze_first_stage=[vision,eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),
     ("training.freeze_first_stage=[vlm_text,vision]", r"a frozen VLM must have pretrained weights"),
     ("data.normalization=pretrained", r"data.normalization=pretrained needs observation.state statistics"),

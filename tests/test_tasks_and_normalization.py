@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from small_datasets import ARM_NAMES, write_dataset
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normalization
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task, split_episodes
 
@@ -131,6 +133,16 @@ BAD_DATASETS: list[tuple[str, Callable[[Path], None], str]] = [
         r"action must name each of its 16 dimensions once",
     ),
     (
+        "an older format",
+        edit_info(lambda info: info.update(codebase_version="v2.1")),
+        r"must be of LeRobot's format v3.0, got v2.1; convert it .*convert_dataset_v21_to_v30 --repo-id=local/moving",
+    ),
+    (
+        "no tables",
+        lambda root: shutil.rmtree(root / "data"),
+        r"must open as a LeRobot dataset, got \w+: ",
+    ),
+    (
         "a value that is no number",
         spoil_action,
         r"action must be finite, got nan for zarm_l4_link in episode 1, frame 3",
@@ -173,3 +185,73 @@ def test_a_part_of_the_episodes_may_be_used(configs: list[RunConfig]) -> None:
 def test_too_many_held_out_episodes_are_refused(configs: list[RunConfig]) -> None:
     with pytest.raises(ConfigError, match="must be less than the 5 episodes of moving_grasp, got 5"):
         open_task(configs[0].stage, replace(configs[0].data, held_out_episodes=5))
+
+
+def kuavo_task(tmp_path: Path, stage: dict[str, Any] | None = None, **dataset: Any) -> Task:
+    """Task 1, opened on a dataset of its own."""
+    if not (tmp_path / "moving_grasp").exists():
+        write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, **dataset)
+    config = compose_run(["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=1"])[0]
+    return open_task(replace(config.stage, **(stage or {})), config.data)
+
+
+def test_a_recording_as_the_kuavo_makes_it_opens(tmp_path: Path) -> None:
+    task = kuavo_task(tmp_path, size=(480, 640), depth=True)
+    assert task.camera_size("observation.images.head_cam_h") == (480, 640)
+    assert task.unused == ("observation.depth_h", "observation.depth_l")
+    shapes = DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
+    assert list(shapes.values()) == [(3, 480, 640)] * 3
+
+
+def test_a_depth_video_is_used_only_where_it_is_mapped_to_a_camera(tmp_path: Path) -> None:
+    mapped = {"observation.depth_h": "observation.images.head_cam_h"}
+    task = kuavo_task(tmp_path, {"cameras": mapped}, depth=True)
+    assert task.unused == ("observation.images.head_cam_h", "observation.depth_l")
+    frames = DecodedFrames(task, image_size=None, video_backend="pyav")
+    assert frames("observation.images.head_cam_h", np.array([0])).float().mean() == pytest.approx(200, abs=3)
+    with pytest.raises(ConfigError, match=r"cameras must include observation.depth_l"):
+        kuavo_task(tmp_path, {"cameras": {"observation.depth_l": "observation.images.wrist_cam_l"}})
+
+
+def test_claws_of_another_scale_are_refused_until_they_are_scaled(tmp_path: Path) -> None:
+    message = (
+        r"claws must be in \[0.0, 1.0\] \(open to closed\), got action.left_claw from .* to 1\d\d.*"
+        r"scale: \{action.left_claw: 0.00714286, action.right_claw: 0.00714286\}"
+    )
+    with pytest.raises(ConfigError, match=message):
+        kuavo_task(tmp_path, claw_scale=140)
+    scaled = kuavo_task(tmp_path, {"scale": {"action.left_claw": 1 / 140, "action.right_claw": 1 / 140}})
+    assert 0 <= scaled.action[:, 7].min() <= scaled.action[:, 7].max() <= 1
+    assert scaled.action[:, 15].max() > 0.5
+    with pytest.raises(ConfigError, match=r"scale must name dimensions of action .*, got middle_claw"):
+        kuavo_task(tmp_path, {"scale": {"action.middle_claw": 0.1}})
+
+
+def test_twenty_names_for_sixteen_dimensions_can_be_put_right_in_the_task_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "moving_grasp", episodes=3, length=4)
+    edit_info(lambda info: info["features"]["observation.state"].update(names=[*ARM_NAMES, "a", "b", "c", "d"]))(
+        tmp_path / "moving_grasp"
+    )
+    with pytest.raises(ConfigError, match=r"got 20 names: .*; correct .* or set state_names: \[…\] in the task's file"):
+        kuavo_task(tmp_path)
+    assert kuavo_task(tmp_path, {"state_names": ARM_NAMES}).state_names == tuple(ARM_NAMES)
+
+
+def test_everything_wrong_with_a_dataset_is_told_at_once(tmp_path: Path) -> None:
+    wrong = {"cameras": {"observation.images.front": "observation.images.head_cam_h"}, "episodes": [0, 9]}
+    with pytest.raises(ConfigError) as refused:
+        kuavo_task(tmp_path, {**wrong, "state_names": ["a"]}, claw_scale=255)
+    for problem in (
+        "observation.state must name each",
+        "claws must be in",
+        "cameras must include",
+        "must end before 3",
+    ):
+        assert problem in str(refused.value)
+
+
+def test_a_dataset_that_the_hub_does_not_give_says_what_was_tried(tmp_path: Path) -> None:
+    config = compose_run(["simulation=null", f"data.root={tmp_path}"])[0]
+    message = r"must open as a LeRobot dataset or be had from the hub as nobody/nothing, got"
+    with pytest.raises(ConfigError, match=message):
+        open_task(replace(config.stage, repo_id="nobody/nothing"), config.data)

@@ -5,18 +5,23 @@ own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from datasets import Dataset
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
 
-from kuavo_train.config import ConfigError, DataConfig, StageConfig
+from kuavo_train.config import ConfigError, DataConfig, Problems, StageConfig
 
+CLAW_MARGIN = 0.05  # of the limits' distance: sensors overshoot
+CLAW_SCALES = (1, 100, 140, 255)  # what converters of Kuavo recordings are known to scale the claws to
 BASE_NAMES = ("cmd_pos_x", "cmd_pos_y", "cmd_pos_yaw", "ctrl_change_cmd")
 
 
@@ -86,52 +91,125 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
     """Open the dataset of `stage` and split its episodes.
 
     Raises:
-        ConfigError: no dataset there, features or cameras missing, names that do not fit shapes, values that
-            are not finite, too few episodes.
+        ConfigError: no dataset there, or one of an older format; else all at once: features or cameras missing, names
+            that do not fit shapes, values that are not finite, claws of another scale, too few episodes.
     """
     root = Path(stage.root)
     where = f"stage {stage.index} ({stage.name}): dataset {root}"
-    if not (root / "meta" / "info.json").is_file():
-        raise ConfigError(f"{where} does not exist; record it, or set stage.root or data.root to its folder")
-    dataset = LeRobotDataset(
-        f"local/{stage.name}", root=root, video_backend=config.video_backend, download_videos=False
-    )
-    meta = dataset.meta
-    for key in (OBS_STATE, ACTION):
-        if key not in meta.features:
-            raise ConfigError(f"{where} has no feature {key}; it has {', '.join(meta.features)}")
-    table = dataset.hf_dataset.with_format("numpy", columns=[OBS_STATE, ACTION, "episode_index", "frame_index"])[:]
-    state, action = (np.asarray(np.stack(table[key]), dtype=np.float32) for key in (OBS_STATE, ACTION))
-    state_names = _feature_names(meta, OBS_STATE, state.shape[1], where)
-    action_names = _feature_names(meta, ACTION, action.shape[1], where)
-    for key, names, values in ((OBS_STATE, state_names, state), (ACTION, action_names, action)):
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            row, column = bad[0]
-            raise ConfigError(
-                f"{where}: {key} must be finite, got {values[row, column]} for {names[column]} in episode "
-                f"{table['episode_index'][row]}, frame {table['frame_index'][row]} ({len(bad)} such values)"
-            )
+    dataset = _open_dataset(stage, config, where)
+    meta, table = dataset.meta, dataset.hf_dataset.with_format("numpy")
+    places = table.select_columns(["episode_index", "frame_index"])[:]
+    episode, frame = (np.asarray(places[key], dtype=np.int64) for key in ("episode_index", "frame_index"))
+    problems = Problems()
+    features = {key: problems.attempt(_read_feature, stage, key, table, meta, where) for key in (OBS_STATE, ACTION)}
+    for key, feature in features.items():
+        if feature is not None:
+            problems.attempt(_check_finite, key, *feature, episode, frame, where)
+            problems.attempt(_check_claws, key, *feature, config.claw_limits, where)
+    cameras = problems.attempt(_map_cameras, stage, meta, config.cameras, where)
     bounds = np.stack([meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"]], axis=1).astype(np.int64)
-    train, held_out = split_episodes(
-        stage.name, _usable_episodes(stage, len(bounds), where), config.held_out_episodes, config.split_seed
-    )
+    split = problems.attempt(_split_usable, stage, len(bounds), config, where)
+    problems.raise_all()
+    state, action = features[OBS_STATE], features[ACTION]
+    if state is None or action is None or cameras is None or split is None:
+        raise AssertionError("what is missing must have been a problem")
     return Task(
         name=stage.name,
         index=stage.index,
         instruction=instruction_text(stage),
         root=root,
         meta=meta,
-        state_names=state_names,
-        action_names=action_names,
-        state=state,
-        action=action,
-        episode=np.asarray(table["episode_index"], dtype=np.int64),
-        frame=np.asarray(table["frame_index"], dtype=np.int64),
+        state_names=state[0],
+        action_names=action[0],
+        state=state[1],
+        action=action[1],
+        episode=episode,
+        frame=frame,
         bounds=bounds,
-        train_episodes=train,
-        held_out_episodes=held_out,
-        cameras=_map_cameras(stage, meta, config.cameras, where),
+        train_episodes=split[0],
+        held_out_episodes=split[1],
+        cameras=cameras,
+    )
+
+
+def _open_dataset(stage: StageConfig, config: DataConfig, where: str) -> LeRobotDataset:
+    root = Path(stage.root)
+    info = root / "meta" / "info.json"
+    if not info.is_file() and stage.repo_id is None:
+        raise ConfigError(f"{where} does not exist; record it, or set stage.root or data.root to its folder")
+    if info.is_file():
+        version = json.loads(info.read_text()).get("codebase_version")
+        if str(version).split(".")[0] != CODEBASE_VERSION.split(".")[0]:
+            raise ConfigError(
+                f"{where} must be of LeRobot's format {CODEBASE_VERSION}, got {version}; convert it where it lies: "
+                f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{stage.name} --root={root} "
+                "--push-to-hub=false"
+            )
+    try:
+        return LeRobotDataset(
+            stage.repo_id or f"local/{stage.name}",
+            root=root,
+            video_backend=config.video_backend,
+            download_videos=stage.repo_id is not None,
+        )
+    except Exception as error:  # whatever LeRobot, datasets, pyarrow and the hub raise
+        tried = "" if stage.repo_id is None else f" or be had from the hub as {stage.repo_id}"
+        raise ConfigError(
+            f"{where} must open as a LeRobot dataset{tried}, got {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read_feature(
+    stage: StageConfig, key: str, table: Dataset, meta: LeRobotDatasetMetadata, where: str
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names, and values [N, D] float32 in robot units."""
+    if key not in meta.features:
+        raise ConfigError(f"{where} has no feature {key}; it has {', '.join(meta.features)}")
+    values = np.asarray(np.stack(table.select_columns([key])[:][key]), dtype=np.float32)
+    kind = key.removeprefix("observation.")
+    own = stage.state_names if key == OBS_STATE else stage.action_names
+    names = _feature_names(meta, own, key, values.shape[1], where)
+    factors = {name.split(".", 1)[1]: factor for name, factor in stage.scale.items() if name.startswith(f"{kind}.")}
+    for name, factor in factors.items():
+        if name not in names:
+            raise ConfigError(f"{where}: scale must name dimensions of {kind} ({', '.join(names)}), got {name}")
+        values[:, names.index(name)] *= factor
+    return names, values
+
+
+def _check_finite(
+    key: str, names: Sequence[str], values: np.ndarray, episode: np.ndarray, frame: np.ndarray, where: str
+) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, column = bad[0]
+        raise ConfigError(
+            f"{where}: {key} must be finite, got {values[row, column]} for {names[column]} in episode "
+            f"{episode[row]}, frame {frame[row]} ({len(bad)} such values)"
+        )
+
+
+def _check_claws(
+    key: str, names: Sequence[str], values: np.ndarray, limits: Sequence[float] | None, where: str
+) -> None:
+    """Recordings of different age scale the claws differently; mixed, they would teach two meanings of one number."""
+    if limits is None:
+        return
+    margin, kind = CLAW_MARGIN * (limits[1] - limits[0]), key.removeprefix("observation.")
+    wrong = []
+    for column in columns_by_group(names).get("claws", ()):
+        least, most = np.nanmin(values[:, column]), np.nanmax(values[:, column])
+        if least < limits[0] - margin or most > limits[1] + margin:
+            wrong.append((f"{kind}.{names[column]}", float(least), float(most)))
+    if not wrong:
+        return
+    found = ", ".join(f"{name} from {least:g} to {most:g}" for name, least, most in wrong)
+    whole = next((scale for scale in CLAW_SCALES if max(most for *_, most in wrong) <= scale), None)
+    factor = "FACTOR" if whole is None else f"{limits[1] / whole:.6g}"
+    fix = ", ".join(f"{name}: {factor}" for name, *_ in wrong)
+    raise ConfigError(
+        f"{where}: claws must be in {list(limits)} (open to closed), got {found}; if the recording scales them, set "
+        f"scale: {{{fix}}} in the task's file, or data.claw_limits=null to take claws as they are in all tasks"
     )
 
 
@@ -156,25 +234,28 @@ def split_episodes(
     return tuple(sorted(by_hash[held_out:])), tuple(sorted(by_hash[:held_out]))
 
 
-def _usable_episodes(stage: StageConfig, total: int, where: str) -> range:
-    if stage.episodes is None:
-        return range(total)
-    first, last = stage.episodes
+def _split_usable(
+    stage: StageConfig, total: int, config: DataConfig, where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first, last = stage.episodes or (0, total - 1)
     if last >= total:
         raise ConfigError(
             f"{where}: stage.episodes must end before {total}, the number of episodes, got {stage.episodes}"
         )
-    return range(first, last + 1)
+    return split_episodes(stage.name, range(first, last + 1), config.held_out_episodes, config.split_seed)
 
 
-def _feature_names(meta: LeRobotDatasetMetadata, key: str, width: int, where: str) -> tuple[str, ...]:
-    names = meta.features[key].get("names")
+def _feature_names(
+    meta: LeRobotDatasetMetadata, own: Sequence[str] | None, key: str, width: int, where: str
+) -> tuple[str, ...]:
+    names: Any = own or meta.features[key].get("names")
     if isinstance(names, dict):  # older converters write {"motors": [...]}
         names = [name for group in names.values() for name in group]
     if not names or len(names) != width or len(set(names)) != width:
+        kind = key.removeprefix("observation.")
         raise ConfigError(
             f"{where}: {key} must name each of its {width} dimensions once, got {len(names or [])} names: {names}; "
-            "correct `names` in meta/info.json"
+            f"correct `names` in meta/info.json, or set {kind}_names: […] in the task's file"
         )
     return tuple(names)
 
@@ -189,6 +270,12 @@ def _map_cameras(
         raise ConfigError(
             f"{where}: cameras must include {', '.join(missing)}, got {', '.join(meta.camera_keys)}; "
             "correct data.cameras or map them with stage.cameras"
+        )
+    depth = [name for name in mapped.values() if name in meta.depth_keys]
+    if depth:
+        raise ConfigError(
+            f"{where}: cameras must be pictures of three channels, got the depth map {', '.join(depth)}; leave it out, "
+            "or convert it to 8-bit pictures"
         )
     return mapped
 

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
@@ -21,6 +25,9 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.learning.freezing import freeze
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
+
+NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
+"""What the hub and safetensors raise beside OSError when something is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +56,31 @@ def configure_policy(
         checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
     Raises:
-        ConfigError: a policy that is not there, or a field it does not have.
+        ConfigError: a policy that is not there, a field it does not have, or a vision-language model whose config and
+            tokenizer cannot be had.
     """
     values = {key: value for key, value in config.policy.items() if key not in ("type", "pretrained_path")}
-    if config.tiny_vlm is not None:
-        values["vlm_model_name"] = _tiny_vlm(config, instructions, checkpoint)
+    source = _source(config, checkpoint)
+    if checkpoint is not None and "vlm_model_name" in values:
+        # A checkpoint keeps its own: a task added later must not change its tokenizer.
+        stored = PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
+        values["vlm_model_name"] = vlm_described_in(checkpoint, stored)
+    elif config.tiny_vlm is not None:
+        values["vlm_model_name"] = _tiny_vlm(config, instructions)
+    elif "vlm_model_name" in values and source is not None and Path(source).is_dir():
+        values["vlm_model_name"] = vlm_described_in(source, values["vlm_model_name"])
     if "load_vlm_weights" in values:
         # A checkpoint holds the VLM's weights; fetching them twice would only be overwritten.
-        values["load_vlm_weights"] = bool(values["load_vlm_weights"]) and _source(config, checkpoint) is None
+        values["load_vlm_weights"] = bool(values["load_vlm_weights"]) and source is None
     config_class = _policy_class(config.policy["type"]).config_class
-    return _lerobot_config(
+    policy_config = _lerobot_config(
         config_class,
         {**values, **_freezing_flags(config_class, frozen), "device": device.type},
         normalization=normalization,
         image_shapes=image_shapes,
     )
+    _check_vlm_description(policy_config)
+    return policy_config
 
 
 def build_policy(
@@ -100,10 +117,8 @@ def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
     return checkpoint or config.policy.get("pretrained_path")
 
 
-def _tiny_vlm(config: RunConfig, instructions: Sequence[str], checkpoint: Path | None) -> str:
-    """Folder of the tiny VLM. A checkpoint keeps its own: a task added later must not change its tokenizer."""
-    if checkpoint is not None:
-        return vlm_described_in(checkpoint, PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name)
+def _tiny_vlm(config: RunConfig, instructions: Sequence[str]) -> str:
+    """Folder of the tiny VLM, made now unless it is there."""
     settings = {**asdict(config.tiny_vlm), "corpus": list(instructions)}  # type: ignore[arg-type]
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return str(make_tiny_vlm(Path(config.outputs).resolve() / "tiny_vlm" / name, **settings))
@@ -153,28 +168,46 @@ def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str])
     return {name: value for name, value in flags.items() if name in known}
 
 
+def _check_vlm_description(policy_config: PreTrainedConfig) -> None:
+    """Raises `ConfigError` when the vision-language model's config or tokenizer cannot be had."""
+    name = getattr(policy_config, "vlm_model_name", None)
+    if name is None:
+        return
+    try:
+        AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, *NOT_LOADED) as error:
+        raise ConfigError(_not_had("policy.vlm_model_name", name, error)) from error
+
+
 def _with_weights(
     policy_class: type[PreTrainedPolicy], config: PreTrainedConfig, source: str | Path | None
 ) -> PreTrainedPolicy:
+    """The policy with the weights of `source`, or new ones; never new ones in place of some that cannot be had."""
     if source is None:
-        return policy_class(config)
-    is_folder = Path(source).is_dir()
-    if not is_folder and (
-        os.sep in str(source).strip("/").replace("/", "", 1) or str(source).startswith((".", "/", "~"))
-    ):
+        try:
+            return policy_class(config)
+        except (OSError, *NOT_LOADED) as error:  # of a VLM with its own weights
+            raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise ConfigError(f"policy.pretrained_path must be an existing folder or a hub id, got {str(source)!r}")
     try:
         return policy_class.from_pretrained(str(source), config=config, strict=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        what = "folder" if is_folder else "hub id"
-        raise ConfigError(
-            f"policy weights must load from the {what} {source}: {str(error)[:1500]}"
-            + (
-                ""
-                if is_folder
-                else "\nWithout the hub, give a local folder: policy.pretrained_path=/path/to/checkpoint"
-            )
-        ) from error
+    except (OSError, ValueError, RuntimeError, *NOT_LOADED) as error:
+        raise ConfigError(_not_had("policy.pretrained_path", source, error)) from error
+
+
+def _not_had(key: str, source: str | Path, error: Exception) -> str:
+    """What was tried, why it failed, and what to give instead."""
+    reason = f"{type(error).__name__}: {str(error)[:1500]}"
+    if Path(source).is_dir():
+        return f"{key} must be something to load policy weights from, got the folder {source}: {reason}"
+    asked = "only in the local cache (offline)" if constants.HF_HUB_OFFLINE else f"at {constants.ENDPOINT}"
+    return (
+        f"{key} must be a folder, or a hub id that can be had, got {source}, looked for {asked}: {reason}\n"
+        f"Nothing is put in its place. Without the hub, copy it here and give the folder: {key}=/path/to/"
+        f"{Path(source).name}; a mirror of the hub: hf_endpoint=https://…"
+    )
 
 
 def build_optimizer(

@@ -163,6 +163,15 @@ def test_of_many_problems_the_first_ten_are_listed(make_policy, tmp_path):
     assert str(error.value).count("is missing") == 10
 
 
+def test_a_checkpoint_of_an_older_lerobot_says_how_it_is_brought_up_to_date(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    edit_weights(
+        tmp_path, lambda weights: weights.update({"normalize_inputs.buffer_observation_state.mean": torch.ones(1)})
+    )
+    with pytest.raises(ValueError, match="older LeRobot; lerobot"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+
+
 def test_missing_weights_are_never_replaced_by_random_ones(make_policy, tmp_path):
     make_policy().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -1,0 +1,315 @@
+"""What would fail silently, found before any training time is spent: problems, notes, and a table of the facts.
+
+LeRobot cuts long instructions, drops missing cameras and passes features without statistics on unnormalized,
+all without a word. Here each is a problem with its fix, and all problems are told at once.
+"""
+
+import json
+import os
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import PreTrainedConfig
+from transformers import AutoTokenizer
+
+from kuavo_train.config import ConfigError, Problems, RunConfig
+from kuavo_train.data.images import Images
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task, columns_by_group
+from kuavo_train.learning.freezing import parameter_counts
+
+GIB = 2**30
+ADAM_MOMENTS = 2
+CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
+
+
+@dataclass
+class Findings:
+    """What is known of a stage before it starts.
+
+    Attributes:
+        facts: what the table shows, as far as it could be found out.
+        problems: why the stage must not start, each with its fix.
+        notes: what is worth a look but stops nothing.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
+    notes: list[str] = field(default_factory=list)
+
+    def raise_problems(self) -> None:
+        """Raises `ConfigError` with all of them."""
+        if self.problems:
+            raise ConfigError(f"preflight found problems\n{listed(self.problems)}")
+
+    def look_at_tasks(self, tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+        """
+        Args:
+            tasks: those that could be opened.
+            image_shapes: task → camera → (3, H, W), of the tasks whose videos decode.
+        """
+        self.facts["tasks"] = [_task_facts(task, image_shapes.get(task.name, {})) for task in tasks]
+        self.problems += _agreement_problems(tasks, image_shapes)
+        for task in tasks:
+            self.notes += _task_notes(task)
+
+    def look_at_policy_config(
+        self, policy_config: PreTrainedConfig, tasks: Sequence[Task], normalization: Normalization
+    ) -> None:
+        """The policy as it is configured, with or without its weights."""
+        limit = getattr(policy_config, "tokenizer_max_length", None)
+        lengths = token_counts(policy_config, [task.instruction for task in tasks])
+        self.facts["token_limit"] = limit
+        for facts, length in zip(self.facts["tasks"], lengths, strict=True):
+            facts["tokens"] = length
+        self.problems += _instruction_problems(limit, tasks, lengths)
+        self.problems += _width_problems(policy_config, normalization)
+
+    def look_at_policy(self, config: RunConfig, policy: Any) -> None:
+        """Parameters per group, and the memory and disk that they take."""
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
+        trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        outputs = Path(config.outputs).absolute()
+        there = next(path for path in (outputs, *outputs.parents) if path.is_dir())
+        on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
+        self.facts["parameters"] = parameter_counts(policy)
+        self.facts["memory_bytes"] = {
+            "weights": weights,
+            "gradients": trained,
+            "optimizer": ADAM_MOMENTS * trained,
+            "there": torch.cuda.get_device_properties(0).total_memory
+            if on_gpu
+            else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        }
+        self.facts["disk_bytes"] = {
+            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained),
+            "free": shutil.disk_usage(there).free,
+        }
+        self.problems += _room_problems(config, **{key: self.facts[key] for key in ("memory_bytes", "disk_bytes")})
+
+    def look_at_plan(self, config: RunConfig, shares: Mapping[str, float], steps: int, images: Images) -> None:
+        """
+        Args:
+            shares: task → its part of the stage's samples.
+        """
+        training = config.training
+        for task in self.facts["tasks"]:
+            task["share"] = shares.get(task["name"], 0.0)
+        self.facts["images"] = images.description
+        self.problems += images.problems
+        self.facts["training"] = {
+            "steps": steps,
+            "samples_per_step": training.batch_size * training.gradient_accumulation_steps,
+            "epochs": training.epochs,
+            "of": config.learns[0],
+            "lr": training.lr,
+        }
+
+    @property
+    def table(self) -> str:
+        """The facts and notes as lines of text, indented by two."""
+        facts = self.facts
+        parts = [
+            _task_table(facts.get("tasks", []), facts.get("token_limit")),
+            *_groups_of_tasks("cameras", facts.get("tasks", []), _cameras_text),
+            *_groups_of_tasks("state", facts.get("tasks", []), lambda task: _groups_text(task["state"])),
+            *_groups_of_tasks("action", facts.get("tasks", []), lambda task: _groups_text(task["action"])),
+            *(_instruction_text(task) for task in facts.get("tasks", [])),
+        ]
+        if "parameters" in facts:
+            parts += [_parameter_table(facts["parameters"]), _room_text(facts["memory_bytes"], facts["disk_bytes"])]
+        if "images" in facts:
+            parts.append(facts["images"])
+        if "training" in facts:
+            parts.append(
+                "  {steps:,} steps of {samples_per_step} samples, {epochs} epochs of {of}, learning rate {lr:g}".format(
+                    **facts["training"]
+                )
+            )
+        return "\n".join([*(part for part in parts if part), *(f"  note: {note}" for note in self.notes)])
+
+    def for_machines(self) -> str:
+        """JSON of facts, notes and problems."""
+        return json.dumps({**self.facts, "notes": self.notes, "problems": self.problems}, indent=1, ensure_ascii=False)
+
+
+def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | None]:
+    """Tokens of each instruction as the policy reads it, or None for a policy without language."""
+    if not hasattr(policy_config, "tokenizer_max_length"):
+        return [None for _ in instructions]
+    tokenizer = AutoTokenizer.from_pretrained(policy_config.vlm_model_name)
+    return [len(tokenizer(instruction + "\n").input_ids) for instruction in instructions]
+
+
+# ------------------------------------------------------------------------------------------------------ what is wrong
+
+
+def _instruction_problems(limit: int | None, tasks: Sequence[Task], lengths: Sequence[int | None]) -> list[str]:
+    return [
+        f"instruction of {task.name} must fit policy.tokenizer_max_length={limit} tokens, got {length}; LeRobot would "
+        f"cut it: set policy.tokenizer_max_length={length} or more"
+        for task, length in zip(tasks, lengths, strict=True)
+        if length is not None and limit is not None and length > limit
+    ]
+
+
+def _agreement_problems(tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
+    problems = []
+    rates = {task.name: task.meta.fps for task in tasks}
+    if len(set(rates.values())) > 1:
+        problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
+    for camera in tasks[0].cameras if tasks else ():
+        sizes = {task: shapes[camera][1:] for task, shapes in image_shapes.items() if camera in shapes}
+        if len(set(sizes.values())) > 1:
+            problems.append(f"{camera} must have one size in all tasks, got {sizes}; set data.image_size=[H,W]")
+    instructions = [task.instruction for task in tasks]
+    for task in tasks:
+        if instructions.count(task.instruction) > 1:
+            problems.append(
+                f"instruction of {task.name} must differ from all others, or the policy cannot tell the tasks apart"
+            )
+    return problems
+
+
+def _width_problems(policy_config: Any, normalization: Normalization) -> list[str]:
+    space = normalization.space
+    return [
+        f"policy.{key} must be at least {len(names)}, the number of dimensions of all tasks together, "
+        f"got {getattr(policy_config, key)}"
+        for key, names in (("max_state_dim", space.state_names), ("max_action_dim", space.action_names))
+        if hasattr(policy_config, key) and getattr(policy_config, key) < len(names)
+    ]
+
+
+def _room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_bytes: Mapping[str, int]) -> list[str]:
+    problems = []
+    needed = sum(memory_bytes.values()) - memory_bytes["there"]
+    if needed > memory_bytes["there"]:
+        problems.append(
+            f"weights, gradients and optimizer need {needed / GIB:.1f} GiB, {config.training.device} has "
+            f"{memory_bytes['there'] / GIB:.1f} GiB; freeze more groups (training.freeze) or take a smaller model"
+        )
+    if disk_bytes["checkpoints"] > disk_bytes["free"]:
+        problems.append(
+            f"the checkpoints need {disk_bytes['checkpoints'] / GIB:.1f} GiB below {config.outputs}, "
+            f"{disk_bytes['free'] / GIB:.1f} GiB are free; free some or set outputs to another disk"
+        )
+    return problems
+
+
+def _task_notes(task: Task) -> list[str]:
+    notes = [f"{task.name}: {', '.join(task.unused)} not used"] if task.unused else []
+    for kind, names, values in (
+        ("state", task.state_names, task.state),
+        ("action", task.action_names, task.action),
+    ):
+        moves = np.ptp(values[task.train_rows], axis=0) > 0
+        constant = [name for name, moved in zip(names, moves, strict=True) if not moved]
+        if constant:
+            notes.append(f"{task.name}: {kind} never changes in {', '.join(constant)}")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------- what can be printed
+
+
+def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    frames = len(task.train_rows)
+    return {
+        "name": task.name,
+        "instruction": task.instruction,
+        "train_episodes": len(task.train_episodes),
+        "held_out_episodes": len(task.held_out_episodes),
+        "frames": frames,
+        "hours": frames / task.meta.fps / 3600,
+        "fps": task.meta.fps,
+        "share": None,
+        "cameras": {
+            camera: {"in_dataset": name, "size": list(image_shapes[camera][1:]) if camera in image_shapes else None}
+            for camera, name in task.cameras.items()
+        },
+        "state": {group: len(columns) for group, columns in columns_by_group(task.state_names).items()},
+        "action": {group: len(columns) for group, columns in columns_by_group(task.action_names).items()},
+        "unused": list(task.unused),
+        "tokens": None,
+    }
+
+
+def _task_table(tasks: Sequence[Mapping[str, Any]], token_limit: int | None) -> str:
+    columns = ("task", "train", "held out", "frames", "hours", "fps", "tokens", "share")
+    rows = [
+        (
+            task["name"],
+            task["train_episodes"],
+            task["held_out_episodes"],
+            f"{task['frames']:,}",
+            f"{task['hours']:.2f}",
+            task["fps"],
+            "–" if task["tokens"] is None else f"{task['tokens']}/{token_limit}",
+            "–" if task["share"] is None else f"{task['share']:.2f}",
+        )
+        for task in tasks
+    ]
+    return "\n".join(f"  {row[0]:<14}" + "".join(f"{value!s:>10}" for value in row[1:]) for row in (columns, *rows))
+
+
+def _groups_of_tasks(
+    title: str, tasks: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    """A line for all tasks of which `text` says the same."""
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(text(task), []).append(task["name"])
+    return [
+        f"  {title:<8} {said}" + (f"   ({', '.join(names)})" if len(groups) > 1 else "")
+        for said, names in groups.items()
+    ]
+
+
+def _cameras_text(task: Mapping[str, Any]) -> str:
+    texts = []
+    for camera, about in task["cameras"].items():
+        name = camera.rsplit(".", 1)[-1]
+        renamed = "" if about["in_dataset"] == camera else f" (there {about['in_dataset']})"
+        size = "size unknown" if about["size"] is None else "{}×{}".format(*about["size"])
+        texts.append(f"{name}{renamed} {size}")
+    return ", ".join(texts)
+
+
+def _groups_text(groups: Mapping[str, int]) -> str:
+    return f"{sum(groups.values())} = " + " + ".join(f"{count} {group}" for group, count in groups.items())
+
+
+def _instruction_text(task: Mapping[str, Any]) -> str:
+    indent = " " * 17
+    return textwrap.fill(task["instruction"], 118, initial_indent=f"  {task['name']:<15}", subsequent_indent=indent)
+
+
+def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(group["parameters"] for group in groups)
+    trained = sum(group["parameters"] for group in groups if group["trainable"])
+    lines = [
+        f"  {group['group']:<12} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen'}"
+        for group in groups
+    ]
+    return "\n".join([*lines, f"  {'total':<12} {total:>13,}  {trained:,} in trained groups"])
+
+
+def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
+    return (
+        f"  memory: {parts} GiB, and activations, of {memory['there'] / GIB:.1f} GiB\n"
+        f"  disk: {disk['checkpoints'] / GIB:.2f} GiB for {CHECKPOINTS_AT_ONCE} checkpoints, "
+        f"{disk['free'] / GIB:.1f} GiB free"
+    )
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One below the other, each with a dash."""
+    return "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)

@@ -1,0 +1,77 @@
+"""The README.md of a stage's result, in the form the hub shows: data, instructions, metrics, licence, how to load."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from kuavo_train.config import RunConfig
+from kuavo_train.data.tasks import Task
+
+FILE_NAME = "README.md"
+
+
+def model_card(
+    config: RunConfig, learnt: Sequence[Task], shares: Mapping[str, float], records: Sequence[Mapping[str, Any]]
+) -> str:
+    """
+    Args:
+        shares: task → its part of the stage's samples.
+        learnt: tasks up to and including the stage's.
+        records: validation at the stage's end, a record per task; those of other tasks are left out.
+    """
+    policy, training = config.policy, config.training
+    by_task = {record["task"]: record for record in records}
+    base = [
+        name
+        for name in (policy.get("pretrained_path"), policy.get("vlm_model_name"))
+        if config.tiny_vlm is None and name and re.fullmatch(r"[\w-]+/[\w.-]+", str(name))
+    ]
+    header = {
+        "license": config.licence,
+        "library_name": "lerobot",
+        "pipeline_tag": "robotics",
+        "tags": ["lerobot", "robotics", policy["type"], "continual-learning"],
+        **({"base_model": base[0]} if base else {}),
+    }
+    data = [
+        f"| {task.name} | {len(task.train_episodes)} | {len(task.held_out_episodes)} | {len(task.train_rows):,} "
+        f"| {task.meta.fps} | {len(task.state_names)} / {len(task.action_names)} |"
+        for task in learnt
+    ]
+    metrics = [
+        f"| {task.name} | {by_task[task.name]['loss']:.4f} | {by_task[task.name]['action_error']:.4f} "
+        f"| {by_task[task.name]['constant_error']:.4f} |"
+        for task in learnt
+    ]
+    memory = policy.get("num_mem_tokens", 0)
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---\n",
+            f"# {config.run}, stage {config.stage.index}: {config.stage.name}\n",
+            f"A language-conditioned robot policy ({policy['type']}, {memory} memory tokens) that has learnt "
+            f"{len(learnt)} task{'s' * (len(learnt) != 1)} one after another with kuavo_train "
+            f"(strategy {config.strategy}, seed {config.seed}).\n",
+            "## Instructions\n",
+            *(f"- **{task.name}**: {task.instruction}" for task in learnt),
+            "\n## Data\n",
+            "| task | training episodes | held-out episodes | training frames | Hz | state / action dimensions |",
+            "|---|---|---|---|---|---|",
+            *data,
+            f"\nCameras: {', '.join(config.data.cameras)}. Joint positions in radians, claws in [0, 1].\n",
+            f"The last stage: {training.epochs} epochs, batches of {training.batch_size}, learning rate "
+            f"{training.lr:g}, shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}.\n",
+            "## Held-out metrics\n",
+            "Flow-matching loss, and mean absolute error of the denoised actions, normalised, beside that of the best "
+            "constant.\n",
+            "| task | loss | action error | constant |",
+            "|---|---|---|---|",
+            *metrics,
+            "\n## Use\n",
+            "```python\nfrom kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper\n\n"
+            'policy = SmolVLAPolicyWrapper.from_pretrained("path/to/this/folder")\n```\n',
+            "or with any LeRobot command: `--policy.path=path/to/this/folder`, where kuavo_train is installed.\n",
+            f"## Licence\n\n{config.licence}. Demonstrations and pretrained models may have licences of their own.\n",
+        ]
+    )

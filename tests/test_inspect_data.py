@@ -1,0 +1,72 @@
+"""What inspect_data says of a dataset is what is in it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_command_line import call, outputs_of
+
+from kuavo_train.compose import compose_run
+from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics
+from kuavo_train.data.tasks import Task, open_task
+
+
+@pytest.fixture
+def task(datasets: Path) -> Task:
+    config = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])[0]
+    return open_task(config.stage, config.data)
+
+
+def test_statistics_are_per_named_joint(task: Task) -> None:
+    rows = joint_statistics(task, task.action_names, task.action)
+    assert [row.name for row in rows] == list(task.action_names)
+    assert rows[2].mean == pytest.approx(task.action[:, 2].mean(), abs=1e-5)
+    assert (rows[2].min, rows[2].max) == (task.action[:, 2].min(), task.action[:, 2].max())
+    assert [row.name for row in rows if row.jumps is None] == ["left_claw", "right_claw"]
+
+
+def test_a_jump_is_counted_within_an_episode_and_not_between_two(task: Task) -> None:
+    jumping = task.action.copy()
+    jumping[task.bounds[1, 0] + 3 :, 4] += 50  # the rest of the recording is elsewhere: one step of 50 in episode 1
+    rows = joint_statistics(replace(task, action=jumping), task.action_names, jumping)
+    assert rows[4].jumps == 1
+    assert rows[4].largest_step == pytest.approx(50, abs=1)
+    jumping = task.action.copy()
+    jumping[task.bounds[1, 0] :, 4] += 50
+    assert joint_statistics(replace(task, action=jumping), task.action_names, jumping)[4].jumps == 0
+
+
+def test_idle_frames_are_counted_and_placed(task: Task) -> None:
+    assert idle_frames(task).total == 0
+    state, action = task.state.copy(), task.action.copy()
+    for first, end in task.bounds:
+        for values in (state, action):
+            values[first : first + 4] = values[first]
+            values[end - 3 : end] = values[end - 1]
+    idle = idle_frames(replace(task, state=state, action=action))
+    assert (idle.total, idle.frames) == (5 * 5, 70)
+    assert (idle.leading, idle.trailing) == (3, 2)
+
+
+def test_an_episode_recorded_twice_is_found(task: Task) -> None:
+    assert duplicate_episodes(task) == []
+    state, action = task.state.copy(), task.action.copy()
+    for values in (state, action):
+        values[slice(*task.bounds[4])] = values[slice(*task.bounds[1])]
+    assert duplicate_episodes(replace(task, state=state, action=action)) == [[1, 4]]
+    state[task.bounds[4, 0], 0] = np.nextafter(state[task.bounds[4, 0], 0], 9)
+    assert duplicate_episodes(replace(task, state=state, action=action)) == []
+
+
+def test_the_command_prints_the_numbers_and_saves_a_sheet(small_run: Callable[..., list[str]]) -> None:
+    overrides = small_run()
+    done = call("kuavo_train.inspect_data", "task=tasks/task4_sorting", *overrides, "--episode=3")
+    assert done.returncode == 0, done.stderr
+    assert "sorting: 5 episodes of 1.4 to 1.4 s, median 1.4 s, 10 Hz" in done.stdout
+    assert "cmd_pos_yaw" in done.stdout
+    assert "episodes recorded twice: none" in done.stdout
+    with Image.open(outputs_of(overrides) / "inspect" / "sorting_episode3.png") as sheet:
+        assert min(sheet.size) > 500

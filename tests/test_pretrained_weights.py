@@ -1,0 +1,139 @@
+"""Starting from pretrained weights: what is taken over, and that nothing is ever put in their place."""
+
+import http.server
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import load_file, save_file
+from test_command_line import command
+
+from kuavo_train.compose import compose_run
+from kuavo_train.findings import Findings
+from kuavo_train.stage import Stage, open_stage
+
+Overrides = Callable[..., list[str]]
+
+
+def open_first_stage(overrides: list[str]) -> tuple[Stage | None, str]:
+    """The stage, and all that is wrong with it."""
+    configs, findings = compose_run(overrides), Findings()
+    stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
+    return stage, "\n".join(findings.problems)
+
+
+@pytest.fixture
+def plain_smolvla(small_run: Overrides, tmp_path: Path) -> Path:
+    """A folder as LeRobot writes it for its own SmolVLA, in the sizes of the small run."""
+    stage, problems = open_first_stage(small_run("policy.num_mem_tokens=0"))
+    assert stage is not None, problems
+    config = stage.built.policy.config
+    fields = {name: getattr(config, name) for name in SmolVLAConfig.__dataclass_fields__}
+    torch.manual_seed(5)
+    SmolVLAPolicy(SmolVLAConfig(**fields)).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def test_plain_smolvla_is_taken_over_whole_and_only_the_memory_is_new(
+    small_run: Overrides, plain_smolvla: Path
+) -> None:
+    stage, problems = open_first_stage(small_run(f"policy.pretrained_path={plain_smolvla}", "policy.num_mem_tokens=2"))
+    assert stage is not None, problems
+    weights, stored = stage.built.policy.state_dict(), load_file(plain_smolvla / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in stored.items())
+    assert {name.split(".")[1] for name in weights.keys() - stored.keys()} == {"memory"}
+
+
+def test_weights_that_do_not_fit_are_listed(small_run: Overrides, plain_smolvla: Path) -> None:
+    file = plain_smolvla / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.state_proj.bias"]
+    save_file(weights, file)
+    _, problems = open_first_stage(small_run(f"policy.pretrained_path={plain_smolvla}"))
+    assert "1 of its weights\n  model.state_proj.bias is missing" in problems
+
+
+def test_a_damaged_file_is_named(small_run: Overrides, plain_smolvla: Path) -> None:
+    (plain_smolvla / "model.safetensors").write_bytes(b"half a download")
+    _, problems = open_first_stage(small_run(f"policy.pretrained_path={plain_smolvla}"))
+    assert (
+        f"policy.pretrained_path must be something to load policy weights from, got the folder {plain_smolvla}"
+        in problems
+    )
+
+
+def test_a_vlm_that_cannot_be_had_is_not_replaced_by_a_random_one(small_run: Overrides, tmp_path: Path) -> None:
+    _, problems = open_first_stage(small_run("tiny_vlm=null", "policy.vlm_model_name=nobody/no-vlm"))
+    assert "policy.vlm_model_name must be a folder, or a hub id that can be had, got nobody/no-vlm" in problems
+    assert "give the folder: policy.vlm_model_name=/path/to/no-vlm" in problems
+    stage, problems = open_first_stage(small_run())  # writes a small VLM
+    assert stage is not None, problems
+    vlm = Path(stage.built.policy.config.vlm_model_name)
+    without_weights = tmp_path / "without_weights"
+    without_weights.mkdir()
+    for file in vlm.iterdir():
+        if file.suffix != ".safetensors":
+            (without_weights / file.name).write_bytes(file.read_bytes())
+    given = ("tiny_vlm=null", f"policy.vlm_model_name={without_weights}", "policy.load_vlm_weights=true")
+    _, problems = open_first_stage(small_run(*given))
+    assert (
+        f"policy.vlm_model_name must be something to load policy weights from, got the folder {without_weights}"
+        in problems
+    )
+
+
+@pytest.fixture
+def empty_hub() -> Iterator[tuple[str, list[str]]]:
+    """Address of a hub that has nothing, and the paths it was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD  # noqa: N815 - named by http.server
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def test_a_mirror_is_asked_in_place_of_the_hub_and_offline_nobody(
+    small_run: Overrides, empty_hub: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    address, asked = empty_hub
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    for more, reason in (
+        (["offline=true"], "looked for only in the local cache (offline)"),
+        ([], f"looked for at {address}"),
+    ):
+        overrides = small_run("policy.pretrained_path=nobody/nothing", f"hf_endpoint={address}", *more)
+        done = subprocess.run(
+            command("kuavo_train.preflight", *overrides, "--json"),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr
+        problems = json.loads(done.stdout[done.stdout.index("{") :])["problems"]
+        assert any(f"got nobody/nothing, {reason}" in problem for problem in problems), problems
+        assert bool(asked) == (more == [])
+    assert any(path.startswith("/nobody/nothing/resolve/main/") for path in asked), asked
