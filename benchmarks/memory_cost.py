@@ -37,6 +37,7 @@ LARGE_BATCH = 4  # the least that K = 4 divides
 @dataclass(frozen=True)
 class Settings:
     size: tuple[str, ...] = ("embedded", "quarter")
+    learns: tuple[str, ...] = tuple(LEARNS)
     tokens: tuple[int, ...] = (4, 8, 16)
     layout: tuple[str, ...] = ("end", "start", "both")
     depth: tuple[int, ...] = (1, 4)
@@ -55,7 +56,7 @@ def run(settings: Settings) -> list[Table]:
         return [
             compare(size, learns, settings, Path(folder))
             for size in settings.size
-            for learns in LEARNS
+            for learns in settings.learns
             if learns == "VLM frozen" or not SIZES[size].is_large
         ]
 
