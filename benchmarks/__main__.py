@@ -19,8 +19,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing measured here needs the hub
 
-SHORT = ("training_step", "latency", "memory_cost", "scaling")
-LONG = ("flow_draws",)
+SHORT = ("training_step", "latency", "memory_cost", "data_path", "scaling")
+LONG = ("end_to_end", "flow_draws")
 
 
 def main(words: Sequence[str]) -> int:
