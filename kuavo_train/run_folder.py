@@ -121,13 +121,22 @@ def write_run_facts(
                     f"{key} must stay what run {config.run} began with ({stored[key]}), got {facts[key]}; "
                     "choose another run=NAME"
                 )
-        known = {task["name"]: task for task in stored["tasks"]}
+        known = {task["name"]: task["dataset"] for task in stored["tasks"]}
         for task in facts["tasks"]:
-            if task["name"] in known and known[task["name"]]["dataset"]["hash"] != task["dataset"]["hash"]:
+            dataset = task["dataset"]
+            before = known.get(task["name"], dataset)
+            if before["hash"] != dataset["hash"]:
                 raise ConfigError(
                     f"the dataset of {task['name']} must stay what run {config.run} began with "
-                    f"({known[task['name']]['dataset']['hash'][:12]}…), got {task['dataset']['hash'][:12]}… in "
-                    f"{task['dataset']['root']}; choose another run=NAME"
+                    f"({before['hash'][:12]}…), got {dataset['hash'][:12]}… in {dataset['root']}; "
+                    "choose another run=NAME"
+                )
+            if any(before[split] != dataset[split] for split in ("train_episodes", "held_out_episodes")):
+                raise ConfigError(
+                    f"the held-out episodes of {task['name']} must stay those run {config.run} began with "
+                    f"({before['held_out_episodes']}), got {dataset['held_out_episodes']}: what was trained on must "
+                    "not be validated on; put data.held_out_episodes, data.split_seed and stage.episodes back, or "
+                    "choose another run=NAME"
                 )
         facts = {**stored, "tasks": facts["tasks"]}
     else:

@@ -407,6 +407,11 @@ class Stage:
         for stage in _stages_before(self.config, self.curriculum) if gated else ():
             lines = stage_folder(self.config, stage).validations.read()
             ends = [line for line in lines if line["kind"] == "end" and line["task"] == stage.name]
+            if not ends:
+                raise ConfigError(
+                    f"{stage_folder(self.config, stage).path}/validation.jsonl must hold the losses of {stage.name} "
+                    "when it was learnt (kind 'end') for the gate; restore it, or set forgetting.budget=null"
+                )
             learnt[stage.name] = episode_scores(ends[-1], "loss")
         return Gate(learnt, self.config.forgetting)
 

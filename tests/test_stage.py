@@ -359,6 +359,16 @@ def test_a_run_keeps_its_seed_data_and_policy(four_stages: list[RunConfig], tmp_
         run(moved, 1)
 
 
+def test_a_run_keeps_its_held_out_episodes(four_stages: list[RunConfig], tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    shutil.copytree(four_stages[0].run_folder, outputs / "smoke", symlinks=True)
+    shutil.rmtree(outputs / "smoke" / "stage2_weighing")
+    moved = [replace(c, outputs=str(outputs), data=replace(c.data, split_seed=5)) for c in four_stages]
+    message = r"the held-out episodes of \w+ must stay those run smoke began with .* put data.held_out_episodes"
+    with pytest.raises(ConfigError, match=message):
+        run(moved, 1)
+
+
 BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory must say
     (
         "policy.tokenizer_max_length=20",
