@@ -237,6 +237,7 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
             timetable=Timetable(epochs=1, steps_per_epoch=settings.steps, max_steps=until),
             current=data.task.name,
             validate_every=1,
+            result="last",
             num_workers=0,
             log=lambda values, step: None,
             validate=lambda step, epoch: Validated(loss=0.0),

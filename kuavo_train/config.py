@@ -246,8 +246,10 @@ class ValidationConfig:
     draws: int = 4  # (noise, time) pairs per frame, time on a stratified grid
     batch_size: int = 64
     unseen_tasks: bool = True  # at stage ends; row 0 and forward transfer need them
+    result: str = "best"  # what a stage ends in: best (least mean loss over all tasks seen), last
 
     def __post_init__(self) -> None:
+        one_of("validation.result", self.result, ("best", "last"))
         for item in ("every_epochs", "draws", "batch_size"):
             require(getattr(self, item) >= 1, f"validation.{item}", "be at least 1", getattr(self, item))
 

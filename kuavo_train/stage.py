@@ -517,6 +517,7 @@ class Stage:
                 timetable=self.timetable,
                 current=config.learns[0],
                 validate_every=config.validation.every_epochs,
+                result=config.validation.result,
                 num_workers=config.data.num_workers,
                 log=log,
                 validate=self._validate_epoch,

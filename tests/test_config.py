@@ -134,6 +134,7 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("simulation.episodes=1", r"simulation.episodes must be at least 2"),
     ("simulation.renderer=vulkan", r"simulation.renderer must be one of rays, egl, got 'vulkan'"),
     ("simulation.image_size=4", r"simulation.image_size must be at least 16"),
+    ("validation.result=worst", r"validation.result must be one of best, last, got 'worst'"),
     ("validation.draws=0", r"validation.draws must be at least 1"),
     ("forgetting.well_retained_change=0.5", r"forgetting.well_retained_change must be in \[0, "),
     ("forgetting.budget=-0.1", r"forgetting.budget must not be negative, got -0.1"),

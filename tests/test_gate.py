@@ -189,6 +189,16 @@ def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(sma
     assert run(configs, 2) == 0
 
 
+def test_a_stage_may_end_in_its_last_checkpoint_instead_of_its_best(small_run: Overrides) -> None:
+    configs = gated(small_run, 0, "validation.result=last", "training.lr=10", "training.grad_clip_norm=1e9")
+    folder = stage_folder(configs[0])
+    losses = {record["step"]: record["loss"] for record in folder.validations.read() if record["kind"] == "epoch"}
+    last = folder.about["steps"]
+    assert losses[last] > min(losses.values())  # at such a rate nothing stays learnt
+    assert folder.checkpoints.at("best").step == last
+    assert folder.about["best"] == {"step": last, "loss": losses[last]}
+
+
 @pytest.mark.usefixtures("lost")
 def test_a_stage_stopped_and_killed_before_its_conclusion_is_concluded_not_continued(
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,8 @@ class JsonLines:
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded beyond `step`: a resumed stage records it again."""
+        if not self.path.is_file():
+            return
         kept = [record for record in self.read() if record["step"] <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

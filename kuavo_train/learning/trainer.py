@@ -64,7 +64,7 @@ class Progress:
     Attributes:
         drawn: place of a task in the mixture → frames drawn; one dictionary until the shares change, then another.
         raises: the changes of shares so far, as {"step", "shares"}.
-        best_step, best_loss: of the checkpoint with the least held-out loss over all tasks seen.
+        best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
     """
 
@@ -112,6 +112,7 @@ class Trainer:
     timetable: Timetable
     current: str  # the task that epochs are counted in
     validate_every: int  # epochs
+    result: str  # of the checkpoints validated, what the stage ends in: best, last
     num_workers: int
     log: Callable[[dict[str, Any], int], None]
     validate: Callable[[int, int], Validated]
@@ -248,7 +249,7 @@ class Trainer:
         if self.timetable.validates(step, every=self.validate_every):
             found = self.validate(step, math.ceil(self.timetable.epoch(step)))
             self.policy.train()
-            if found.loss < progress.best_loss:
+            if self.result == "last" or found.loss < progress.best_loss:
                 progress.best_loss, progress.best_step = found.loss, step
             progress.stopped = found.stop
             if found.shares is not None:
