@@ -190,7 +190,7 @@ def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(sma
 
 
 def test_a_stage_may_end_in_its_last_checkpoint_instead_of_its_best(small_run: Overrides) -> None:
-    configs = gated(small_run, 0, "validation.result=last", "training.lr=10", "training.grad_clip_norm=1e9")
+    configs = gated(small_run, 0, "validation.result=last", "training.lr=1", "training.grad_clip_norm=1e9")
     folder = stage_folder(configs[0])
     losses = {record["step"]: record["loss"] for record in folder.validations.read() if record["kind"] == "epoch"}
     last = folder.about["steps"]
