@@ -1,0 +1,83 @@
+"""What kuavo_sim recorded beside a dataset about its memory cues, and the question that follows from it.
+
+The right answer to the *other* cue in the very same layout comes from kuavo_sim's expert, who is asked to do the
+recorded episode again with that cue; up to the decision both demonstrations are the same.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from lerobot.utils.constants import ACTION
+
+from kuavo_sim.env import KuavoEnv
+from kuavo_sim.expert import demonstrate
+from kuavo_train.config import ConfigError
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task
+from kuavo_train.evaluation.memory_questions import Question
+
+
+def cues_of(task: Task) -> dict[int, dict[str, Any]]:
+    """Episode → what kuavo_sim recorded beside it; empty for other datasets."""
+    path = task.root / "kuavo_sim_episodes.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {entry["episode_index"]: entry for entry in map(json.loads, lines)}
+
+
+def has_cues(task: Task) -> bool:
+    """Whether the task's episodes have a cue to remember."""
+    return any(entry.get("cue") is not None for entry in cues_of(task).values())
+
+
+def question_of(
+    task: Task, normalization: Normalization, cues: dict[int, dict[str, Any]], episode: int, stride: int
+) -> Question:
+    """What is asked of an episode: the first query whose executed actions depend on the cue.
+
+    Raises:
+        ConfigError: the simulation does not repeat the recorded episode.
+    """
+    entry = cues[episode]
+    settings = json.loads((task.root / "recording.json").read_text())["settings"]
+    keep = ("image_size", "renderer", "phase_visible")
+    env = KuavoEnv(settings["task"], **{key: settings[key] for key in keep})
+    shown = [
+        demonstrate(env, entry["seed"], cue=cue, action_noise=settings["action_noise"])
+        for cue in range(len(env.task.cues))
+    ]
+    recorded = task.action[slice(*task.bounds[episode])]
+    same = shown[entry["cue"]].actions
+    if same.shape != recorded.shape or not np.allclose(same, recorded, atol=1e-4):
+        raise ConfigError(
+            f"data: kuavo_sim must repeat episode {episode} of {task.root} (seed {entry['seed']}), got other actions; "
+            "it was recorded by another version of the simulation, record it again"
+        )
+    decision = entry["decision_frames"][0]
+    query = decision // stride
+    until = slice(decision + 1)
+    differs = np.zeros(decision + 1, bool)  # frames whose observation depends on the cue
+    own = shown[entry["cue"]]
+    for other in shown:
+        differs |= (other.states[until] != own.states[until]).any(axis=1)
+        for camera, pictures in other.pictures.items():
+            differs |= (pictures[until] != own.pictures[camera][until]).any(axis=(1, 2, 3))
+    visible = np.flatnonzero(differs[: query * stride + 1 : stride])
+    mean, std = (normalization.array(ACTION, kind) for kind in ("mean", "std"))
+    columns = normalization.space.action_columns(task)
+    actions = []
+    for demonstration in shown:
+        normalized = np.zeros((len(demonstration.actions), len(mean)), np.float32)
+        normalized[:, columns] = (demonstration.actions - mean[columns]) / std[columns]
+        actions.append(normalized)
+    return Question(
+        episode=episode,
+        cue=entry["cue"],
+        query=query,
+        frame=query * stride,
+        decision_frame=decision,
+        cue_seen=int(visible.max()) if len(visible) else 0,
+        identical=not differs[query * stride],
+        actions=actions,
+        columns=columns,
+    )

@@ -1,0 +1,142 @@
+"""A trained run opened again, for whoever asks questions of it: its tasks, its checkpoints, its settings.
+
+run = TrainedRun.open(Path("outputs/embedded"))
+task = run.task("weighing")                              # the very data and split it was trained with
+policy, preprocessor = run.policy(run.checkpoint(run.stages[-1]))
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from omegaconf import OmegaConf
+
+import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
+from kuavo_train.config import ConfigError, RunConfig, StageConfig, require, resolve
+from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
+from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.evaluation.stored_run import StoredRun, StoredStage, read_run
+from kuavo_train.learning.checkpoint import Checkpoint, CheckpointFolder
+from kuavo_train.learning.policy_factory import choose_device
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run folder and what can be opened from it. `stages` are those begun, in the order of training."""
+
+    stored: StoredRun
+    normalization: Normalization
+
+    @classmethod
+    def open(cls, folder: Path) -> "TrainedRun":
+        """Raises RunFolderError or `ConfigError` for a folder that is no run, or not a whole one."""
+        stored = read_run(folder)
+        path = folder / "normalization.json"
+        require(path.is_file(), str(path), "be there", "no file")
+        return cls(stored, Normalization.load(path))
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    @property
+    def stages(self) -> Sequence[StoredStage]:
+        return self.stored.stages
+
+    def config(self, stage: StoredStage) -> RunConfig:
+        """The configuration that was in force, with the run where it now is."""
+        path = stage.folder / "config.yaml"
+        require(path.is_file(), str(path), "be there", "no file")
+        # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
+        folder = self.folder.absolute()
+        return replace(resolve(OmegaConf.load(path)), outputs=str(folder.parent), run=folder.name)  # type: ignore[arg-type]
+
+    @cached_property
+    def settings(self) -> RunConfig:
+        """Of the last stage: what all stages share."""
+        return self.config(self.stages[-1])
+
+    @cached_property
+    def curriculum(self) -> list[StageConfig]:
+        """The recipe of every task: the one it was learnt with, or what run.json says of its data."""
+        return [self._recipe(task["name"]) for task in self.stored.tasks]
+
+    def _recipe(self, name: str) -> StageConfig:
+        for stage in self.stages:
+            config = self.config(stage)
+            if config.stage.name == name:
+                return config.stage
+        entry = next(task for task in self.stored.tasks if task["name"] == name)
+        about = {key: entry[key] for key in ("name", "index", "instruction")}
+        return replace(self.settings.stage, **about, root=entry["dataset"]["root"], replay={name: 1.0}, episodes=None)
+
+    def recipe(self, name: str) -> StageConfig:
+        """Raises `ConfigError` for a task that the run does not have."""
+        names = [stage.name for stage in self.curriculum]
+        require(name in names, "task", f"be one of the run's ({', '.join(names)})", name)
+        return self.curriculum[names.index(name)]
+
+    def task(self, name: str) -> Task:
+        """The task with the data and the split that the run was trained with. Raises `ConfigError` for any other."""
+        task = open_task(self.recipe(name), self.settings.data)
+        dataset = next(entry["dataset"] for entry in self.stored.tasks if entry["name"] == name)
+        self.normalization.check_covers(task)
+        for what, found, known in (
+            ("content hash", task.content_hash, dataset["hash"]),
+            ("held-out episodes", list(task.held_out_episodes), dataset["held_out_episodes"]),
+        ):
+            require(found == known, f"{what} of {task.root}", f"be what {self.folder} was trained with, {known}", found)
+        return task
+
+    def dataset(self, tasks: Sequence[Task], *, chunk_size: int) -> MixedDataset:
+        return MixedDataset(tasks, [self._frames(task) for task in tasks], self.normalization, chunk_size=chunk_size)
+
+    def _frames(self, task: Task) -> FrameSource:
+        data = self.settings.data
+        decoded = DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
+        return cached_frames(decoded, Path(self.settings.outputs) / "cache" / "frames") if data.frame_cache else decoded
+
+    def checkpoint(self, stage: StoredStage) -> Checkpoint:
+        """What the stage hands on. Raises `ConfigError` when it is damaged or gone."""
+        checkpoint = CheckpointFolder(stage.folder / "checkpoints").at("best")
+        checkpoint.verify()
+        return checkpoint
+
+    @cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.settings.training.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that the run was validated in."""
+        enabled = self.settings.training.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def policy(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+        """The policy of a checkpoint, and its preprocessor, on the run's device."""
+        return load_policy(checkpoint.pretrained_model, self.device)
+
+
+def load_policy(folder: Path, device: torch.device) -> tuple[Any, Any]:
+    """A policy and its preprocessor from a `pretrained_model` folder, as any LeRobot tool opens them.
+
+    Raises:
+        ConfigError: the weights cannot be loaded.
+    """
+    config = PreTrainedConfig.from_pretrained(str(folder))
+    config.device = device.type
+    try:
+        policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"checkpoint must load, got {folder}: {str(error)[:500]}") from error
+    preprocessor, _ = make_pre_post_processors(
+        config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device.type}}
+    )
+    return policy.to(device).eval(), preprocessor
