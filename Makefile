@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages study report test test-full lint format bench constraints clean
+.PHONY: help setup data train-stage train-all-stages study probes report test test-full lint format bench constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -45,6 +45,9 @@ train-all-stages: .venv/.ready  ## train all stages in order, then report; skips
 
 study: .venv/.ready  ## train strategies × seeds and compare them; goes on where it was cut off
 	$(PY) -m kuavo_train.study $(ARGS)
+
+probes: .venv/.ready  ## lost or suppressed? language? memory? of the latest run, or RUN=outputs/…, into its report
+	$(PY) -m kuavo_train.probes $(if $(RUN),run=$(RUN)) $(ARGS)
 
 report: .venv/.ready  ## what was learnt and what was lost: the latest run, or RUN=outputs/…
 	$(PY) -m kuavo_train.report $(if $(RUN),run=$(RUN)) $(ARGS)

@@ -424,10 +424,10 @@ def resolve(composed: DictConfig) -> RunConfig:
         raise ConfigError(str(error).split("\n")[0]) from error
     plain.pop("task", None)  # the group's own, empty node
     for key, value, optional in (
-        ("simulation", plain["simulation"], SimulationConfig),
-        ("tiny_vlm", plain["tiny_vlm"], TinyVLMConfig),
-        ("ewc", plain["ewc"], EwcConfig),
-        ("merge", plain["merge"], MergeConfig),
+        ("simulation", plain.get("simulation"), SimulationConfig),
+        ("tiny_vlm", plain.get("tiny_vlm"), TinyVLMConfig),
+        ("ewc", plain.get("ewc"), EwcConfig),
+        ("merge", plain.get("merge"), MergeConfig),
         ("data.augmentation", plain["data"].get("augmentation"), AugmentationConfig),
     ):
         if value is not None:  # decoded alone, because a failed `X | None` does not say what failed

@@ -36,12 +36,15 @@ def write_report(
     run_folder: Path | str, *, limits: RetentionLimits | None = None, joint: Path | str | None = None
 ) -> Path:
     """Write report/ in the run folder and return the path of report.html. Arguments and errors as `write_matrix`."""
-    from kuavo_train.evaluation.figures import write_figures  # matplotlib: slow to import, needed only here
+    from kuavo_train.evaluation.figure_style import save_figures  # matplotlib: slow to import, needed only here
+    from kuavo_train.evaluation.figures import run_figures
+    from kuavo_train.evaluation.probe_figures import probe_figures
 
     matrix = write_matrix(run_folder, limits=limits, joint=joint)
     run = read_run(run_folder)
     folder = run.folder / "report"
-    figures = write_figures(folder, matrix, [(stage.index, stage.metrics) for stage in run.stages])
+    metrics = [(stage.index, stage.metrics) for stage in run.stages]
+    figures = save_figures(folder, {**run_figures(matrix, metrics), **probe_figures(matrix["probes"])})
     return write_page(folder / "report.html", "report.html.jinja", matrix, figures)
 
 
@@ -51,7 +54,8 @@ def write_comparison(runs: Sequence[Path], into: Path, *, limits: RetentionLimit
     Raises:
         RunFolderError: as `compare`.
     """
-    from kuavo_train.evaluation.comparison_figures import write_comparison_figures
+    from kuavo_train.evaluation.comparison_figures import comparison_figures
+    from kuavo_train.evaluation.figure_style import save_figures
 
     comparison = compare(runs, limits)
     into.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,7 @@ def write_comparison(runs: Sequence[Path], into: Path, *, limits: RetentionLimit
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         writer.writerows(comparison_rows(comparison))
-    figures = write_comparison_figures(into, comparison)
+    figures = save_figures(into, comparison_figures(comparison))
     return write_page(into / "comparison.html", "comparison.html.jinja", comparison, figures)
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, StageConfig, require, resolve
-from kuavo_train.data.cache import DecodedFrames, FrameSource, cached_frames
+from kuavo_train.data.frames import open_frames
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, open_task
@@ -96,13 +96,20 @@ class TrainedRun:
             require(found == known, f"{what} of {task.root}", f"be what {self.folder} was trained with, {known}", found)
         return task
 
-    def dataset(self, tasks: Sequence[Task], *, chunk_size: int) -> MixedDataset:
-        return MixedDataset(tasks, [self._frames(task) for task in tasks], self.normalization, chunk_size=chunk_size)
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """All tasks of the run, in the order of learning."""
+        return [self.task(stage.name) for stage in self.curriculum]
 
-    def _frames(self, task: Task) -> FrameSource:
-        data = self.settings.data
-        decoded = DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
-        return cached_frames(decoded, Path(self.settings.outputs) / "cache" / "frames") if data.frame_cache else decoded
+    @property
+    def learnt(self) -> list[Task]:
+        """Those of the finished stages."""
+        learnt_in = self.stored.learnt_in()
+        return [task for task in self.tasks if learnt_in[task.name] <= self.stored.finished[-1].index]
+
+    def dataset(self, tasks: Sequence[Task], *, chunk_size: int) -> MixedDataset:
+        frames = [open_frames(task, self.settings.data) for task in tasks]
+        return MixedDataset(tasks, frames, self.normalization, chunk_size=chunk_size)
 
     def checkpoint(self, stage: StoredStage) -> Checkpoint:
         """What the stage hands on. Raises `ConfigError` when it is damaged or gone."""

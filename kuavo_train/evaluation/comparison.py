@@ -19,7 +19,12 @@ from kuavo_train.evaluation.comparable import check_comparable
 from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.matrix import SIGN_CONVENTION, analyse
 from kuavo_train.evaluation.numbers import integer, number, signed, whole_percent
-from kuavo_train.evaluation.retention import episode_scores, performance_matrix
+from kuavo_train.evaluation.retention import (
+    change_since_learnt,
+    episode_scores,
+    interval_record,
+    performance_matrix,
+)
 from kuavo_train.evaluation.statistics import hierarchical_bootstrap
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun, read_run
 
@@ -70,8 +75,8 @@ def compare(folders: Sequence[Path], limits: RetentionLimits | None = None) -> R
     _check_seeds(runs)
     rows = _episode_rows(runs[0], limits.resamples)
     arms = _arms(runs, rows)
-    by_name = {arm.strategy: arm for arm in arms}
-    joint, reference = by_name.get(JOINT), arms[0]
+    reference = arms[0]
+    joint = next((arm for arm in arms if arm.strategy == JOINT and not arm.partial), None)
     episodes = {task: rows[task].shape[1] for task in rows}
     records = [_run(run, limits, joint) for arm in arms for run in (*arm.runs.values(), *arm.left_out)]
     combine = _Combined(min(episodes.values()), limits)
@@ -194,7 +199,7 @@ def _metrics(arm: Arm, reference: Arm, joint: Arm | None, measure: str, combine:
 
     def intransigence(of: Arm) -> PerSeed:
         if joint is None:
-            raise ValueError("no joint run was given")
+            raise ValueError("no finished joint run was given")
         goals = {seed: _final_values(matrix) for seed, matrix in joint.matrices[measure].items()}
         both = {seed: matrix for seed, matrix in of.matrices[measure].items() if seed in goals}
         if not both:
@@ -206,7 +211,7 @@ def _metrics(arm: Arm, reference: Arm, joint: Arm | None, measure: str, combine:
         name: (definition, lambda of, function=function: of.per_seed(measure, function))  # type: ignore[misc]
         for name, (definition, function) in metrics.METRICS.items()
     }
-    if arm is not joint:
+    if arm.strategy != JOINT:
         statistics["intransigence"] = (
             "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
             intransigence,
@@ -246,6 +251,9 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
     if task not in matrix.earlier_tasks:
         return entry | {"state": "learnt with all others" if arm.strategy == JOINT else "learnt last"}
     change = over_seeds(lambda m: m.value(m.last_stage, task) / m.value(m.stage_of(task), task) - 1)
+    if len(arm.runs) == 1:  # the very interval, and so the verdict, of the run's own report
+        (run,) = arm.runs.values()
+        change |= interval_record(change_since_learnt(run, "loss", task, limits, relative=True)) or {}
     interval = metrics.Interval(**{key: value for key, value in change.items() if key != "by_seed"})
     verdict = metrics.judge(interval, limits)
     return entry | {
@@ -257,20 +265,23 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
 
 
 def _exposure(arm: Arm) -> Record:
-    """What was trained on, mean over seeds: frames of each task in the stage that learns it; frames, steps in all."""
+    """What was trained on, mean over seeds: each task's frames and passes in the stage that learns it; all, steps."""
     own: dict[str, list[int]] = {}
+    passes: dict[str, list[float]] = {}
     frames, steps = [], []
     for run in arm.runs.values():
-        learnt = run.learnt_in()
         audits = {stage.index: stage.replay for stage in run.finished if stage.replay}
-        for task in run.tasks:
-            drawn = (audits.get(learnt[task["name"]]) or {"drawn": {}})["drawn"].get(task["name"])
-            if drawn:
-                own.setdefault(task["name"], []).append(drawn["frames"])
+        for task, stage in run.learnt_in().items():
+            audit = audits.get(stage) or {}
+            if task in audit.get("drawn", {}):
+                own.setdefault(task, []).append(audit["drawn"][task]["frames"])
+            if task in audit.get("passes", {}):
+                passes.setdefault(task, []).append(audit["passes"][task])
         frames.append(sum(audit.get("total_frames") or 0 for audit in audits.values()))
         steps.append(sum(stage.steps for stage in run.finished))
     return {
         "own_frames": {task: float(np.mean(counts)) for task, counts in own.items()},
+        "own_passes": {task: float(np.mean(counts)) for task, counts in passes.items()},
         "frames": float(np.mean(frames)),
         "steps": float(np.mean(steps)),
     }
@@ -361,9 +372,10 @@ def comparison_rows(comparison: Record) -> list[Record]:
         for task in entry["tasks"]:
             for key in ("when_learnt", "now", "relative_change"):
                 add(key, task[key], strategy=strategy, measure="loss", task=task["task"])
-        for task, frames in entry["exposure"]["own_frames"].items():
-            rows.append(
-                {"what": "frames of the task in its stage", "strategy": strategy, "task": task, "estimate": frames}
+        for what in ("own_frames", "own_passes"):
+            rows.extend(
+                {"what": what, "strategy": strategy, "task": task, "estimate": value}
+                for task, value in entry["exposure"][what].items()
             )
     for run in comparison["runs"]:
         about = {"strategy": run["strategy"], "seed": run["seed"]}

@@ -1,31 +1,24 @@
 """The figures of a comparison, from the content of comparison.json."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle
-from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from kuavo_train.evaluation.figures import INK, MUTED, STYLE, TASK_COLOURS, WIDTH, draw_limits, heat_map, short_name
+from kuavo_train.evaluation.figure_style import INK, MUTED, TASK_COLOURS, WIDTH, draw_limits, short_name
+from kuavo_train.evaluation.figures import heat_map
 from kuavo_train.evaluation.stored_run import Record
 
 
-def write_comparison_figures(folder: Path, comparison: Record) -> dict[str, Path]:
-    """Draw what there are numbers for and save it as PNG in `folder`. Returns name → file."""
-    figures: dict[str, Path] = {}
-    with rc_context(STYLE):
-        drawn = {
-            "stability_plasticity": stability_plasticity(comparison),
-            "forgetting": forgetting_by_strategy(comparison),
-        }
-        for place, run in enumerate(comparison["runs"]):
-            drawn[f"matrix_{place}"] = heat_map({**run, "limits": comparison["limits"]}, "loss")
-        for name, figure in drawn.items():
-            (folder / f"{name}.png").unlink(missing_ok=True)  # none left over from an earlier comparison
-            if figure is not None:
-                figures[name] = folder / f"{name}.png"
-                figure.savefig(figures[name], dpi=170, facecolor="white")
-    return figures
+def comparison_figures(comparison: Record) -> dict[str, Callable[[], Figure | None]]:
+    """Name → drawing; `matrix_<n>` is that of the n-th run."""
+    runs = [{**run, "limits": comparison["limits"]} for run in comparison["runs"]]
+    return {
+        "stability_plasticity": lambda: stability_plasticity(comparison),
+        "forgetting": lambda: forgetting_by_strategy(comparison),
+        **{f"matrix_{place}": partial(heat_map, run, "loss") for place, run in enumerate(runs)},
+    }
 
 
 def stability_plasticity(comparison: Record) -> Figure | None:

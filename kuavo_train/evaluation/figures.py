@@ -1,76 +1,52 @@
-"""The figures of a report, from the dictionary of matrix.json (see `kuavo_train.evaluation.matrix`) and
-metrics.jsonl.
+"""The figures of a run's report, from the content of matrix.json and the lines of metrics.jsonl."""
 
-Every figure is about 12 cm wide, so that its text stays readable when a phone shows it at full width; on a
-desktop two stand side by side. No pyplot: figures are objects without global state, and nothing needs a
-display.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import nan
-from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
 
+from kuavo_train.evaluation.figure_style import (
+    GREY,
+    INK,
+    LABEL_BOX,
+    MUTED,
+    TASK_COLOURS,
+    WIDTH,
+    draw_limits,
+    log_if_wide,
+    short_name,
+)
 from kuavo_train.evaluation.forgetting import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
 from kuavo_train.evaluation.numbers import MINUS, number, percent
 from kuavo_train.evaluation.stored_run import Record
 
-INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
-TASK_COLOURS = ("#2f5d8c", "#c9772b", "#3f8f6f", "#8a5a9e", "#b0486a", "#6b7280", "#a3892b", "#3b8ea5")
 VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}
 CHANGE = LinearSegmentedColormap.from_list("change", ["#9cc4b2", "#ffffff", "#f3c9a5", "#dd7f63"])
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": "#c4cad4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-WIDTH = 4.8  # inches
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 UNITS = {"loss": "held-out loss", "action_error": "action error (normalised)", "success": "success rate"}
 
 
-def write_figures(folder: Path, matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]) -> dict[str, Path]:
-    """Draw what the run has data for and save it as PNG. Returns name → file, in the order of the report.
+def run_figures(
+    matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]
+) -> dict[str, Callable[[], Figure | None]]:
+    """Name → drawing, in the order of the report.
 
     Args:
         matrix: content of matrix.json.
         metrics: (stage index, lines of its metrics.jsonl), in the order of training.
     """
-    figures: dict[str, Path] = {}
-    with rc_context(STYLE):
-        drawn = {f"matrix_{measure}": heat_map(matrix, measure) for measure in matrix["matrices"]}
-        drawn["loss_curves"] = validation_curves(matrix, "loss")
-        drawn["action_error_curves"] = validation_curves(matrix, "action_error")
-        drawn["forgetting"] = forgetting_bars(matrix)
-        drawn["constant"] = constant_bars(matrix)
-        drawn["training"] = training_curves(matrix, metrics)
-        drawn["replay"] = replay_bars(matrix)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in drawn.items():
-            (folder / f"{name}.png").unlink(missing_ok=True)  # none left over from an earlier report
-            if figure is not None:
-                figures[name] = folder / f"{name}.png"
-                figure.savefig(figures[name], dpi=170, facecolor="white")
-    return figures
+    return {
+        **{f"matrix_{measure}": partial(heat_map, matrix, measure) for measure in matrix["matrices"]},
+        "loss_curves": lambda: validation_curves(matrix, "loss"),
+        "action_error_curves": lambda: validation_curves(matrix, "action_error"),
+        "forgetting": lambda: forgetting_bars(matrix),
+        "constant": lambda: constant_bars(matrix),
+        "training": lambda: training_curves(matrix, metrics),
+        "replay": lambda: replay_bars(matrix),
+    }
 
 
 def heat_map(matrix: Record, measure: str) -> Figure | None:
@@ -132,7 +108,7 @@ def validation_curves(matrix: Record, measure: str) -> Figure | None:
         axes.plot([p["total_step"] for p in unseen], [p[measure] for p in unseen], ":", color=colour, linewidth=1)
         x, y = [p["total_step"] for p in seen], [p[measure] for p in seen]
         axes.plot(x, y, "o-", color=colour, linewidth=1.9, markersize=3, label=task["name"])
-    _log_if_wide(axes, [p[measure] for p in points])
+    log_if_wide(axes, [p[measure] for p in points])
     axes.set(ylabel=UNITS[measure], xlabel="optimizer steps, all stages")
     axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(matrix["tasks"]), 2))
@@ -236,7 +212,7 @@ def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record
         rate_axes.plot(x[thin], rates[thin], color="#c9772b", linewidth=1.5)
         everything += losses
         offset += steps[stage]
-    _log_if_wide(loss_axes, everything)
+    log_if_wide(loss_axes, everything)
     loss_axes.set(ylabel="training loss")
     rate_axes.set(ylabel="learning rate", xlabel="optimizer steps, all stages")
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -292,15 +268,6 @@ def replay_bars(matrix: Record) -> Figure | None:
     return figure
 
 
-def draw_limits(axes: Axes, limits: Record) -> None:
-    """Where a change in per cent begins to be slight and to be significant, at the top of bars that start at -0.65."""
-    for name, label, side in (("well_retained_change", "slight ", "right"), ("slight_change", " significant", "left")):
-        limit = 100 * limits[name]
-        axes.axvline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(limit, -0.62, label, color=MUTED, fontsize=8.5, va="bottom", ha=side)
-    axes.axvline(0, color=INK, linewidth=1)
-
-
 def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
     start = 0
     for stage in matrix["stages"]:
@@ -323,18 +290,3 @@ def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
 
 def _colours(matrix: Record) -> list[str]:
     return [TASK_COLOURS[i % len(TASK_COLOURS)] for i in range(len(matrix["tasks"]))]
-
-
-def short_name(name: str) -> str:
-    """A task name broken at its underscores, so that columns stay narrow."""
-    return name.replace("_", "\n", 1) if len(name) > 9 else name
-
-
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    positive = [value for value in values if value is not None and value > 0]
-    if positive and max(positive) / min(positive) > 8 and len(positive) == len(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylim(min(positive) / 1.2, max(positive) * 1.2)

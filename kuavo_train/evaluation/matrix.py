@@ -25,6 +25,7 @@ from kuavo_train.evaluation.retention import (
 )
 from kuavo_train.evaluation.statistics import wilson
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun, StoredStage, read_run
+from kuavo_train.evaluation.strategy_facts import gate_readings, probe_records, strategy_facts
 
 SIGN_CONVENTION = (
     "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is "
@@ -99,6 +100,9 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "curves": _curves(run),
         "error_by_group": _error_by_group(run),
         "replay": _replay(run),
+        "strategy_facts": strategy_facts(run),
+        "gate": gate_readings(run),
+        "probes": probe_records(run),
         "parameters": _parameters(run),
         "hashes": _hashes(run),
         "checks": run_checks(run),
@@ -308,7 +312,9 @@ def _hashes(run: StoredRun) -> list[Record]:
 
 
 def _untrained(run: StoredRun) -> list[Record]:
-    """Tasks whose stage has neither begun nor been covered by another (a joint stage learns several)."""
+    """Tasks whose stage has not begun; a joint stage, once begun, is that of all tasks."""
+    if run.record.get("strategy") == "joint":
+        return []
     indices = {stage.index for stage in run.stages}
     return [task for task in run.tasks if run.learnt_in()[task["name"]] not in indices]
 

@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kuavo_train.evaluation.figures import INK, MUTED, STYLE, TASK_COLOURS
+from kuavo_train.evaluation.figure_style import INK, MUTED, STYLE, TASK_COLOURS
 from kuavo_train.evaluation.memory_questions import Question
 
 WIDTH = 9.0  # inches

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 
 from kuavo_train.data.mixture import MixedDataset, preprocess
 from kuavo_train.data.order import Draw
@@ -98,10 +98,14 @@ class MemoryProbe:
         return Walk(episodes, states)
 
     @torch.no_grad()
-    def ask(self, draws: Draws, memory: Any, noise: torch.Tensor) -> np.ndarray:
-        """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it."""
+    def ask(self, draws: Draws, memory: Any, noise: torch.Tensor, instruction: str | None = None) -> np.ndarray:
+        """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it.
+
+        Args:
+            instruction: what the policy is told to do, in place of the task's own.
+        """
         self.policy.eval()
-        batch = self._prepared([draw._replace(begins=False) for draw in draws])
+        batch = self._prepared([draw._replace(begins=False) for draw in draws], instruction)
         actions, _ = self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
         return actions.float().cpu().numpy()
 
@@ -147,8 +151,17 @@ class MemoryProbe:
         }
         return {**shares, "actions": float(np.mean([weights[seen.length :].sum() for weights in seen.weights]))}
 
-    def _prepared(self, draws: Draws) -> dict[str, Any]:
-        return preprocess(self.dataset.__getitems__(list(draws)), self.preprocessor)
+    def target(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """The demonstrated chunks [E, C, A], normalized, and which entries count: of the task, inside the episode."""
+        batch = self._prepared(draws)
+        padded = batch["action_is_pad"][:, :, None] | batch["action_dim_is_pad"][:, None, :]
+        return batch[ACTION].float().cpu().numpy(), ~padded.cpu().numpy()
+
+    def _prepared(self, draws: Draws, instruction: str | None = None) -> dict[str, Any]:
+        batch = self.dataset.__getitems__(list(draws))
+        if instruction is not None:
+            batch["task"] = [instruction] * len(draws)
+        return preprocess(batch, self.preprocessor)
 
 
 @dataclass

@@ -62,7 +62,7 @@ def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Questio
     """
     chunk_size = probe.policy.config.chunk_size
     cues = np.array([question.cue for question in questions])
-    donors = [_donor(cues, place) for place in range(len(cues))]
+    donors = [donor_of(cues, place) for place in range(len(cues))]
     pairs = [question.references(chunk_size) for question in questions]
     references, valid = (np.stack(parts) for parts in zip(*pairs, strict=True))
     draws = [episode[question.query] for episode, question in zip(walk.episodes, questions, strict=True)]
@@ -91,7 +91,7 @@ def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Questio
     }
 
 
-def _donor(cues: np.ndarray, place: int) -> int | None:
+def donor_of(cues: Sequence[Any] | np.ndarray, place: int) -> int | None:
     """The next episode, cyclically, that has another cue."""
     for step in range(1, len(cues)):
         other = (place + step) % len(cues)

@@ -78,9 +78,9 @@ def hierarchical_bootstrap(
     with replacement, and episodes once for all of them (Owen, "The pigeonhole bootstrap", 2007). Drawing episodes anew
     for each seed would count one hard episode as bad luck that the seeds average out.
 
-    Both kinds of deviation are widened for their few units as in the module's docstring, each by its own number. With
-    2 or 3 seeds the 95 % interval then holds the truth 94 % of the time where only seeds differ, and more often where
-    episodes differ too; without it, or widened by the number of seeds alone, 57 % with 2 seeds.
+    Both kinds of deviation are widened for their few units, each by its own number, and before they are added:
+    percentiles cannot be widened here, since two seeds have no more than three different resamples. How often the
+    interval then holds the truth is counted in tests/evaluation/test_bootstrap.py.
 
     Args:
         of_seeds: [S] the statistic of each seed's run, on all episodes.

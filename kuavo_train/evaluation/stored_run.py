@@ -25,7 +25,7 @@ class RunFolderError(ValueError):
 
 @dataclass(frozen=True)
 class StoredStage:
-    """One `stage<index>_<name>` folder. `replay`, `parameters`: None where not written yet."""
+    """One `stage<index>_<name>` folder. `replay`, `parameters`, `merge`: None where not written."""
 
     folder: Path
     index: int
@@ -35,6 +35,8 @@ class StoredStage:
     validations: tuple[Record, ...]
     replay: Record | None
     parameters: tuple[Record, ...] | None
+    gate: tuple[Record, ...]
+    merge: Record | None
 
     @property
     def finished(self) -> bool:
@@ -49,12 +51,13 @@ class StoredStage:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run folder: run.json, its tasks in the order of learning, its stages in the order of training."""
+    """A run folder: run.json, tasks in the order of learning, stages in the order of training, probes by name."""
 
     folder: Path
     record: Record
     tasks: tuple[Record, ...]
     stages: tuple[StoredStage, ...]
+    probes: Mapping[str, Record]
 
     @property
     def finished(self) -> tuple[StoredStage, ...]:
@@ -120,7 +123,8 @@ def read_run(folder: Path | str) -> StoredRun:
     )
     if not stages:
         raise RunFolderError(f"{folder} has no stage in it: train one first (`make train-all-stages`)")
-    run = StoredRun(folder, record, tasks, tuple(stages))
+    probes = {path.stem: _read_json(path) for path in sorted((folder / "report" / "probes").glob("*.json"))}
+    run = StoredRun(folder, record, tasks, tuple(stages), probes)
     _check_no_hole(run)
     for stage in run.stages:
         _check_own_checkpoint(run, stage)
@@ -199,7 +203,7 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
             "train the "
             "stage again"
         )
-    replay, parameters = folder / "replay_audit.json", folder / "parameters.json"
+    replay, parameters, merge = (folder / name for name in ("replay_audit.json", "parameters.json", "merge.json"))
     return StoredStage(
         folder=folder,
         index=index,
@@ -209,6 +213,8 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
         validations=_last_of_each(validations, ("kind", "step", "task")),
         replay=_read_json(replay) if replay.is_file() else None,
         parameters=tuple(_read_json(parameters)["groups"]) if parameters.is_file() else None,
+        gate=tuple(_read_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),
+        merge=_read_json(merge) if merge.is_file() else None,
     )
 
 

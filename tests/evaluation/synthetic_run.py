@@ -215,6 +215,7 @@ def _audit(stage: int, stages: tuple[int, ...], strategy: str) -> dict:
         "declared": shares,
         "drawn": {name: {"frames": n, "share": n / sum(frames.values())} for name, n in frames.items()},
         "total_frames": sum(frames.values()),
+        "passes": {name: n / 4800 for name, n in frames.items()},
         "held_out_frames_drawn": 0,
     }
 

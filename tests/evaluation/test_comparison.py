@@ -95,8 +95,10 @@ def test_intransigence_is_against_the_joint_run_of_the_same_seed(runs, compared)
 def test_without_a_joint_run_there_is_no_intransigence_and_the_page_says_why(pair, tmp_path):
     comparison = compare(pair, QUICK)
     entry = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]
-    assert (entry["value"], entry["reason"]) == (None, "no joint run was given")
-    assert "no joint run was given" in Page(write_comparison(pair, tmp_path / "c", limits=QUICK).read_text()).text
+    assert (entry["value"], entry["reason"]) == (None, "no finished joint run was given")
+    assert (
+        "no finished joint run was given" in Page(write_comparison(pair, tmp_path / "c", limits=QUICK).read_text()).text
+    )
 
 
 def test_the_verdicts_over_seeds_follow_what_the_strategies_forget(compared):
@@ -107,6 +109,15 @@ def test_the_verdicts_over_seeds_follow_what_the_strategies_forget(compared):
     assert words["replay"] == ["well retained", "slight degradation", "significant forgetting", "learnt last"]
     assert words["sequential"][1:3] == ["significant forgetting"] * 2
     assert set(words["joint"]) == {"learnt with all others"}
+
+
+def test_a_single_seed_has_the_verdicts_of_its_own_report(pair):
+    comparison = compare(pair, QUICK)
+    for run in pair:
+        own = [verdict["relative_change"] for verdict in write_matrix(run, limits=QUICK)["verdicts"]]
+        for task, change in zip(strategy(comparison, run.name)["tasks"], own, strict=True):
+            found = task["relative_change"]
+            assert (found and [found["low"], found["high"]]) == (change and [change["low"], change["high"]])
 
 
 def test_the_number_of_seeds_and_episodes_is_told(compared):
@@ -155,6 +166,17 @@ def test_a_strategy_of_which_every_run_is_partial_reports_its_part_and_no_differ
     assert entry["metrics"]["loss"]["average"]["value"] is not None
     assert entry["metrics"]["loss"]["average"]["difference"] is None
     assert [task["state"] for task in entry["tasks"]] == ["judged", "learnt last", "not learnt", "not learnt"]
+
+
+def test_an_unfinished_joint_run_is_told_and_gives_no_intransigence(pair, tmp_path):
+    joint = write_run(tmp_path / "joint", strategy="joint", finished=0)
+    comparison = compare([*pair, joint], QUICK)
+    assert [text for text in comparison["missing"] if text.startswith("joint: ")] == [
+        "joint: stage1_joint is interrupted at step 100"
+    ]
+    assert strategy(comparison, "joint")["evidence"].startswith("Partial: 0 stages finished.")
+    assert strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]["value"] is None
+    write_comparison([*pair, joint], tmp_path / "comparison", limits=QUICK)
 
 
 NOT_COMPARABLE = {

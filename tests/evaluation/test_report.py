@@ -235,6 +235,39 @@ def test_shares_dealt_in_clips_are_exact_to_the_clip(run, off_by, passes):
     assert checks["Replay shares drawn are those declared"] is passes
 
 
+def test_the_strategy_at_work_and_the_gate_are_told_with_their_numbers(run):
+    stage = run / "stage3_placement"
+    change = {"estimate": 0.5, "low": 0.3, "high": 0.7, "level": 0.95, "n": 12}
+    quiet = {"step": 40, "epoch": 1, "stage": 3, "task": "weighing", "change": change | {"low": 0.1},
+             "budget": 0.2, "exceeded": False, "action": None}  # fmt: skip
+    shares = {"moving_grasp": 0.1, "weighing": 0.4, "placement": 0.5}
+    raised = quiet | {"step": 80, "change": change, "exceeded": True, "action": "raise_replay", "shares": shares}
+    (stage / "gate.jsonl").write_text(json.dumps(quiet) + "\n" + json.dumps(raised) + "\n")
+    sweep = [{"alpha": alpha, "loss": 0.3 - 0.1 * alpha, "losses": {}} for alpha in (0.5, 1.0)]
+    (stage / "merge.json").write_text(json.dumps({"chosen": 1.0, "sweep": sweep}))
+    edit_lines(stage / "metrics.jsonl", lambda line: line | {"penalty": 0.01 * line["step"]})
+    edit(stage / "stage.json", lambda record: record.update(stopped="held-out loss since learnt: weighing"))
+    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    matrix = json.loads((run / "report" / "matrix.json").read_text())
+    assert "1 of 2 readings were" in page.text
+    assert "raise replay" in page.text
+    shown = {pointer: text for pointer, _, text in page.numbers}
+    assert shown["/gate/1/shares/weighing"] == FORMATS["share"](0.4)
+    assert shown["/gate/1/change/low"] == FORMATS["percent"](0.3)
+    assert shown["/strategy_facts/merges/0/sweep/1/loss"] == FORMATS["number"](0.2)
+    assert shown["/strategy_facts/penalties/0/last"] == FORMATS["number"](2.0)
+    assert "held-out loss since learnt: weighing" in page.text
+    for pointer, form, text in page.numbers:
+        assert text == FORMATS[form](look_up(matrix, pointer)), pointer
+
+
+def test_a_run_without_gate_or_probes_has_no_such_sections_and_says_how_to_ask(reported):
+    _, page = reported
+    assert "The strategy at work" not in page.text
+    assert "Lost, or only suppressed?" not in page.text
+    assert "python -m kuavo_train.probes run=four" in page.text
+
+
 BAD_FOLDERS = {
     "no folder": (lambda run: shutil.rmtree(run), "does not exist: give the folder of a run"),
     "no run.json": (lambda run: (run / "run.json").unlink(), "has no run.json, so it is not a run"),

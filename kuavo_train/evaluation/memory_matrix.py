@@ -1,0 +1,111 @@
+"""What a task's memory is worth, in numbers of the performance matrix: held-out loss with another memory in its place.
+
+    on        the episode's own, as validated after every stage
+    reset     the initial one at every query: nothing is ever remembered
+    swapped   that of another held-out episode of the task, the donor, at the same query
+
+The validator, its noise and its times are those of every validation, so `on` is the very cell of R, and what reset and
+swapped add to it comes from the memory alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kuavo_train.data.mixture import Batch
+from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk
+from kuavo_train.evaluation.memory_questions import donor_of
+from kuavo_train.evaluation.numbers import number, percent, whole_percent
+from kuavo_train.evaluation.retention import episode_scores
+from kuavo_train.evaluation.statistics import paired_bootstrap
+from kuavo_train.evaluation.validation import Validator
+
+INTERVENTIONS = ("on", "reset", "swapped")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InterveningValidator(Validator):
+    """Asks every query with the memory that `memory_of(place, batch)` gives, in place of its own."""
+
+    memory_of: Callable[[int, Batch], Any] = lambda place, batch: None
+
+    def _queries(self, policy: Any, place: int) -> Iterator[tuple[Batch, Any, Callable[[Any], None]]]:
+        for batch, _, _ in super()._queries(policy, place):
+            yield batch, self.memory_of(place, batch), lambda memory: None
+
+
+def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[str, Sequence[int]]) -> list[Record]:
+    """One record per task named in `donors`: its validation under each intervention, and what they change.
+
+    Args:
+        about: the fields of `Validator`.
+        donors: task → for each of its held-out episodes the place among them of the one that gives its memory.
+    """
+    names = list(donors)
+    walks = {}
+    for place, task in enumerate(probe.dataset.tasks):
+        if task.name in names:
+            walks[place] = probe.walk([probe.queries_of(place, episode) for episode in task.held_out_episodes])
+
+    def donated(place: int, batch: Batch) -> Any:
+        task, stride = probe.dataset.tasks[place], probe.policy.config.n_action_steps
+        rows = [task.held_out_episodes.index(episode) for episode in batch["episode_index"].tolist()]
+        query = int(batch["frame_index"][0]) // stride  # all rows of a batch are at the same query
+        return _states(walks[place])[query].select([donors[task.name][row] for row in rows])
+
+    validators = {
+        "on": Validator(**about),
+        "reset": InterveningValidator(**about),
+        "swapped": InterveningValidator(**about, memory_of=donated),
+    }
+    found = {name: validator.validate_all_tasks(probe.policy, names) for name, validator in validators.items()}
+    return [_record(dict(zip(found, records, strict=True))) for records in zip(*found.values(), strict=True)]
+
+
+def _states(walk: Walk) -> Sequence[Any]:
+    assert walk.states is not None
+    return walk.states
+
+
+def _record(by_intervention: Mapping[str, Record]) -> Record:
+    on = by_intervention["on"]
+    record: Record = {"task": on["task"]}
+    for measure in ("loss", "action_error"):
+        scores = {name: episode_scores(line, measure) for name, line in by_intervention.items()}
+        record[measure] = {name: line[measure] for name, line in by_intervention.items()}
+        record[f"{measure}_change"] = {
+            name: asdict(paired_bootstrap(scores["on"], scores[name], relative=True))
+            for name in INTERVENTIONS
+            if name != "on"
+        }
+    return record
+
+
+def donors_among(cues: Sequence[Any]) -> list[int]:
+    """For each episode the next one, cyclically, that had another cue; where all are alike, the next one."""
+    others = [donor_of(cues, place) for place in range(len(cues))]
+    return [(place + 1) % len(cues) if other is None else other for place, other in enumerate(others)]
+
+
+def memory_evidence(record: Record) -> str:
+    """One task's record after the last stage, in words."""
+    changes = record["loss_change"]
+    text = (
+        f"Held-out loss {number(record['loss']['on'])} with its memory; {_moved(changes['reset'])} when it is reset at "
+        f"every query, {_moved(changes['swapped'])} with that of another episode."
+    )
+    decision = record["decision"]
+    if decision is None:
+        return f"{text} No cue of this task has to be remembered."
+    right = {name: f"{row['correct']}/{row['n']}" for name, row in decision["interventions"].items()}
+    text += (
+        f" Where only memory can know the cue it acts rightly in {right['on']} episodes, in {right['reset']} after a "
+        f"reset; chance is {whole_percent(decision['chance'])}."
+    )
+    return text + (f" It follows the donor in {right['swapped']}." if "swapped" in right else "")
+
+
+def _moved(change: Record) -> str:
+    ends = "" if change["low"] is None else f" [{percent(change['low'])}, {percent(change['high'])}]"
+    return f"{percent(change['estimate'])}{ends}"
