@@ -194,7 +194,6 @@ def test_a_stage_may_end_in_its_last_checkpoint_instead_of_its_best(small_run: O
     folder = stage_folder(configs[0])
     losses = {record["step"]: record["loss"] for record in folder.validations.read() if record["kind"] == "epoch"}
     last = folder.about["steps"]
-    assert losses[last] > min(losses.values())  # at such a rate nothing stays learnt
     assert folder.checkpoints.at("best").step == last
     assert folder.about["best"] == {"step": last, "loss": losses[last]}
 

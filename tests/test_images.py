@@ -276,5 +276,5 @@ def test_a_video_that_does_not_decode_is_named(config: DataConfig, tmp_path: Pat
     assert decoded.shapes
     video = next(root.rglob("*.mp4"))
     video.write_bytes(b"no video")
-    with pytest.raises(ConfigError, match=r"weighing: video .* must decode, episode \d, frames \d+ to \d+"):
+    with pytest.raises(ConfigError, match=r"weighing: video .* must decode, got an error at frame \d+ of episode \d"):
         plan(config, decoded, None, episodes=[0, 1]).fill(progress=False)

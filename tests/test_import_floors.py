@@ -15,7 +15,8 @@ MAY_IMPORT = {  # floor → project packages and modules it may import
         "kuavo_train.learning",
         "lerobot_policy_smolvla_memory",
     },
-    "kuavo_train/evaluation": {"kuavo_train.config", "kuavo_train.data", "kuavo_train.evaluation"},
+    # kuavo_sim: what a recording's cues are, only the simulation can say
+    "kuavo_train/evaluation": {"kuavo_train.config", "kuavo_train.data", "kuavo_train.evaluation", "kuavo_sim"},
     "kuavo_train/wrapper": {"kuavo_train.data", "kuavo_train.wrapper", "lerobot_policy_smolvla_memory"},
     "kuavo_sim": {"kuavo_sim"},
     "lerobot_policy_smolvla_memory": {"lerobot_policy_smolvla_memory"},
@@ -49,4 +50,4 @@ def test_only_the_stage_and_the_runnables_know_both_learning_and_evaluation() ->
     for file in sorted((REPOSITORY / "kuavo_train").glob("*.py")):
         wings = {name.split(".")[1] for name in imported(file) if name.count(".") >= 1}
         if {"learning", "evaluation"} <= wings:
-            assert file.name == "stage.py", f"{file.name} knows the whole"
+            assert file.name in ("stage.py", "probes.py", "trained_run.py"), f"{file.name} knows the whole"

@@ -19,6 +19,7 @@ from kuavo_train.data.features import CachedFeatures
 from kuavo_train.data.frames import CachedFrames
 from kuavo_train.data.mixture import preprocess
 from kuavo_train.data.order import Draw
+from kuavo_train.findings import Findings
 from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import Stage, open_stage, run_stage
@@ -39,7 +40,11 @@ def embedded(small_run: Overrides, tmp_path: Path) -> Callable[..., list[RunConf
 
 
 def opened(configs: list[RunConfig], place: int = 1) -> Stage:
-    return open_stage(configs[place], [config.stage for config in configs], None, Accelerator(cpu=True))
+    findings = Findings()
+    stage = open_stage(configs[place], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
+    findings.raise_problems()
+    assert stage is not None
+    return stage
 
 
 def run(configs: list[RunConfig], place: int) -> None:
@@ -163,9 +168,9 @@ def test_a_later_stage_computes_only_the_episodes_it_reads_for_the_first_time(
         shapes = 4 * 3  # every camera of every task, once
         assert sum(calls) - shapes == 3 * frames
     begun = stage_folder(configs[2]).checkpoints.at("best")
-    stage = open_stage(
-        replace(configs[3], run="again"), [config.stage for config in configs], begun, Accelerator(cpu=True)
-    )
+    again = replace(configs[3], run="again")
+    stage = open_stage(again, [config.stage for config in configs], begun, Accelerator(cpu=True), Findings())
+    assert stage is not None
     calls.clear()
     stage.images.fill(progress=False)
     assert calls == []
