@@ -23,6 +23,7 @@ from benchmarks.measuring import Spread, Table
 from benchmarks.models import SIZES, Size
 from benchmarks.video_dataset import TASK, write_dataset
 from kuavo_train.compose import compose_run
+from kuavo_train.findings import Findings
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import open_stage
 
@@ -120,7 +121,10 @@ def _run(arguments: list[str], settings: Settings) -> str:
 def seconds_per_embedded_frame(overrides: list[str]) -> float:
     """Compute all image embeddings of a run, as its first epoch would, and leave them for the next."""
     configs = compose_run(overrides)
-    stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True))
+    findings = Findings()
+    stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
+    findings.raise_problems()
+    assert stage is not None, "what cannot be opened is a problem"
     began = time.perf_counter()
     stage.images.fill(progress=False)
     return (time.perf_counter() - began) / len(stage.tasks[0].state)

@@ -31,7 +31,6 @@ LEARNS: dict[str, Sequence[str]] = {
     "vision frozen": VISION_FROZEN,
     "VLM frozen": VLM_FROZEN,
 }
-LARGE_BATCH = 4  # the least that K = 4 divides
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Settings:
     tokens: tuple[int, ...] = (4, 8, 16)
     layout: tuple[str, ...] = ("end", "start", "both")
     depth: tuple[int, ...] = (1, 4)
+    large_batch: int = 4  # queries per step at the large sizes; every depth must divide it
     rounds: int = 3
     threads: int = 2
 
@@ -66,7 +66,7 @@ def compare(name: str, learns: str, settings: Settings, folder: Path) -> Table:
     vlm = size.make_vlm(folder / name)
     theirs = lerobot_policy(size, vlm, frozen=frozen)
     without = our_policy(theirs, size, vlm, frozen=frozen)
-    rows = LARGE_BATCH if size.is_large else size.batch
+    rows = settings.large_batch if size.is_large else size.batch
     batch = make_batch(size, rows=rows)
     if size.is_large:
         batch = with_features(without, batch)
