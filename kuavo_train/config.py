@@ -100,6 +100,8 @@ class StageConfig:
     action_names: list[str] | None = None
     scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
     simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
+    environment: str | None = None  # gymnasium's id of another environment to roll the task out in, "module:id"
+    environment_settings: dict[str, Any] = field(default_factory=dict)  # of that environment
 
     def __post_init__(self) -> None:
         require(
@@ -255,6 +257,26 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """Closed-loop episodes of all tasks seen, whose success enters the matrix."""
+
+    episodes: int = 0  # per task, at a stage's end; 0: none
+    every_epochs: int | None = None  # and every so many epochs; None: at the end only
+    seed: int = 0  # of the layouts; the same for runs that are to be compared
+    parallel: int = 8  # robots at a time
+    workers: int | None = None  # processes that simulate; None: one per CPU
+    max_steps: int | None = None  # time limit of an episode; None: the environment's own
+
+    def __post_init__(self) -> None:
+        require(self.episodes >= 0, "rollout.episodes", "not be negative", self.episodes)
+        require(self.seed >= 0, "rollout.seed", "not be negative", self.seed)
+        require(self.parallel >= 1, "rollout.parallel", "be at least 1", self.parallel)
+        for name in ("every_epochs", "workers", "max_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"rollout.{name}", "be at least 1, or null", value)
+
+
+@dataclass(frozen=True)
 class ForgettingConfig:
     """Limits of the verdict, and the gate; change is relative to the held-out loss when the task was learnt."""
 
@@ -348,6 +370,7 @@ class RunConfig:
     data: DataConfig
     training: TrainingConfig
     validation: ValidationConfig
+    rollout: RolloutConfig
     forgetting: ForgettingConfig
     policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded

@@ -2,8 +2,9 @@
 
 outputs/<run>/run.json, normalization.json
 outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation.jsonl, replay_audit.json,
-                              parameters.json, checkpoints/; with a forgetting.budget gate.jsonl, with strategy=ewc
-                              ewc.safetensors, with strategy=merge merge.json
+                              parameters.json, checkpoints/; with rollout.episodes rollouts.jsonl, with a
+                              forgetting.budget gate.jsonl, with strategy=ewc ewc.safetensors, with strategy=merge
+                              merge.json
 """
 
 import hashlib
@@ -63,6 +64,10 @@ class StageFolder:
     @property
     def gate(self) -> JsonLines:
         return JsonLines(self.path / "gate.jsonl")
+
+    @property
+    def rollouts(self) -> JsonLines:
+        return JsonLines(self.path / "rollouts.jsonl")
 
     @property
     def validations(self) -> JsonLines:

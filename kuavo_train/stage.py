@@ -36,6 +36,8 @@ from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.retention import episode_scores
+from kuavo_train.evaluation.robots import Environment
+from kuavo_train.evaluation.rollout import Rollouts, environment_of, evaluation_seeds, roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.learning import model_card
@@ -66,6 +68,8 @@ from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
+from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
 
 
 def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
@@ -243,7 +247,8 @@ def open_stage(
     encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
     images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
     findings.look_at_plan(config, order.shares, timetable.steps, images)
-    if findings.problems:
+    environments = attempt(_environments, config, curriculum, built.policy)
+    if findings.problems or environments is None:
         return None
     return Stage(
         config=config,
@@ -257,8 +262,22 @@ def open_stage(
         order=order,
         recurrence=recurrence,
         timetable=timetable,
+        environments=environments,
         table=findings.table,
     )
+
+
+def _environments(config: RunConfig, curriculum: Sequence[StageConfig], policy: Any) -> dict[str, Environment]:
+    """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
+    if config.rollout.episodes == 0:
+        return {}
+    if not isinstance(policy, SmolVLAMemoryPolicy):
+        raise ConfigError(
+            f"rollout.episodes must be 0 with policy.type={config.policy['type']}, got {config.rollout.episodes}; "
+            "evaluate its checkpoints afterwards"
+        )
+    seen = _seen(config, curriculum)
+    return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
 
 
 def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
@@ -347,6 +366,7 @@ class Stage:
     order: Order
     recurrence: Recurrence
     timetable: Timetable
+    environments: dict[str, Environment]
     table: str
 
     def run(self, resumed: Checkpoint | None, before: Checkpoint | None) -> int:
@@ -458,7 +478,7 @@ class Stage:
         self.normalization.save(config.run_folder / "normalization.json")
         write_run_facts(config, self.curriculum, self.tasks, self.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for lines in (folder.metrics, folder.validations, folder.gate):
+        for lines in (folder.metrics, folder.validations, folder.rollouts, folder.gate):
             lines.forget_after(resumed.step if resumed else -1)
         began = {} if resumed else {"started": now()}
         stage = {"name": config.stage.name, "index": config.stage.index, "epochs": config.training.epochs}
@@ -559,10 +579,49 @@ class Stage:
         seen = [] if kind == "start" else self._seen
         stage = self.config.stage
         about = {"stage": stage.index, "stage_name": stage.name, "kind": kind, "epoch": epoch, "step": step}
+        every = self.config.rollout.every_epochs
+        if kind == "end" or (kind == "epoch" and every is not None and epoch % every == 0):
+            records = self._roll_out(records, about)
         if self.accelerator.is_main_process:
             for record in records:
                 self.folder.validations.append({**about, "seen": record["task"] in seen, **record})
         return records
+
+    def _roll_out(self, records: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
+        """The records, with success and progress in closed loop of the tasks seen; its episodes go to rollouts.jsonl.
+
+        Each process plays a share of the episodes.
+        """
+        config = self.config.rollout
+        if config.episodes == 0:
+            return records
+        policy = self.accelerator.unwrap_model(self.policy)
+        known = known_tasks.KnownTasks.of(self._learnt, self.normalization)
+        robot = SmolVLAPolicyWrapper(policy, self._processors, known, seed=self.config.seed)
+        seeds = evaluation_seeds(config.episodes, seed=config.seed)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        with_rollouts = []
+        for record in records:
+            environment = self.environments.get(record["task"])
+            if environment is None:  # not seen yet
+                with_rollouts.append(record)
+                continue
+            share = seeds[process::processes]
+            mine = roll_out(
+                robot,
+                environment,
+                share,
+                parallel=config.parallel,
+                workers=config.workers,
+                progress=self.accelerator.is_main_process,
+            )
+            rollouts = Rollouts.joined(gather_object([mine]))
+            if self.accelerator.is_main_process:
+                self.folder.rollouts.append({**about, "task": record["task"], **rollouts.record()})
+                tqdm.write(f"{record['task']}: {rollouts.summary}")
+            with_rollouts.append(record | rollouts.cells())
+        policy.train(self.policy.training)
+        return with_rollouts
 
     def _save(self, progress: Progress) -> None:
         per_process = gather_object([{"progress": asdict(progress), "memory": self.recurrence.state_dict()}])

@@ -26,7 +26,12 @@ from kuavo_train.evaluation.stored_run import Record
 
 VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}
 CHANGE = LinearSegmentedColormap.from_list("change", ["#9cc4b2", "#ffffff", "#f3c9a5", "#dd7f63"])
-UNITS = {"loss": "held-out loss", "action_error": "action error (normalised)", "success": "success rate"}
+UNITS = {
+    "loss": "held-out loss",
+    "action_error": "action error (normalised)",
+    "success": "success rate",
+    "progress": "share of sub-goals reached",
+}
 
 
 def run_figures(

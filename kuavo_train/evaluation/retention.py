@@ -14,7 +14,7 @@ from kuavo_train.evaluation.numbers import number, percent, whole_percent
 from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
 
-MEASURES = {"loss": False, "action_error": False, "success": True}
+MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
 """What R is made of, and whether higher is better."""
 
 

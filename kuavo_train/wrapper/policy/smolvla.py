@@ -93,22 +93,41 @@ class SmolVLAPolicyWrapper:
         )
         return cls(policy, processors, known, seed=seed)
 
-    def reset(self, indices: Sequence[int] | None = None) -> None:
+    @property
+    def n_action_steps(self) -> int:
+        """Actions carried out per look at the observation."""
+        return self._policy.config.n_action_steps
+
+    def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
 
         After `reset()` the next batch may have another size. With a seed, the actions of an episode are a function
         of its observations alone.
 
+        Args:
+            seeds: an episode's own part of the seed of its noise, for each of those that begin; by default a robot's
+                place in the batch.
+
         Raises:
-            ValueError: an index outside the batch.
+            ValueError: an index outside the batch, or another number of seeds than of those that begin.
         """
         with self._lock:
             if indices is None:
                 self._policy.reset()
                 self._instructions: list[str] = []
-                self._calls: list[int] = []  # since each element's reset
-            else:
-                self._reset(list(indices))
+                self._calls = [0] * len(seeds or ())  # of each robot, since its reset; empty: any batch may come
+                self._episodes = list(seeds or ())
+                return
+            if seeds is not None and len(seeds) != len(indices):
+                raise ValueError(f"seeds must be one for each of the {len(indices)} that begin, got {len(seeds)}")
+            self._reset(list(indices))
+            for index, seed in zip(indices, seeds or indices, strict=True):
+                self._episodes[index] = seed
+
+    def memory_norms(self) -> np.ndarray | None:
+        """Norms [B, tokens] of what each robot remembers now; None without memory, and before the first look."""
+        memory = self._policy.get_memory()
+        return None if memory is None else memory.tokens.norm(dim=-1).cpu().numpy()
 
     def _reset(self, indices: list[int]) -> None:
         size = len(self._calls)
@@ -230,10 +249,9 @@ class SmolVLAPolicyWrapper:
             raise ValueError(f"task must be an instruction, or a list of them, got {observation.get('task')!r}")
         if len(given) != size:
             raise ValueError(f"task must be one instruction, or {size} for as many states, got {len(given)}")
-        if self._instructions and len(self._instructions) != size:
+        if self._calls and len(self._calls) != size:
             raise ValueError(
-                f"the batch must stay at {len(self._instructions)} robots until reset(), got {size}; "
-                "each has its own memory"
+                f"the batch must stay at {len(self._calls)} robots until reset(), got {size}; each has its own memory"
             )
         by_name = {task.name: task.instruction for task in self.known.tasks}
         return [by_name.get(each, " ".join(each.split())) for each in given]
@@ -265,17 +283,18 @@ class SmolVLAPolicyWrapper:
     def _begin_new_tasks(self, instructions: list[str]) -> None:
         if not self._instructions:
             self._calls = [0] * len(instructions)
+            self._episodes = self._episodes or list(range(len(instructions)))  # whose noise each robot draws
         else:
             pairs = zip(self._instructions, instructions, strict=True)
             self._reset([index for index, (before, now) in enumerate(pairs) if before != now])
         self._instructions = instructions
 
     def _noise(self) -> torch.Tensor:
-        """[B, T, max_action_dim], of each element a function of the seed, its place and its calls since reset."""
+        """[B, T, max_action_dim], of each robot a function of the seed, its episode and its calls since reset."""
         config = self._policy.config
         rows = []
-        for index, calls in enumerate(self._calls):
-            generator = np.random.default_rng([self._seed, index, calls])
+        for episode, calls in zip(self._episodes, self._calls, strict=True):
+            generator = np.random.default_rng([self._seed, episode, calls])
             rows.append(generator.standard_normal((config.chunk_size, config.max_action_dim), dtype=np.float32))
         return torch.from_numpy(np.stack(rows)).to(config.device)
 

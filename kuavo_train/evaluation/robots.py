@@ -1,0 +1,188 @@
+"""Environments in processes of their own: several robots, stepped together, of which one may fail alone.
+
+    with Robots(environment, places=8, workers=2) as robots:
+        seen = robots.advance({place: Begin(seed) for place, seed in enumerate(seeds)})
+        seen = robots.advance({place: Act(action) for place, action in actions.items()})
+
+Every place holds one environment. What goes wrong in it comes back as a `Failure` in the place of what would have been
+seen; a process that dies or hangs fails at all its places, and is replaced.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+import gymnasium
+import numpy as np
+
+STEP_TIMEOUT = 120.0  # seconds until a process that does not answer is given up
+
+
+@dataclass(frozen=True)
+class Environment:
+    """
+    Attributes:
+        id: gymnasium's, with the module that registers it: "kuavo_sim:kuavo_sim/Weighing-v0".
+        task: instruction or name of a learnt task, as the policy is told.
+        settings: of the environment itself, as for `gymnasium.make`.
+        max_steps: the time limit of an episode; None leaves it to the environment.
+    """
+
+    id: str
+    task: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    max_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The id without the module."""
+        return self.id.rpartition(":")[2]
+
+    def make(self) -> gymnasium.Env:
+        """Raises what gymnasium raises where there is no such environment."""
+        return gymnasium.make(self.id, disable_env_checker=True, **self.settings)
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A new episode, drawn from `seed`."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class Act:
+    """One step with `action` [A] in robot units."""
+
+    action: np.ndarray
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the environment answers. `pictures` are [H, W, 3] uint8 by camera, `state` is [S]."""
+
+    pictures: dict[str, np.ndarray]
+    state: np.ndarray
+    info: dict[str, Any]
+    reward: float = 0.0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An environment that cannot go on, and why."""
+
+    reason: str
+
+
+class Robots:
+    """`places` environments, spread over `workers` processes (None: one per CPU)."""
+
+    def __init__(
+        self, environment: Environment, *, places: int, workers: int | None = None, timeout: float = STEP_TIMEOUT
+    ):
+        self._environment, self._timeout = environment, timeout
+        count = min(places, workers or _cpus())
+        self._hosts = [_Process(environment) for _ in range(count)]
+        self._host_of = [place % count for place in range(places)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self._hosts:
+            host.stop()
+
+    def advance(self, orders: Mapping[int, Begin | Act]) -> dict[int, Seen | Failure]:
+        """Carry out an order at each of some places, all at once."""
+        shares = [{p: order for p, order in orders.items() if self._host_of[p] == n} for n in range(len(self._hosts))]
+        for host, share in zip(self._hosts, shares, strict=True):
+            if share:
+                host.order(share)
+        answers: dict[int, Seen | Failure] = {}
+        for number, share in enumerate(shares):
+            if not share:
+                continue
+            try:
+                answers |= self._hosts[number].answer(self._timeout)
+            except (EOFError, OSError, TimeoutError) as error:
+                reason = str(error) if isinstance(error, TimeoutError) else "the environment's process died"
+                answers |= dict.fromkeys(share, Failure(reason))
+                self._hosts[number].stop()
+                self._hosts[number] = _Process(self._environment)
+        return answers
+
+
+class _Process:
+    """A process with some of the environments, seen from outside."""
+
+    def __init__(self, environment: Environment):
+        context = multiprocessing.get_context("spawn")  # not forked: the parent may have threads
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_host, args=(theirs, environment), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+
+    def order(self, orders: Mapping[int, Begin | Act]) -> None:
+        """A dead process is noticed when it does not answer."""
+        try:
+            self._pipe.send(orders)
+        except OSError:
+            return
+
+    def answer(self, timeout: float) -> dict[int, Seen | Failure]:
+        """Raises EOFError or OSError when the process has died, TimeoutError when it is silent."""
+        if not self._pipe.poll(timeout):
+            raise TimeoutError(f"the environment did not answer within {timeout:g} s")
+        return self._pipe.recv()
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _host(pipe: Connection, environment: Environment) -> None:
+    """What a process does: carry out orders until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    places: dict[int, gymnasium.Env] = {}
+    while True:
+        try:
+            orders = pipe.recv()
+        except EOFError:
+            return
+        pipe.send({place: _obey(places, place, order, environment) for place, order in orders.items()})
+
+
+def _obey(places: dict[int, gymnasium.Env], place: int, order: Begin | Act, environment: Environment) -> Seen | Failure:
+    try:
+        if isinstance(order, Begin):
+            if place not in places:
+                places[place] = environment.make()
+            observation, info = places[place].reset(seed=order.seed)
+            return _seen(observation, info)
+        observation, reward, terminated, truncated, info = places[place].step(order.action)
+        return _seen(observation, info, reward=float(reward), ended=bool(terminated or truncated))
+    except Exception as error:  # whatever an environment does, the others go on
+        places.pop(place, None)
+        return Failure(f"{type(error).__name__}: {error}")
+
+
+def _seen(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
+    """Raises ValueError for an environment that does not observe as LeRobot's do."""
+    pixels = observation.get("pixels")
+    if not isinstance(pixels, Mapping) or "agent_pos" not in observation:
+        raise ValueError(
+            f'observations must be {{"pixels": {{camera: picture}}, "agent_pos": state}}, got {sorted(observation)}'
+        )
+    pictures = {camera: np.asarray(picture) for camera, picture in pixels.items()}
+    return Seen(pictures, np.asarray(observation["agent_pos"], np.float32), dict(info), **more)
+
+
+def _cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,187 @@
+"""Closed loop: every seed is played once, in processes that may fail alone, and told as it went."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from kuavo_sim import EVALUATION_SEED_START
+from kuavo_train.compose import compose_run
+from kuavo_train.config import ConfigError, RolloutConfig, RunConfig, SimulationConfig
+from kuavo_train.evaluation.rollout import Environment, Rollouts, environment_of, evaluation_seeds, roll_out
+from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.stage import run_stage
+
+COUNTING = Environment("worlds:Counting-v0", "count to the goal")
+
+
+class Echo:
+    """Acts as the state's first entry says, from the second look on as at the first: so it depends on resets."""
+
+    n_action_steps = 1
+
+    def __init__(self, offset: float = 0.0):
+        self.offset = offset
+        self.remembered: list[float | None] = []
+        self.begun: list[int] = []
+        self.batches: list[int] = []
+
+    def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
+        if indices is None:
+            self.remembered = [None for _ in seeds or ()]
+            return
+        for index, seed in zip(indices, seeds or (), strict=True):
+            self.remembered[index] = None
+            self.begun.append(seed)
+
+    def select_action(self, observation: Mapping[str, Any]) -> np.ndarray:
+        state, picture = observation["observation.state"], observation["observation.images.head"]
+        assert picture.shape == (len(state), 4, 4, 3)
+        assert observation["task"] == "count to the goal"
+        self.batches.append(len(state))
+        self.remembered = [
+            float(row[0]) if known is None else known for row, known in zip(state, self.remembered, strict=True)
+        ]
+        return np.array([[value + self.offset] * 2 for value in self.remembered], np.float32)
+
+    def memory_norms(self) -> np.ndarray | None:
+        return np.array([[value, 0.0] for value in self.remembered])
+
+
+def play(seeds: Sequence[int], *, policy: Echo | None = None, environment: Environment = COUNTING, **how: Any):
+    how = {"parallel": 3, "workers": 2, "progress": False} | how
+    return roll_out(policy or Echo(), environment, seeds, **how)
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> Rollouts:
+    return play(range(8), traces=True)
+
+
+def test_every_seed_is_played_once_and_told_in_order(rollouts: Rollouts) -> None:
+    assert [episode.seed for episode in rollouts.episodes] == list(range(8))
+    assert [episode.steps for episode in rollouts.episodes] == [3 + seed % 5 for seed in range(8)]
+    assert rollouts.successes == rollouts.trials == 8
+
+
+def test_memory_and_noise_begin_with_each_episode() -> None:
+    policy = Echo()
+    assert play(range(8), policy=policy).successes == 8  # what is remembered of an earlier episode would be wrong
+    assert sorted(policy.begun) == list(range(8))
+    assert set(policy.batches) == {3}
+
+
+def test_the_outcome_does_not_depend_on_the_number_of_robots_at_a_time(rollouts: Rollouts) -> None:
+    assert play(range(8), parallel=1, workers=1).episodes == rollouts.episodes
+
+
+def test_an_episode_is_told_with_its_subgoals_return_and_branch(rollouts: Rollouts) -> None:
+    episode = rollouts.episodes[1]
+    assert episode.subgoals == {"under_way": 2, "there": 4}
+    assert episode.progress == 1.0
+    assert episode.reward == pytest.approx(2.0)
+    assert (episode.cue, episode.choice, episode.right_branch) == (1, 0, False)
+    assert rollouts.branches == (4, 8)
+    assert rollouts.funnel == {"under_way": 8, "there": 8}
+    assert episode.roughness == 0.0
+
+
+def test_a_trace_holds_what_was_seen_before_every_action(rollouts: Rollouts) -> None:
+    trace = rollouts.episodes[3].trace
+    assert trace is not None
+    assert [int(pictures["head"][0, 0, 0]) for pictures in trace.pictures] == list(range(6))
+    assert [norms.tolist() for norms in trace.memory_norms] == [[3.0, 0.0]] * 6
+
+
+def test_a_policy_that_acts_wrongly_fails_at_the_environments_or_at_our_limit() -> None:
+    wrong = play(range(4), policy=Echo(offset=1.0))
+    assert wrong.successes == 0
+    assert [episode.steps for episode in wrong.episodes] == [6, 8, 10, 12]
+    limited = Environment(COUNTING.id, COUNTING.task, max_steps=5)
+    assert [e.steps for e in play(range(4), policy=Echo(offset=1.0), environment=limited).episodes] == [5] * 4
+
+
+def test_an_environment_that_raises_is_reported_and_the_others_go_on() -> None:
+    broken = Environment(COUNTING.id, COUNTING.task, {"fails": {1: "raise", 4: "raise"}})
+    rollouts = play(range(6), environment=broken)
+    assert [e.seed for e in rollouts.failures] == [1, 4]
+    assert rollouts.failures[0].error == "RuntimeError: the arm fell off"
+    assert (rollouts.successes, rollouts.trials) == (4, 4)
+    assert "2 environments failed: RuntimeError: the arm fell off" in rollouts.summary
+
+
+def test_a_process_that_dies_or_hangs_takes_only_its_own_episodes_with_it() -> None:
+    broken = Environment(COUNTING.id, COUNTING.task, {"fails": {0: "die", 5: "hang"}})
+    rollouts = play(range(8), environment=broken, parallel=2, timeout=10.0)
+    errors = {episode.seed: episode.error for episode in rollouts.failures}
+    assert errors == {0: "the environment's process died", 5: "the environment did not answer within 10 s"}
+    assert rollouts.successes == rollouts.trials == 6
+
+
+def test_an_environment_that_is_not_there_is_told_for_every_episode() -> None:
+    rollouts = play(range(3), environment=Environment("worlds:Missing-v0", "count"))
+    assert rollouts.trials == 0
+    assert "Missing" in str(rollouts.failures[0].error)
+    assert rollouts.cells() == {}
+
+
+def test_evaluation_seeds_are_disjoint_from_demonstrations_and_from_other_evaluations() -> None:
+    first, second = evaluation_seeds(50), evaluation_seeds(50, seed=1)
+    assert min(first) >= EVALUATION_SEED_START
+    assert not set(first) & set(second)
+    with pytest.raises(ValueError, match=r"episodes must be in \[1, 10000\], got 0"):
+        evaluation_seeds(0)
+
+
+def run(overrides: list[str]) -> RunConfig:
+    configs = compose_run(overrides)
+    for config in configs:
+        assert run_stage(config, [each.stage for each in configs]) == 0
+    return configs[0]
+
+
+IN_THE_ARMS_WORLD = ("+stage.environment=worlds:Arms-v0", "rollout.episodes=5", "rollout.parallel=2")
+
+
+def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_run: Callable[..., list[str]]) -> None:
+    config = run(small_run("learn=[moving_grasp,weighing]", *IN_THE_ARMS_WORLD))
+    matrix = json.loads((config.run_folder / "report" / "matrix.json").read_text())
+    rows = {row["stage"]: row for row in matrix["matrices"]["success"]["rows"]}
+    assert rows[1]["values"] == {"moving_grasp": 0.6, "weighing": None}
+    assert rows[2]["values"] == {"moving_grasp": 0.6, "weighing": 0.6}
+    assert rows[2]["intervals"]["weighing"]["n"] == 5
+    assert matrix["matrices"]["success"]["metrics"]["LIBERO NBT"]["value"] == {"moving_grasp": 0.0}
+    assert matrix["matrices"]["progress"]["rows"][2]["values"] == {"moving_grasp": 0.6, "weighing": 0.6}
+    stage = StageFolder(config.run_folder / "stage2_weighing")
+    assert [line["task"] for line in stage.rollouts.read()] == ["moving_grasp", "weighing"]
+    line = stage.rollouts.read()[1]
+    assert [episode["seed"] for episode in line["episodes"]] == evaluation_seeds(5)
+    assert line["n_action_steps"] == 4
+
+
+def test_rolling_out_changes_nothing_in_training(small_run: Callable[..., list[str]]) -> None:
+    weights = []
+    for name, more in {"with": (*IN_THE_ARMS_WORLD, "rollout.every_epochs=1"), "without": ()}.items():
+        config = run(small_run("learn=[weighing]", "validation.every_epochs=1", f"run={name}", *more))
+        folder = stage_folder(config)
+        kinds = [line["kind"] for line in folder.rollouts.read()] if more else []
+        assert kinds == (["epoch"] * (len(kinds) - 1) + ["end"] if more else [])
+        weights.append(load_file(folder.path / "checkpoints" / "last" / "pretrained_model" / "model.safetensors"))
+    assert kinds == []
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:
+    configs = compose_run(small_run("learn=[weighing]", "rollout.episodes=3"))
+    with pytest.raises(
+        ConfigError, match=r"stage 2 \(weighing\): environment must name one to roll out in, or rollout"
+    ):
+        run_stage(configs[0], [configs[0].stage])
+    stage = compose_run(["learn=[weighing]"])[0].stage
+    environment = environment_of(stage, SimulationConfig(image_size=48), RolloutConfig(max_steps=9))
+    assert environment.id == "kuavo_sim:kuavo_sim/Weighing-v0"
+    assert environment.settings == {"image_size": 48, "renderer": "rays", "phase_visible": True}
+    assert environment.max_steps == 9
