@@ -370,9 +370,9 @@ class RunConfig:
     data: DataConfig
     training: TrainingConfig
     validation: ValidationConfig
-    rollout: RolloutConfig
     forgetting: ForgettingConfig
     policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
     tiny_vlm: TinyVLMConfig | None = None
     ewc: EwcConfig | None = None

@@ -118,7 +118,9 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
         try:
             ensure_recorded(settings, root, workers=config.data.record_workers)
         except FileExistsError as error:
-            raise ConfigError(f"{error}; to train on a dataset of your own there, set simulation=null") from error
+            raise ConfigError(
+                f"{error}; to train on a dataset of your own there, set simulation=null rollout.episodes=0"
+            ) from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

@@ -35,6 +35,7 @@ def small_run(datasets: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return [
             "profile=smoke",
             "simulation=null",
+            "rollout.episodes=0",
             f"outputs={tmp_path / 'outputs'}",
             f"data.root={datasets}",
             "data.held_out_episodes=2",

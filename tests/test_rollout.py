@@ -115,9 +115,9 @@ def test_an_environment_that_raises_is_reported_and_the_others_go_on() -> None:
 
 def test_a_process_that_dies_or_hangs_takes_only_its_own_episodes_with_it() -> None:
     broken = Environment(COUNTING.id, COUNTING.task, {"fails": {0: "die", 5: "hang"}})
-    rollouts = play(range(8), environment=broken, parallel=2, timeout=10.0)
+    rollouts = play(range(8), environment=broken, parallel=2, timeout=5.0)
     errors = {episode.seed: episode.error for episode in rollouts.failures}
-    assert errors == {0: "the environment's process died", 5: "the environment did not answer within 10 s"}
+    assert errors == {0: "the environment's process died", 5: "the environment did not answer within 5 s"}
     assert rollouts.successes == rollouts.trials == 6
 
 
@@ -165,7 +165,7 @@ def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_ru
 def test_rolling_out_changes_nothing_in_training(small_run: Callable[..., list[str]]) -> None:
     weights = []
     for name, more in {"with": (*IN_THE_ARMS_WORLD, "rollout.every_epochs=1"), "without": ()}.items():
-        config = run(small_run("learn=[weighing]", "validation.every_epochs=1", f"run={name}", *more))
+        config = run(small_run("learn=[moving_grasp]", "validation.every_epochs=1", f"run={name}", *more))
         folder = stage_folder(config)
         kinds = [line["kind"] for line in folder.rollouts.read()] if more else []
         assert kinds == (["epoch"] * (len(kinds) - 1) + ["end"] if more else [])
@@ -175,12 +175,12 @@ def test_rolling_out_changes_nothing_in_training(small_run: Callable[..., list[s
 
 
 def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:
-    configs = compose_run(small_run("learn=[weighing]", "rollout.episodes=3"))
+    configs = compose_run(small_run("learn=[moving_grasp]", "rollout.episodes=3"))
     with pytest.raises(
-        ConfigError, match=r"stage 2 \(weighing\): environment must name one to roll out in, or rollout"
+        ConfigError, match=r"stage 1 \(moving_grasp\): environment must name one to roll out in, or rollout"
     ):
         run_stage(configs[0], [configs[0].stage])
-    stage = compose_run(["learn=[weighing]"])[0].stage
+    stage = compose_run()[1].stage
     environment = environment_of(stage, SimulationConfig(image_size=48), RolloutConfig(max_steps=9))
     assert environment.id == "kuavo_sim:kuavo_sim/Weighing-v0"
     assert environment.settings == {"image_size": 48, "renderer": "rays", "phase_visible": True}

@@ -52,6 +52,7 @@ def four_stages(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         [
             "profile=smoke",
             "simulation=null",
+            "rollout.episodes=0",
             f"outputs={outputs}",
             f"data.root={datasets}",
             "tiny_vlm.image_size=32",
@@ -402,7 +403,8 @@ def test_a_dataset_of_the_users_own_is_not_taken_for_a_recording(small_run: Over
     configs = compose_run([item for item in small_run() if item != "simulation=null"] + ["simulation.episodes=3"])
     assert configs[0].simulation is not None
     with pytest.raises(
-        ConfigError, match=r"moving_grasp.*; to train on a dataset of your own there, set simulation=null"
+        ConfigError,
+        match=r"moving_grasp.*; to train on a dataset of your own there, set simulation=null rollout.episodes=0",
     ):
         run(configs, 0)
 

@@ -157,6 +157,7 @@ def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
                 f"strategy={strategy}",
                 f"run={strategy}",
                 "simulation=null",
+                "rollout.episodes=0",
                 f"outputs={outputs}",
                 f"data.root={datasets}",
                 "tiny_vlm.image_size=32",

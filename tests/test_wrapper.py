@@ -28,6 +28,7 @@ def checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "profile=smoke",
             "strategy=joint",
             "simulation=null",
+            "rollout.episodes=0",
             f"outputs={folder / 'outputs'}",
             f"data.root={datasets}",
             f"data.cache_root={folder / 'cache'}",

@@ -6,7 +6,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from small_datasets import CAMERAS
+
+CAMERAS = ("head_cam_h", "wrist_cam_l", "wrist_cam_r")  # as small_datasets, whose imports take seconds
 
 
 class Counting(gymnasium.Env):
