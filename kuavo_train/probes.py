@@ -53,7 +53,7 @@ class NothingToProbe(ConfigError):
 
 
 def recovery(run: TrainedRun, *, steps: int = 100) -> Record:
-    """A few steps on each earlier task alone: from the final policy, and from the one before the task was learnt.
+    """Each earlier task's stage in a few steps, alone: from the final policy, and from before the task was learnt.
 
     Raises:
         NothingToProbe: no task was learnt before the last stage.
@@ -87,9 +87,10 @@ def recovery(run: TrainedRun, *, steps: int = 100) -> Record:
 def _relearn(
     run: TrainedRun, own: StoredStage, task: Task, start: Checkpoint | None, steps: int
 ) -> list[tuple[int, Scores]]:
-    """Held-out losses of the task before, while and after the first `steps` steps of its own stage, from `start`.
+    """Held-out losses of the task while its own stage is run once more from `start`, in `steps` steps.
 
-    All other tasks are left out; recipe, frozen groups and order of samples are the stage's. Nothing is written.
+    The schedule of the learning rate is shortened to these steps: in the stage's own, a few steps would be its warm-up
+    alone. All other tasks are left out; frozen groups and order of samples are the stage's. Nothing is written.
     """
     every = max(1, steps // CURVE_POINTS)
     recipe = run.config(own)
@@ -102,7 +103,7 @@ def _relearn(
     stage = open_stage(alone, run.curriculum, start, accelerator, findings)
     findings.raise_problems()
     assert stage is not None
-    optimizer, scheduler = build_optimizer(stage.built.policy.parameters(), training, steps=stage.timetable.steps)
+    optimizer, scheduler = build_optimizer(stage.built.policy.parameters(), training, steps=steps)
     policy, optimizer = accelerator.prepare(stage.built.policy, optimizer)
     dataset = run.dataset(stage.order.tasks, chunk_size=stage.built.policy.config.chunk_size)
     validator = Validator(**_validation(run, dataset, stage.built.preprocessor))

@@ -16,7 +16,8 @@ from kuavo_train.evaluation.memory_matrix import donors_among
 from kuavo_train.evaluation.memory_probe import MemoryProbe
 from kuavo_train.evaluation.numbers import FORMATS
 from kuavo_train.evaluation.stored_run import RunFolderError
-from kuavo_train.probes import NothingToProbe, main, run_probe
+from kuavo_train.learning.policy_factory import build_optimizer
+from kuavo_train.probes import NothingToProbe, main, recovery, run_probe
 from kuavo_train.report import look_up, write_report
 from kuavo_train.stage import run_stage
 from kuavo_train.trained_run import TrainedRun
@@ -69,6 +70,26 @@ def test_recovery_starts_from_the_final_policy_and_from_the_weights_before_the_t
     assert task["before"][0] == pytest.approx(validated(run, "stage2_weighing", "start", "weighing")["loss"], rel=1e-5)
     assert task["loss_when_learnt"] == validated(run, "stage2_weighing", "end", "weighing")["loss"]
     assert task["final"][2] != task["final"][0]
+
+
+def test_the_learning_rate_of_recovery_goes_through_its_whole_schedule(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = TrainedRun.open(run)
+    recipe = trained.config(trained.stages[0]).training
+    schedulers = []
+
+    def build(*arguments: Any, **settings: Any) -> Any:
+        optimizer, scheduler = build_optimizer(*arguments, **settings)
+        schedulers.append(scheduler)
+        return optimizer, scheduler
+
+    monkeypatch.setattr("kuavo_train.probes.build_optimizer", build)
+    recovery(trained, steps=1)  # half of what the stage took
+    for scheduler in schedulers:
+        assert scheduler.base_lrs == [recipe.lr]
+        assert scheduler.get_last_lr() == [pytest.approx(recipe.decay_lr)]
+    assert len(schedulers) == 2
 
 
 def test_the_action_error_with_the_own_instruction_is_the_validations(run: Path) -> None:

@@ -1,8 +1,9 @@
 """Lost or only suppressed? How fast an old task's loss comes back, beside how fast it is learnt for the first time.
 
-Two policies get the same few steps on the old task alone, the same samples and the same noise: the final one, and the
-one from before the task was learnt. What was only suppressed comes back long before it could have been learnt anew
-(Ebbinghaus 1885 called the difference savings). Held-out losses, as at every validation; intervals over episodes.
+Two policies go through the old task's own stage once more, alone and in a few steps, the schedule shortened to them,
+with the same samples and the same noise: the final one, and the one from before the task was learnt. What was only
+suppressed comes back long before it could have been learnt anew (Ebbinghaus 1885 called the difference savings).
+Held-out losses, as at every validation; intervals over episodes.
 """
 
 from collections.abc import Sequence
