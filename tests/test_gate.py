@@ -189,13 +189,26 @@ def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(sma
     assert run(configs, 2) == 0
 
 
-def test_a_stage_may_end_in_its_last_checkpoint_instead_of_its_best(small_run: Overrides) -> None:
-    configs = gated(small_run, 0, "validation.result=last", "training.lr=1", "training.grad_clip_norm=1e9")
-    folder = stage_folder(configs[0])
-    losses = {record["step"]: record["loss"] for record in folder.validations.read() if record["kind"] == "epoch"}
-    last = folder.about["steps"]
-    assert folder.checkpoints.at("best").step == last
-    assert folder.about["best"] == {"step": last, "loss": losses[last]}
+@pytest.mark.parametrize(("result", "place"), [("best", 0), ("last", 2)])
+def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told_in_its_last(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch, result: str, place: int
+) -> None:
+    worse = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr("kuavo_train.stage.mean_loss", lambda records: next(worse))
+    folder = stage_folder(gated(small_run, 0, f"validation.result={result}")[0])
+    lines = folder.validations.read()
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert len(epochs) == 3
+    step = epochs[place]["step"]
+    assert folder.checkpoints.at("best").step == step
+    assert folder.about["best"] == {"step": step, "loss": [0.1, 0.2, 0.3][place]}
+    end = next(line for line in lines if (line["kind"], line["task"]) == ("end", "moving_grasp"))
+    assert end["loss"] == epochs[place]["loss"] != epochs[2 - place]["loss"]
+    weights = [
+        load_file(folder.path / f"checkpoints/{link}/pretrained_model/model.safetensors") for link in ("best", "last")
+    ]
+    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same == (result == "last")
 
 
 @pytest.mark.usefixtures("lost")
