@@ -7,16 +7,17 @@
     python -m kuavo_train.report runs=outputs/<run>-study       # the same, all runs of a study
     python -m kuavo_train.report runs=… output=some/folder
 
-A run's report is written to outputs/<run>/report: report.html, matrix.json, figures as PNG. A comparison is written
+A run's report is written to outputs/<run>/report: report.html, matrix.json, training.csv (the curves of loss and
+learning rate), figures as PNG. A comparison is written
 to the study's report/, or to comparison/ beside the first run: comparison.html, comparison.json, comparison.csv and
-figures. Every number on a page stands in the JSON beside it.
+figures. Every number on a page stands in a file beside it.
 """
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from kuavo_train.evaluation.terminal import comparison_lines, run_lines
 __all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
 
 OUTPUTS = Path("outputs")
+TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "lr", "grad_norm", "samples_per_s")
+"""Of training.csv, from the lines of metrics.jsonl."""
 
 
 def write_report(
@@ -44,6 +47,8 @@ def write_report(
     run = read_run(run_folder)
     folder = run.folder / "report"
     metrics = [(stage.index, stage.metrics) for stage in run.stages]
+    lines = [{"stage": stage, **line} for stage, of_stage in metrics for line in of_stage]
+    _write_csv(folder / "training.csv", TRAINING_COLUMNS, lines)
     figures = save_figures(folder, {**run_figures(matrix, metrics), **probe_figures(matrix["probes"])})
     return write_page(folder / "report.html", "report.html.jinja", matrix, figures)
 
@@ -62,12 +67,17 @@ def write_comparison(runs: Sequence[Path], into: Path, *, limits: RetentionLimit
     partial = into / "comparison.json.partial"
     partial.write_text(json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(into / "comparison.json")
-    with (into / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows(comparison_rows(comparison))
+    _write_csv(into / "comparison.csv", CSV_COLUMNS, comparison_rows(comparison))
     figures = save_figures(into, comparison_figures(comparison))
     return write_page(into / "comparison.html", "comparison.html.jinja", comparison, figures)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """What a row has beyond the columns is left out."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def summary_table(run_folder: Path | str) -> str:

@@ -1,5 +1,6 @@
 """A report from a stored run: its numbers are matrix.json's, a partial run is told as one, bad folders are refused."""
 
+import csv
 import hashlib
 import json
 import math
@@ -36,6 +37,17 @@ def test_every_number_in_the_page_is_the_one_in_matrix_json(reported):
     assert len(page.numbers) > 150
     for pointer, form, text in page.numbers:
         assert text == FORMATS[form](look_up(matrix, pointer)), pointer
+
+
+def test_the_training_curves_stand_in_a_csv(reported):
+    folder, _ = reported
+    with (folder / "report" / "training.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [(stage.index, line) for stage in read_run(folder).stages for line in stage.metrics]
+    assert len(rows) == len(lines) > 20
+    for row, (stage, line) in zip(rows, lines, strict=True):
+        assert (int(row["stage"]), int(row["step"])) == (stage, line["step"])
+        assert (float(row["loss"]), float(row["lr"])) == (line["loss"], line["lr"])
 
 
 def test_the_matrix_holds_the_means_of_the_held_out_episodes(reported):

@@ -1,0 +1,136 @@
+"""Validation alone, of policies that say what they were asked."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lerobot.utils.constants import ACTION
+
+from kuavo_train.compose import compose_run
+from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.data.normalization import fit_normalization
+from kuavo_train.data.tasks import open_task
+from kuavo_train.evaluation.validation import Validator, stratified_time
+
+OFF_BY = {"left_arm": 0.5, "right_arm": 0.25, "claws": 1.0, "base": 2.0}  # normalised
+
+
+@dataclass(frozen=True)
+class Age:
+    """A memory that knows how many queries it has seen, [B]."""
+
+    queries: torch.Tensor
+
+    def select(self, lanes: torch.Tensor) -> "Age":
+        return Age(self.queries[lanes])
+
+
+class Witness(torch.nn.Module):
+    """Its loss is the age of its memory plus what noise and time make of it; its actions are off by `OFF_BY`."""
+
+    def __init__(self, validator: Validator, *, memory: bool, noisy: bool = False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        tokens = 4 if memory else 0
+        self.config = SimpleNamespace(chunk_size=6, max_action_dim=32, n_action_steps=4, num_mem_tokens=tokens)
+        self.noisy = noisy
+        groups = validator.normalization.space.action_groups()
+        self.off_by = torch.zeros(sum(map(len, groups.values())))
+        for group, columns in groups.items():
+            self.off_by[columns] = OFF_BY[group]
+
+    def encode(self, batch: dict[str, Any], memory: Age | None) -> tuple[torch.Tensor, Age]:
+        age = torch.zeros(len(batch["task"])) if memory is None else memory.queries
+        return age, Age(age + 1)
+
+    def flow_loss(self, age: torch.Tensor, batch: Any, noise: torch.Tensor, time: torch.Tensor, _: str) -> torch.Tensor:
+        assert not self.training
+        said = (noise.mean(dim=(1, 2)) * time).unflatten(0, (len(age), -1)).mean(dim=1)
+        return age + said if self.noisy else age
+
+    def denoise(self, age: torch.Tensor, batch: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
+        torch.rand(3)  # whatever a policy draws is nobody else's business
+        return batch[ACTION] + self.off_by
+
+
+@pytest.fixture(scope="module")
+def validator(datasets: Path) -> Validator:
+    configs = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+    tasks = [open_task(config.stage, config.data) for config in configs]
+    normalization = fit_normalization(tasks, "joint")
+
+    def no_picture(_camera: str, rows: np.ndarray) -> torch.Tensor:
+        return torch.zeros(len(rows), 3, 2, 2, dtype=torch.uint8)
+
+    dataset = MixedDataset(tasks, [no_picture] * len(tasks), normalization, chunk_size=6)
+    return Validator(dataset, normalization, dict, draws=3, batch_size=64, autocast=nullcontext, progress=False)
+
+
+def names(validator: Validator) -> list[str]:
+    return [task.name for task in validator.dataset.tasks]
+
+
+def asked(validator: Validator, policy: Witness, *tasks: str) -> dict[str, dict[str, Any]]:
+    """Task → record, without the time it took."""
+    records = validator.validate_all_tasks(policy, tasks or names(validator))
+    return {record["task"]: {**record, "seconds": None} for record in records}
+
+
+def test_the_same_questions_give_the_same_digits_in_any_company(validator: Validator) -> None:
+    policy = Witness(validator, memory=True, noisy=True)
+    once = asked(validator, policy)
+    assert asked(validator, policy) == once
+    assert asked(validator, policy, "sorting") == {"sorting": once["sorting"]}
+    one_by_one = asked(replace(validator, batch_size=1), policy)
+    for task, record in once.items():
+        assert one_by_one[task]["loss"] == pytest.approx(record["loss"], rel=1e-6)
+    losses = [record["loss"] for record in once.values()]
+    assert len(set(losses)) == len(losses)  # other tasks, other noise
+
+
+def test_nothing_of_training_is_touched(validator: Validator) -> None:
+    policy = Witness(validator, memory=True).train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    asked(validator, policy)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert policy.training
+    assert policy.weight.grad is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize(("memory", "age"), [(True, (0 + 1 + 2 + 3) / 4), (False, 0)])
+def test_memory_is_carried_through_an_episode_and_never_beyond(
+    validator: Validator, batch_size: int, memory: bool, age: float
+) -> None:
+    found = asked(replace(validator, batch_size=batch_size), Witness(validator, memory=memory))
+    for task in validator.dataset.tasks:
+        episodes = found[task.name]["episodes"]
+        assert [episode["episode"] for episode in episodes] == list(task.held_out_episodes)
+        assert [episode["loss"] for episode in episodes] == [age] * 2
+        assert [episode["frames"] for episode in episodes] == [4] * 2  # 14 frames, a query every 4
+
+
+def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(validator: Validator) -> None:
+    found = asked(validator, Witness(validator, memory=False))
+    std = validator.normalization.array(ACTION, "std")
+    groups = validator.normalization.space.action_groups()
+    for task in validator.dataset.tasks:
+        told = found[task.name]["action_error_by_group"]
+        assert list(told) == ["left_arm", "claws", "right_arm", "base"]
+        for group, columns in groups.items():
+            absent = group == "base" and task.name != "sorting"
+            assert told[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
+    arms_and_claws = (7 * 0.5 + 7 * 0.25 + 2 * 1.0) / 16
+    assert found["weighing"]["action_error"] == pytest.approx(arms_and_claws, rel=1e-4)
+    assert found["sorting"]["action_error"] == pytest.approx((16 * arms_and_claws + 4 * 2.0) / 20, rel=1e-4)
+
+
+def test_times_divide_the_training_distribution_into_equal_parts() -> None:
+    times = np.array([stratified_time(draw, 10) for draw in range(10)])
+    assert ((times - 0.001) / 0.999) ** 1.5 == pytest.approx((np.arange(10) + 0.5) / 10)  # Beta(1.5, 1) up to t: t^1.5
