@@ -483,7 +483,12 @@ class Stage:
         for lines in (folder.metrics, folder.validations, folder.rollouts, folder.gate):
             lines.forget_after(resumed.step if resumed else -1)
         began = {} if resumed else {"started": now()}
-        stage = {"name": config.stage.name, "index": config.stage.index, "epochs": config.training.epochs}
+        stage = {
+            "name": config.stage.name,
+            "index": config.stage.index,
+            "epochs": config.training.epochs,
+            "result": config.validation.result,
+        }
         folder.tell(**stage, total_steps=self.timetable.steps, status="running", **began)
         (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 

@@ -202,6 +202,7 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
     step = epochs[place]["step"]
     assert folder.checkpoints.at("best").step == step
     assert folder.about["best"] == {"step": step, "loss": [0.1, 0.2, 0.3][place]}
+    assert folder.about["result"] == result
     end = next(line for line in lines if (line["kind"], line["task"]) == ("end", "moving_grasp"))
     assert end["loss"] == epochs[place]["loss"] != epochs[2 - place]["loss"]
     weights = [

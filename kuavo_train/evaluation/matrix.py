@@ -254,6 +254,7 @@ def _stage(run: StoredRun, stage: StoredStage) -> Record:
         "epochs": stage.record.get("epochs"),
         "seconds": stage.record.get("seconds"),
         "validation_seconds": _validation_seconds(stage),
+        "result": stage.record.get("result"),
         "best_step": best.get("step"),
         "best_loss": best.get("loss"),
         "training_loss": sum(tail) / len(tail) if tail else None,

@@ -87,6 +87,13 @@ def test_the_report_says_what_validation_cost(reported):
     assert ("/validation_cost/share", "share", FORMATS["share"](matrix["validation_cost"]["share"])) in page.numbers
 
 
+def test_the_report_says_which_stages_end_in_their_last_checkpoint(run):
+    words = "stage 2 its last one, as configured"
+    assert words not in Page(write_report(run, limits=QUICK).read_text(encoding="utf-8")).text
+    edit(run / "stage2_weighing" / "stage.json", lambda stage: stage.update(result="last"))
+    assert words in Page(write_report(run, limits=QUICK).read_text(encoding="utf-8")).text
+
+
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
