@@ -30,6 +30,7 @@ from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun,
 
 MEASURES = ("loss", "action_error")
 JOINT, REFERENCE = "joint", "replay"
+NOT_SETTLED = "not settled"
 
 PerSeed = Mapping[int, np.ndarray]
 """Seed → a statistic of its run, [1 + N]: on all held-out episodes, then on N resamples of them."""
@@ -238,7 +239,8 @@ def _final_values(matrix: PerformanceMatrix) -> dict[str, Any]:
 
 def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> Record:
     """A task's loss when learnt and now, and the verdict on its change, over the seeds of a strategy."""
-    entry: Record = {"task": task, "verdict": None, "settled": None, "relative_change": None, "state": "not learnt"}
+    entry: Record = {"task": task, "verdict": None, "worst": None, "settled": None, "relative_change": None}
+    entry["state"] = "not learnt"
     matrix = next(iter(arm.matrices["loss"].values()))
     if task not in matrix.learnt_tasks:
         return entry | {"when_learnt": None, "now": None}
@@ -259,6 +261,7 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
     return entry | {
         "state": "judged",
         "verdict": verdict.word,
+        "worst": verdict.worst,
         "settled": verdict.settled,
         "relative_change": change,
     }
@@ -316,10 +319,10 @@ def _about_intervals(arms: Sequence[Arm], limits: RetentionLimits) -> str:
 
 def _outcome(entry: Record) -> str:
     """How many of the earlier tasks got which verdict."""
-    words = [task["verdict"] for task in entry["tasks"] if task["verdict"]]
+    words = [task["verdict"] if task["settled"] else NOT_SETTLED for task in entry["tasks"] if task["verdict"]]
     if not words:
         return "all tasks at once" if entry["strategy"] == JOINT else "nothing to forget yet"
-    return ", ".join(f"{words.count(word)} {word}" for word in metrics.VERDICTS if word in words)
+    return ", ".join(f"{words.count(word)} {word}" for word in (*metrics.VERDICTS, NOT_SETTLED) if word in words)
 
 
 def _evidence(entry: Record, reference: Arm, combine: _Combined) -> str:

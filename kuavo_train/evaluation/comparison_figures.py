@@ -48,15 +48,16 @@ def stability_plasticity(comparison: Record) -> Figure | None:
         ]
         axes.errorbar(
             -learnt["estimate"], -kept["estimate"], xerr=errors[0], yerr=errors[1],
-            fmt="o", color=colour, markersize=9, linewidth=1.2, capsize=3, label=strategy,
+            fmt="o", color=colour, markersize=9, linewidth=1.2, capsize=3,
         )  # fmt: skip
+        axes.plot([], [], "o", color=colour, markersize=7, label=strategy)
     if goal is not None:
         axes.axvline(goal[1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"{goal[0]}: all tasks at once")
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.invert_xaxis()
     axes.invert_yaxis()
     axes.set(xlabel="held-out loss when learnt (right is better)", ylabel="rise since learnt (up is better)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -129,7 +129,7 @@ def forgetting_bars(matrix: Record) -> Figure | None:
     axes = figure.subplots()
     for y, verdict in enumerate(judged):
         change = verdict["relative_change"]
-        axes.barh(y, 100 * change["estimate"], height=0.5, color=VERDICT_COLOURS[verdict["verdict"]])
+        axes.barh(y, 100 * change["estimate"], height=0.5, color=_verdict_colour(verdict))
         edge = change["estimate"]
         if change["low"] is not None:
             axes.plot(
@@ -291,6 +291,11 @@ def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
             )
         start = end
     axes.set_xlim(0, max(start, 1) * 1.01)
+
+
+def _verdict_colour(verdict: Record) -> str:
+    """What is not settled lies between the others."""
+    return VERDICT_COLOURS[verdict["verdict"] if verdict["settled"] else SLIGHT_DEGRADATION]
 
 
 def _colours(matrix: Record) -> list[str]:

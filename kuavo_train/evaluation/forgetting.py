@@ -290,17 +290,24 @@ class RetentionLimits:
             f"bootstrap over held-out episodes, {integer(self.resamples)} resamples) decides: at most "
             f"{whole_percent(self.well_retained_change)} is '{WELL_RETAINED}', at most "
             f"{whole_percent(self.slight_change)} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. So a task "
-            "is called forgotten only when the data show it; where the upper end would give another verdict, the "
-            "verdict is marked as not settled."
+            "is called forgotten only when the data show it; where the upper end would give another verdict, both are "
+            "told, and the verdict is not settled."
         )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is one of the three constants above; not `settled` when the interval's ends would give two."""
+    """What the interval's lower end says (`word`) and what its upper end says (`worst`), of the three words above.
+
+    Without an interval `word` is the estimate's and `worst` None.
+    """
 
     word: str
-    settled: bool
+    worst: str | None
+
+    @property
+    def settled(self) -> bool:
+        return self.word == self.worst
 
 
 def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
@@ -315,8 +322,8 @@ def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
         return SLIGHT_DEGRADATION if change <= limits.slight_change else SIGNIFICANT_FORGETTING
 
     if relative_change.low is None or relative_change.high is None:
-        return Verdict(word(relative_change.estimate), settled=False)
-    return Verdict(word(relative_change.low), settled=word(relative_change.low) == word(relative_change.high))
+        return Verdict(word(relative_change.estimate), None)
+    return Verdict(word(relative_change.low), word(relative_change.high))
 
 
 def judge_absolute(loss: float, limits: RetentionLimits) -> str:

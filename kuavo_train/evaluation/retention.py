@@ -116,9 +116,10 @@ def task_verdict(
     """One task's losses and errors before training, when learnt and now, its verdict, and the evidence."""
     name, loss = task["name"], matrices["loss"]
     learnt, last = loss.stage_of(name), loss.last_stage
-    entry: Record = {"task": name, "learnt_in": learnt, "verdict": None, "settled": None, "episodes": None}
+    entry: Record = {"task": name, "learnt_in": learnt, "verdict": None, "worst": None, "settled": None}
     entry |= {f"{key}_before_training": _get(m, 0, name) for key, m in matrices.items()}
     entry |= {
+        "episodes": None,
         "change": None,
         "relative_change": None,
         "action_error_relative_change": None,
@@ -154,24 +155,24 @@ def task_verdict(
     return entry | {
         "state": "judged",
         "verdict": verdict.word,
+        "worst": verdict.worst,
         "settled": verdict.settled,
         "episodes": relative.n,
         "relative_change": interval_record(relative),
         "action_error_relative_change": interval_record(action),
         "forgetting": metrics.forgetting(loss)[name],
-        "evidence": _evidence(verdict, relative, then, now, limits),
+        "evidence": _evidence(verdict, relative, then, now),
     }
 
 
-def _evidence(verdict: metrics.Verdict, change: Interval, then: float, now: float, limits: RetentionLimits) -> str:
+def _evidence(verdict: metrics.Verdict, change: Interval, then: float, now: float) -> str:
     """The sentence under a verdict."""
     if change.low is None or change.high is None:
         interval, doubt = "no interval from so few episodes", "More held-out episodes are needed to settle it."
     else:
         level, span = whole_percent(change.level), f"{percent(change.low)} to {percent(change.high)}"
         interval = f"{level} interval {span}, {change.n} episodes"
-        worst = metrics.judge(dataclasses.replace(change, low=change.high), limits).word
-        doubt = f"The interval reaches into “{worst}”: more held-out episodes would settle it."
+        doubt = f"The interval reaches into “{verdict.worst}”: more held-out episodes would settle it."
     better = ", better than when learnt" if change.high is not None and change.high < 0 else ""
     text = (
         f"Held-out loss {number(then)} when learnt, {number(now)} now: {percent(change.estimate)} ({interval}){better}."

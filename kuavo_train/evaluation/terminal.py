@@ -79,8 +79,10 @@ def _interval(interval: Record | None, form: str) -> str:
 
 
 def _verdict(verdict: Record) -> str:
-    doubt = "" if verdict["settled"] in (True, None) else " (not settled)"
-    return (verdict["verdict"] or verdict["state"]) + doubt
+    word = verdict["verdict"] or verdict["state"]
+    if verdict["settled"] is not False:
+        return word
+    return f"at best {word}, at worst {verdict['worst']}" if verdict["worst"] else f"{word} (not settled)"
 
 
 def _table(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> list[str]:

@@ -1,6 +1,7 @@
 """Strategies × seeds side by side: the numbers are those of the runs, and what does not compare is refused."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +15,15 @@ from synthetic_run import TASKS, edit, edit_lines, write_run
 from kuavo_train.evaluation.comparison import compare
 from kuavo_train.evaluation.numbers import FORMATS
 from kuavo_train.evaluation.stored_run import RunFolderError
-from kuavo_train.report import comparison_table, look_up, main, write_comparison, write_matrix
+from kuavo_train.report import (
+    comparison_table,
+    look_up,
+    main,
+    summary_table,
+    write_comparison,
+    write_matrix,
+    write_report,
+)
 
 STRATEGIES = ("replay", "sequential", "joint")
 
@@ -109,6 +118,18 @@ def test_the_verdicts_over_seeds_follow_what_the_strategies_forget(compared):
     assert words["replay"] == ["well retained", "slight degradation", "significant forgetting", "learnt last"]
     assert words["sequential"][1:3] == ["significant forgetting"] * 2
     assert set(words["joint"]) == {"learnt with all others"}
+
+
+def test_a_verdict_that_is_not_settled_is_told_with_both_words_and_counted_apart(pair, tmp_path):
+    change = strategy(compare(pair, QUICK), "replay")["tasks"][1]["relative_change"]
+    assert change["low"] < change["estimate"] < change["high"] < QUICK.slight_change
+    between = dataclasses.replace(QUICK, well_retained_change=change["estimate"])
+    text = Page(write_comparison(pair, tmp_path / "c", limits=between).read_text(encoding="utf-8")).text
+    assert "1 well retained, 1 significant forgetting, 1 not settled" in " ".join(text.split())
+    assert "at best well retained at worst slight degradation" in " ".join(text.split())
+    text = Page(write_report(pair[0], limits=between).read_text(encoding="utf-8")).text
+    assert "at best well retained at worst slight degradation: not settled" in " ".join(text.split())
+    assert "at best well retained, at worst slight degradation" in summary_table(pair[0])
 
 
 def test_a_single_seed_has_the_verdicts_of_its_own_report(pair):

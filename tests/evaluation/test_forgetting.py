@@ -130,26 +130,27 @@ def test_a_matrix_that_does_not_fit_together_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "word", "settled"),
+    ("low", "high", "word", "worst"),
     [
-        (-0.20, 0.05, f.WELL_RETAINED, True),
-        (0.02, 0.10, f.WELL_RETAINED, True),
-        (0.02, 0.11, f.WELL_RETAINED, False),
-        (0.11, 0.30, f.SLIGHT_DEGRADATION, True),
-        (0.25, 0.40, f.SLIGHT_DEGRADATION, False),
-        (0.31, 0.90, f.SIGNIFICANT_FORGETTING, True),
+        (-0.20, 0.05, f.WELL_RETAINED, f.WELL_RETAINED),
+        (0.02, 0.10, f.WELL_RETAINED, f.WELL_RETAINED),
+        (0.02, 0.11, f.WELL_RETAINED, f.SLIGHT_DEGRADATION),
+        (-2.0, 9.00, f.WELL_RETAINED, f.SIGNIFICANT_FORGETTING),
+        (0.11, 0.30, f.SLIGHT_DEGRADATION, f.SLIGHT_DEGRADATION),
+        (0.25, 0.40, f.SLIGHT_DEGRADATION, f.SIGNIFICANT_FORGETTING),
+        (0.31, 0.90, f.SIGNIFICANT_FORGETTING, f.SIGNIFICANT_FORGETTING),
     ],
 )
 def test_the_lower_end_of_the_interval_decides_the_verdict_and_the_upper_end_whether_it_is_settled(
-    low, high, word, settled
+    low, high, word, worst
 ):
     verdict = f.judge(Interval((low + high) / 2, low, high, 0.95, 12), RetentionLimits())
-    assert (verdict.word, verdict.settled) == (word, settled)
+    assert (verdict.word, verdict.worst, verdict.settled) == (word, worst, word == worst)
 
 
 def test_without_an_interval_the_estimate_decides_and_nothing_is_settled():
     verdict = f.judge(Interval(0.5, None, None, 0.95, 1), RetentionLimits())
-    assert (verdict.word, verdict.settled) == (f.SIGNIFICANT_FORGETTING, False)
+    assert (verdict.word, verdict.worst, verdict.settled) == (f.SIGNIFICANT_FORGETTING, None, False)
 
 
 def test_absolute_limits_judge_the_loss_alone():
