@@ -5,6 +5,7 @@ Each check passes, fails, or (None) could not be made because the run did not wr
 
 from collections.abc import Callable
 
+from kuavo_train.evaluation.numbers import integer
 from kuavo_train.evaluation.stored_run import Record, StoredRun
 
 Outcome = tuple[bool | None, str]
@@ -34,7 +35,7 @@ def _held_out_never_drawn(run: StoredRun) -> Outcome:
         return None, "no stage wrote replay_audit.json"
     drawn = {stage.index: stage.replay["held_out_frames_drawn"] for stage in audits if stage.replay}
     total = sum((stage.replay or {}).get("total_frames") or 0 for stage in audits)
-    text = f"{sum(drawn.values())} of {total} frames drawn came from held-out episodes"
+    text = f"{integer(sum(drawn.values()))} of {integer(total)} frames drawn came from held-out episodes"
     guilty = [str(stage) for stage, frames in drawn.items() if frames]
     return not guilty, text + (f" (stage {', '.join(guilty)})" if guilty else "")
 

@@ -24,8 +24,8 @@ def signed(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A change, signed: +24.3 %."""
-    return f"{100 * value:+.1f}{NARROW_SPACE}%".replace("-", MINUS)
+    """A change, signed, and zero with a plus whatever it was rounded from: +24.3 %."""
+    return f"{100 * value:+z.1f}{NARROW_SPACE}%".replace("-", MINUS)
 
 
 def whole_percent(value: float) -> str:

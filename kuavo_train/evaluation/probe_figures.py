@@ -41,7 +41,7 @@ def recovery_curves(record: Record) -> Figure:
         axes.set_title(task["task"], fontsize=10, color=INK, loc="left")
         axes.set_ylabel("held-out loss")
     panels[-1].set_xlabel("steps on the task alone")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -59,9 +59,11 @@ def instruction_map(record: Record) -> Figure | None:
             values[row, names.index(swap["instruction_of"])] = swap["change"]["estimate"]
     figure = Figure(figsize=(WIDTH, 0.62 * len(names) + 1.3), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=1.35 * float(np.nanmax(values)), aspect="auto")
+    darkest = 1.35 * float(np.nanmax(values))
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, "own" if np.isnan(value) else number(value), ha="center", va="center", color=INK)
+        text, ink = ("own", INK) if np.isnan(value) else (number(value), "white" if value > 0.6 * darkest else INK)
+        axes.text(column, row, text, ha="center", va="center", color=ink)
     axes.axvline(len(names) - 0.5, color="white", linewidth=5)
     axes.set_xticks(range(len(names) + 1), [*map(short_name, names), "other\nnoise"], color=INK, fontsize=9)
     axes.set_yticks(range(len(names)), [short_name(name) for name in names], color=INK, fontsize=9)
@@ -117,7 +119,8 @@ def decision_bars(record: Record) -> Figure | None:
             row, at = rows[kind], y - 0.4 + height * (place + 0.5)
             axes.barh(at, row["accuracy"], 0.86 * height, color=colours[kind], label=kinds[kind] if y == 0 else None)
             axes.plot([row["low"], row["high"]], [at, at], color=INK, linewidth=1.3)
-            axes.text(0.01, at, f"{row['correct']}/{row['n']}", va="center", color="white", fontsize=8.5)
+            ink = INK if colours[kind] == PALE else "white"
+            axes.text(0.01, at, f"{row['correct']}/{row['n']}", va="center", color=ink, fontsize=8.5)
         axes.plot([task["decision"]["chance"]] * 2, [y - 0.42, y + 0.42], color=MUTED, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(tasks)), [short_name(task["task"]) for task in tasks], color=INK)
     axes.set(xlim=(0, 1.02), ylim=(len(tasks) - 0.5, -0.5), xlabel="decides as the cue in its memory demands")

@@ -103,6 +103,7 @@ def test_the_report_says_which_stages_end_in_their_last_checkpoint(run):
         ("number", 0.0, "0.000"),
         ("number", None, "–"),
         ("percent", 0.243, "+24.3\u202f%"),
+        ("percent", -0.0004, "+0.0\u202f%"),
         ("share", 0.2, "20.0\u202f%"),
         ("whole_percent", 0.95, "95\u202f%"),
         ("integer", 86_433_024, "86\u202f433\u202f024"),
