@@ -121,7 +121,7 @@ def _report_one(given: dict[str, str], wanted: dict[str, Any]) -> None:
     if wanted:
         limits = dataclasses.replace(stored_limits(run_folder) or RetentionLimits(), **wanted)
     page = write_report(run_folder, limits=limits, joint=given.get("joint"))
-    print(f"{summary_table(run_folder)}\n\nreport: {page}")
+    print(f"{run_lines(_stored(page.with_name('matrix.json')))}\n\nreport: {page}")
 
 
 def _report_several(given: dict[str, str], wanted: dict[str, Any]) -> None:
@@ -130,7 +130,12 @@ def _report_several(given: dict[str, str], wanted: dict[str, Any]) -> None:
     runs, output = run_folders(given["runs"])
     limits = RetentionLimits(**wanted)
     page = write_comparison(runs, Path(given.get("output", output)), limits=limits)
-    print(f"{comparison_table(runs, limits=limits)}\n\ncomparison: {page}")
+    print(f"{comparison_lines(_stored(page.with_name('comparison.json')))}\n\ncomparison: {page}")
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What was just written: the terminal tells the same as the page."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_folders(text: str) -> tuple[list[Path], Path]:

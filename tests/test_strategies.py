@@ -211,7 +211,7 @@ def test_a_joint_run_is_one_stage_that_sees_all_tasks_and_forgets_none(runs: dic
     assert not matrix["partial"]
     assert {verdict["state"] for verdict in matrix["verdicts"]} == {"learnt last"}
     apart = write_matrix(runs["replay"][0].run_folder, joint=stage.run_folder)
-    assert set(apart["matrices"]["loss"]["metrics"]["intransigence"]["value"]) == set(EPOCHS)
+    assert set(apart["matrices"]["loss"]["metrics"]["intransigence by task"]["value"]) == set(EPOCHS)
 
 
 def test_runs_of_all_strategies_begin_with_the_same_policy_and_normalization(

@@ -205,8 +205,7 @@ def _metrics(arm: Arm, reference: Arm, joint: Arm | None, measure: str, combine:
         both = {seed: matrix for seed, matrix in of.matrices[measure].items() if seed in goals}
         if not both:
             raise ValueError("no joint run has the seed of one of these runs")
-        gaps = {seed: metrics.intransigence(matrix, goals[seed]) for seed, matrix in both.items()}
-        return {seed: np.mean(list(gap.values()), axis=0) for seed, gap in gaps.items()}
+        return {s: np.asarray(metrics.mean_intransigence(matrix, goals[s])) for s, matrix in both.items()}
 
     statistics: dict[str, tuple[str, Callable[[Arm], PerSeed]]] = {
         name: (definition, lambda of, function=function: of.per_seed(measure, function))  # type: ignore[misc]

@@ -187,6 +187,11 @@ def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict
     return {t: sign * joint[t] - matrix.score(matrix.stage_of(t), t) for t in matrix.learnt_tasks}
 
 
+def mean_intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> float | None:
+    """Mean of I_j over the learnt tasks."""
+    return _mean(list(intransigence(matrix, joint).values()))
+
+
 def libero_nbt(matrix: PerformanceMatrix, *, relative: bool = False) -> dict[str, float]:
     """LIBERO's negative backward transfer NBT_k = mean_{τ>k} (c_{k,k} − c_{τ,k}); positive = lost.
 

@@ -135,6 +135,11 @@ def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) 
         scores = _joint_values(run, joint, matrix.measure)
         add(
             "intransigence",
+            "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
+            lambda: metrics.mean_intransigence(matrix, scores),
+        )
+        add(
+            "intransigence by task",
             "joint R − R[when learnt][j]; positive = learnt less than jointly",
             lambda: metrics.intransigence(matrix, scores),
         )

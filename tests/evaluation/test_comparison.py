@@ -96,7 +96,7 @@ def test_intransigence_is_against_the_joint_run_of_the_same_seed(runs, compared)
     found = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]["value"]["by_seed"]
     for seed in (0, 1):
         matrix = write_matrix(runs["replay", seed], limits=QUICK, joint=runs["joint", seed])
-        gaps = matrix["matrices"]["loss"]["metrics"]["intransigence"]["value"]
+        gaps = matrix["matrices"]["loss"]["metrics"]["intransigence by task"]["value"]
         assert found[str(seed)] == pytest.approx(sum(gaps.values()) / 4)
     assert "intransigence" not in strategy(comparison, "joint")["metrics"]["loss"]
 

@@ -55,6 +55,7 @@ def test_losses_are_negated_so_that_a_rising_loss_is_forgetting():
     assert f.mean_forgetting(matrix) == pytest.approx(0.3)
     assert f.forward_transfer(matrix) == pytest.approx(0.1)
     assert f.intransigence(matrix, {"a": 0.1, "b": 0.3}) == pytest.approx({"a": 0.1, "b": 0.0})
+    assert f.mean_intransigence(matrix, {"a": 0.1, "b": 0.3}) == pytest.approx(0.05)
 
 
 def test_a_single_task_has_an_average_and_nothing_that_compares():

@@ -204,11 +204,15 @@ def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
     assert "LIBERO NBT" in page.text
 
 
-def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path):
+def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path, capsys):
     joint = write_run(tmp_path / "joint", strategy="joint")
     matrix = write_matrix(run, limits=QUICK, joint=joint)
-    gap = matrix["matrices"]["loss"]["metrics"]["intransigence"]["value"]
+    metrics = matrix["matrices"]["loss"]["metrics"]
+    gap = metrics["intransigence by task"]["value"]
     assert set(gap) == set(TASKS.values())
+    assert metrics["intransigence"]["value"] == pytest.approx(sum(gap.values()) / 4)
+    assert main([f"run={run}", f"joint={joint}"]) == 0
+    assert f"intransigence {FORMATS['number'](metrics['intransigence']['value'])}" in capsys.readouterr().out
     edit(joint / "run.json", lambda record: record["normalization"].update(hash="another"))
     with pytest.raises(RunFolderError, match=r"joint have different normalization hashes .* do not compare"):
         write_matrix(run, limits=QUICK, joint=joint)
