@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import latency, memory_cost, scaling
+from benchmarks import arithmetic, latency, memory_cost, scaling
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
 
@@ -45,6 +46,16 @@ def test_a_query_of_ours_gives_lerobots_actions(tmp_path: Path) -> None:
     errors = {row[""]: row["action error"] for row in speeds.rows if row["part"] == "whole query"}
     assert errors["ours"] < 1e-4
     assert [row["part"] for row in costs.rows] == ["whole query", "all that follows"]
+
+
+def test_the_products_of_a_part_are_all_found_and_carried_out_alone(tmp_path: Path) -> None:
+    with arithmetic.Products() as products:
+        torch.nn.functional.linear(torch.ones(5, 3), torch.ones(4, 3), torch.ones(4))
+        torch.ones(2, 5, 3) @ torch.ones(2, 3, 7)
+    assert products.found == {((5, 3), (3, 4)): 1, ((2, 5, 3), (2, 3, 7)): 1}
+    rows = arithmetic.compare("tiny", tmp_path, rounds=1).rows
+    assert len(rows) == 3
+    assert rows[2]["GFLOP in products"] <= rows[1]["GFLOP in products"]  # keys and values of the prefix only once
 
 
 def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
