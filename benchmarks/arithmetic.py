@@ -2,7 +2,8 @@
 
 The products are noted while the part runs once, with their shapes; then they are carried out again, alone, on operands
 of the same shapes that are no more in the processor's cache than the model's are. What the products take is the least
-that the part can take with this arithmetic library at this precision; the rest is everything else.
+that the part can take with this arithmetic library at this precision; the rest is everything else. Times are CPU
+time, summed over threads.
 """
 
 import tempfile
@@ -80,9 +81,9 @@ def row(part: str, run_part: Callable[[], object], rounds: int) -> dict[str, Any
     return {
         "": part,
         "GFLOP in products": flop / 1e9,
-        "products alone, ms": 1e3 * alone,
-        "GFLOP/s of them": flop / alone / 1e9,
-        "whole, ms": 1e3 * whole,
+        "products alone, CPU ms": 1e3 * alone,
+        "GFLOP per CPU second": flop / alone / 1e9,
+        "whole, CPU ms": 1e3 * whole,
         "products / whole": alone / whole,
     }
 
@@ -98,6 +99,7 @@ def seconds(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def timed(run_part: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    """CPU seconds."""
+    began = time.process_time()
     run_part()
-    return time.perf_counter() - began
+    return time.process_time() - began
