@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import arithmetic, latency, memory_cost, scaling
+from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, scaling
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
+from benchmarks.models import SIZES
+from benchmarks.video_dataset import write_dataset
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -56,6 +58,21 @@ def test_the_products_of_a_part_are_all_found_and_carried_out_alone(tmp_path: Pa
     rows = arithmetic.compare("tiny", tmp_path, rounds=1).rows
     assert len(rows) == 3
     assert rows[2]["GFLOP in products"] <= rows[1]["GFLOP in products"]  # keys and values of the prefix only once
+
+
+def test_every_way_to_a_batch_is_measured(tmp_path: Path) -> None:
+    settings = data_path.Settings(frames=20, batch_size=4, rounds=1)
+    rows = data_path.compare("96x96", settings, tmp_path / "data").rows
+    ways = ("LeRobotDataset", "ours, decoding", "ours, frames", "ours, frames, as float", "ours, features")
+    assert tuple(row[""] for row in rows) == ways
+
+
+def test_what_a_first_epoch_costs_is_measured_on_the_stage_that_is_trained(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", height=48, width=64, episodes=3, frames=6)
+    size = SIZES["tiny"]
+    vlm = size.make_vlm(tmp_path / "vlm")
+    run = end_to_end.overrides(size, vlm, tmp_path / "data", tmp_path, run="fill", steps=1)
+    assert end_to_end.seconds_per_embedded_frame(run) > 0
 
 
 def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
