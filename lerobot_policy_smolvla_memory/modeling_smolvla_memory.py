@@ -422,6 +422,11 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         for index in indices if self._chunk is not None else ():
             self._executed[index] = self.config.n_action_steps
 
+    def forget(self) -> None:
+        """The memory begins anew, of all batch elements; actions still to be executed stay planned."""
+        if self._memory is not None and self.model.memory is not None:
+            self._memory = self.model.memory.initial(self._memory.batch_size).detach()
+
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
         """One policy query: actions [B, T, A], normalized. The memory advances by one."""

@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from small_datasets import TASK_NAMES, write_dataset
 
 
@@ -25,6 +27,49 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(TASK_NAMES):
         write_dataset(folder / name, base=name == "sorting", seed=number)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A policy that has learnt all four tasks, at a place of its own: nothing else of its run is left."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base  # one for all workers of pytest-xdist
+    checkpoint = shared / "small_checkpoint"
+    with FileLock(shared / "small_checkpoint.lock"):
+        if not checkpoint.is_dir():
+            _train_small_checkpoint(datasets, tmp_path_factory.mktemp("robot"), checkpoint)
+    return checkpoint
+
+
+def _train_small_checkpoint(datasets: Path, folder: Path, into: Path) -> None:
+    from kuavo_train.compose import compose_run, stages_to_run
+    from kuavo_train.run_folder import stage_folder
+    from kuavo_train.stage import run_stage
+
+    configs = compose_run(
+        [
+            "profile=smoke",
+            "strategy=joint",
+            "simulation=null",
+            "rollout.episodes=0",
+            f"outputs={folder / 'outputs'}",
+            f"data.root={datasets}",
+            f"data.cache_root={folder / 'cache'}",
+            "data.held_out_episodes=2",
+            "data.image_size=[24,24]",
+            "tiny_vlm.image_size=32",
+            "policy.resize_imgs_with_padding=[32,32]",
+            "policy.chunk_size=6",
+            "policy.n_action_steps=2",
+            "training.max_steps=1",
+            "training.batch_size=4",
+        ]
+    )
+    joint = stages_to_run(configs)[0]
+    assert run_stage(joint, [config.stage for config in configs]) == 0
+    shutil.copytree(stage_folder(joint).path / "checkpoints" / "best", folder / "best", symlinks=False)
+    shutil.rmtree(folder / "outputs")
+    (folder / "best").rename(into)
 
 
 @pytest.fixture

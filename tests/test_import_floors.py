@@ -19,7 +19,8 @@ MAY_IMPORT = {  # floor → project packages and modules it may import
     "kuavo_train/evaluation": {"kuavo_train.config", "kuavo_train.data", "kuavo_train.evaluation", "kuavo_sim"},
     "kuavo_train/wrapper": {"kuavo_train.data", "kuavo_train.wrapper", "lerobot_policy_smolvla_memory"},
     "kuavo_sim": {"kuavo_sim"},
-    "lerobot_policy_smolvla_memory": {"lerobot_policy_smolvla_memory"},
+    # kuavo_sim.lerobot: LeRobot's commands import this package alone, so it has to bring the environment along
+    "lerobot_policy_smolvla_memory": {"lerobot_policy_smolvla_memory", "kuavo_sim.lerobot"},
 }
 OURS = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
 

@@ -11,42 +11,15 @@ import pytest
 import torch
 from small_datasets import ARM_NAMES, CAMERAS
 
-from kuavo_train.compose import compose_run, stages_to_run
-from kuavo_train.run_folder import stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.compose import compose_run
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 Observation = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that has learnt all four tasks, at a place of its own: nothing else of its run is left."""
-    folder = tmp_path_factory.mktemp("robot")
-    configs = compose_run(
-        [
-            "profile=smoke",
-            "strategy=joint",
-            "simulation=null",
-            "rollout.episodes=0",
-            f"outputs={folder / 'outputs'}",
-            f"data.root={datasets}",
-            f"data.cache_root={folder / 'cache'}",
-            "data.held_out_episodes=2",
-            "data.image_size=[24,24]",
-            "tiny_vlm.image_size=32",
-            "policy.resize_imgs_with_padding=[32,32]",
-            "policy.chunk_size=6",
-            "policy.n_action_steps=2",
-            "training.max_steps=1",
-            "training.batch_size=4",
-        ]
-    )
-    joint = stages_to_run(configs)[0]
-    assert run_stage(joint, [config.stage for config in configs]) == 0
-    shutil.copytree(stage_folder(joint).path / "checkpoints" / "best", folder / "best", symlinks=False)
-    shutil.rmtree(folder / "outputs")
-    return folder / "best"
+def checkpoint(small_checkpoint: Path) -> Path:
+    return small_checkpoint
 
 
 @pytest.fixture
@@ -176,6 +149,45 @@ def test_an_instruction_unlike_all_learnt_ones_is_warned_of_once(wrapper: SmolVL
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapper.select_action(look(task="make coffee"))
+
+
+def test_a_chunk_begins_with_the_actions_that_would_be_carried_out(wrapper: SmolVLAPolicyWrapper) -> None:
+    looks = [look(step, robots=2) for step in range(2)]
+    chunks = [wrapper.predict_chunk(each) for each in looks]
+    assert [chunk.shape for chunk in chunks] == [(2, 6, 16)] * 2
+    alone = wrapper.predict_chunk
+    wrapper.reset()
+    wrapper.n_action_steps = 1  # every call a look, as every chunk is one
+    for chunk, each in zip(chunks, looks, strict=True):
+        np.testing.assert_allclose(wrapper.select_action(each), chunk[:, 0], atol=1e-5)
+    wrapper.reset()
+    assert alone(of_robot(looks[0], 0)).shape == (6, 16)
+
+
+def test_the_horizon_may_be_shortened_but_not_beyond_the_chunk(wrapper: SmolVLAPolicyWrapper) -> None:
+    planned = wrapper.predict_chunk(look())
+    wrapper.n_action_steps = 6
+    actions = [wrapper.select_action(look(step)) for step in range(6)]
+    np.testing.assert_allclose(np.stack(actions), planned, atol=1e-5)
+    with pytest.raises(ValueError, match=r"n_action_steps must be in \[1, 6\], got 7"):
+        wrapper.n_action_steps = 7
+
+
+def test_what_is_forgotten_does_not_change_the_plan_but_the_next_one(wrapper: SmolVLAPolicyWrapper) -> None:
+    remembering = episode(wrapper, steps=4)
+    wrapper.reset()
+    wrapper.select_action(look(0))
+    wrapper.forget()
+    assert np.array_equal(wrapper.select_action(look(1)), remembering[1])
+    assert not np.allclose(wrapper.select_action(look(2)), remembering[2], atol=1e-5)
+
+
+def test_an_instruction_to_read_instead_leaves_the_task_as_it_is(wrapper: SmolVLAPolicyWrapper) -> None:
+    known = wrapper.select_action(look(task="sorting"))
+    wrapper.reset()
+    untold = wrapper.select_action(look(task="sorting") | {"instruction": ""})
+    assert untold.shape == known.shape == (20,)
+    assert not np.allclose(untold, known, atol=1e-5)
 
 
 def without(key: str) -> Callable[[Observation], Any]:

@@ -22,7 +22,7 @@ order, so processes or threads that drive different robots each need a wrapper o
 import difflib
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPoli
 
 LIKE_A_TRAINED_ONE = 0.6
 """Instructions whose words match one the policy was trained with to at least this ratio are taken without a warning."""
+
+READ_INSTEAD = "instruction"
+"""Key of an observation: what the policy reads in place of the task's instruction; `task` still decides the rest."""
 
 
 class SmolVLAPolicyWrapper:
@@ -77,7 +80,7 @@ class SmolVLAPolicyWrapper:
             FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.
             ValueError: a policy of another kind, or weights that do not fit it.
         """
-        folder = _folder_of(path)
+        folder = folder_of(path)
         known = KnownTasks.load(folder)
         config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, SmolVLAConfig):
@@ -95,8 +98,22 @@ class SmolVLAPolicyWrapper:
 
     @property
     def n_action_steps(self) -> int:
-        """Actions carried out per look at the observation."""
+        """Actions carried out per look at the observation. Setting it ends all episodes, as `reset` does.
+
+        A policy with memory was trained to look, and so to remember, as often as its checkpoint says.
+        """
         return self._policy.config.n_action_steps
+
+    @n_action_steps.setter
+    def n_action_steps(self, steps: int) -> None:
+        if not 1 <= steps <= self._policy.config.chunk_size:
+            raise ValueError(f"n_action_steps must be in [1, {self._policy.config.chunk_size}], got {steps}")
+        self._policy.config.n_action_steps = steps
+        self.reset()
+
+    @property
+    def has_memory(self) -> bool:
+        return bool(self._policy.config.num_mem_tokens)
 
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
@@ -124,6 +141,11 @@ class SmolVLAPolicyWrapper:
             for index, seed in zip(indices, seeds or indices, strict=True):
                 self._episodes[index] = seed
 
+    def forget(self) -> None:
+        """The memory begins anew for all robots of the batch; what is planned is still carried out."""
+        with self._lock:
+            self._policy.forget()
+
     def memory_norms(self) -> np.ndarray | None:
         """Norms [B, tokens] of what each robot remembers now; None without memory, and before the first look."""
         memory = self._policy.get_memory()
@@ -148,7 +170,8 @@ class SmolVLAPolicyWrapper:
         Args:
             observation: of every camera [H, W, 3] uint8 or [3, H, W] float in [0, 1], `observation.state` [S], and
                 `task`, an instruction or the name of a learnt task. For B robots, all with a leading B, and B tasks
-                or one for all. S are the dimensions of the task's dataset.
+                or one for all. S are the dimensions of the task's dataset. An `instruction`, where there is one, is
+                read in place of the task's by all robots; an empty one tells the policy nothing.
 
         Returns:
             [A] float32 in robot units, A the dimensions of the task. For B robots [B, A], or a list of B such arrays
@@ -159,9 +182,36 @@ class SmolVLAPolicyWrapper:
                 long for the policy, or another batch size than since the last reset.
         """
         with self._lock:
-            return self._select_action(observation)
+            return self._ask(self._policy.select_action, observation)
 
-    def _select_action(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+    def predict_chunk(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+        """All that the policy plans from one look: T actions, of which `select_action` carries out `n_action_steps`.
+
+        Every call is a look, and the memory advances by it. An episode is walked with this or with `select_action`, not
+        with both.
+
+        Args and errors as `select_action`.
+
+        Returns:
+            [T, A] float32 in robot units; for B robots [B, T, A], or a list where their tasks differ in dimensions.
+        """
+        with self._lock:
+            return self._ask(self._policy.predict_action_chunk, observation)
+
+    def _ask(
+        self, policy: Callable[..., torch.Tensor], observation: Mapping[str, Any]
+    ) -> np.ndarray | list[np.ndarray]:
+        """What `policy`, one of the policy's own methods, answers, in robot units and the dimensions of each task."""
+        ready, columns, batched = self._prepare(observation)
+        actions = self._postprocess(policy(ready, noise=self._noise()))
+        self._calls = [calls + 1 for calls in self._calls]
+        chosen = [row[..., own].numpy().astype(np.float32) for row, own in zip(actions, columns, strict=True)]
+        if not batched:
+            return chosen[0]
+        return np.stack(chosen) if len({action.shape for action in chosen}) == 1 else chosen
+
+    def _prepare(self, observation: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[int]], bool]:
+        """What the policy reads, the columns of its actions that each robot's task has, and whether it was a batch."""
         states = self._states(observation)
         batched, size = _array(observation[OBS_STATE]).ndim == 2, len(states)
         instructions = self._instructions_of(observation, size)
@@ -172,15 +222,12 @@ class SmolVLAPolicyWrapper:
         absent = torch.ones(size, len(self.known.action_names), dtype=torch.bool)
         for row, present in enumerate(columns):
             absent[row, present] = False
-        ready = self._preprocess({**batch, "action_dim_is_pad": absent, "task": instructions})
-        self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], instructions)
+        read = observation.get(READ_INSTEAD)
+        texts = instructions if read is None else [read] * size
+        ready = self._preprocess({**batch, "action_dim_is_pad": absent, "task": texts})
+        self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], texts)
         self._begin_new_tasks(instructions)
-        actions = self._postprocess(self._policy.select_action(ready, noise=self._noise()))
-        self._calls = [calls + 1 for calls in self._calls]
-        chosen = [row[present].numpy().astype(np.float32) for row, present in zip(actions, columns, strict=True)]
-        if not batched:
-            return chosen[0]
-        return np.stack(chosen) if len({len(action) for action in chosen}) == 1 else chosen
+        return ready, columns, batched
 
     # ------------------------------------------------------------------------------------- what an observation holds
 
@@ -303,7 +350,7 @@ def _array(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def _folder_of(path: str | Path) -> Path:
+def folder_of(path: str | Path) -> Path:
     """The folder with config.json: of a checkpoint, of its pretrained_model, or downloaded from the hub."""
     for folder in (Path(path), Path(path) / "pretrained_model"):
         if (folder / "config.json").is_file():
