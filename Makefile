@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages study probes report test test-full lint format bench constraints clean
+.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -51,6 +51,9 @@ probes: .venv/.ready  ## lost or suppressed? language? memory? of the latest run
 
 report: .venv/.ready  ## what was learnt and what was lost: the latest run, or RUN=outputs/…
 	$(PY) -m kuavo_train.report $(if $(RUN),run=$(RUN)) $(ARGS)
+
+evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseline=outputs/… memory=outputs/… videos=3"
+	$(PY) -m kuavo_train.evaluate $(ARGS)
 
 # Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them.
 test test-full: export OMP_NUM_THREADS = 1

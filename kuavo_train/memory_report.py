@@ -32,7 +32,7 @@ from kuavo_train.evaluation.memory_questions import (
     trace_of,
 )
 from kuavo_train.evaluation.stored_run import RunFolderError
-from kuavo_train.trained_run import TrainedRun, load_policy
+from kuavo_train.trained_run import TrainedRun, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
 KEYS = ("checkpoint", "task", "data", "episodes", "output")
@@ -47,8 +47,7 @@ def find_policy(checkpoint: Path) -> tuple[Path, Path]:
     folder = checkpoint / "pretrained_model" if (checkpoint / "pretrained_model").is_dir() else checkpoint
     is_policy = (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
     require(is_policy, "checkpoint", "be a folder of a stage's checkpoints, or its pretrained_model", str(checkpoint))
-    # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
-    stage = next((up for up in folder.absolute().parents if (up / "config.yaml").is_file()), None)
+    stage = stage_folder_above(folder)
     require(stage is not None, "checkpoint", "lie in a stage's folder, with its config.yaml above", str(checkpoint))
     assert stage is not None
     return folder, stage

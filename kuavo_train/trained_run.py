@@ -28,6 +28,12 @@ from kuavo_train.learning.checkpoint import Checkpoint, CheckpointFolder
 from kuavo_train.learning.policy_factory import choose_device
 
 
+def stage_folder_above(checkpoint: Path) -> Path | None:
+    """The folder of the stage that a checkpoint, or its pretrained_model, lies in; None where it lies elsewhere."""
+    # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
+    return next((up for up in checkpoint.absolute().parents if (up / "config.yaml").is_file()), None)
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """A run folder and what can be opened from it. `stages` are those begun, in the order of training."""

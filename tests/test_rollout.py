@@ -1,11 +1,13 @@
 """Closed loop: every seed is played once, in processes that may fail alone, and told as it went."""
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from kuavo_sim import EVALUATION_SEED_START
@@ -83,7 +85,7 @@ def test_an_episode_is_told_with_its_subgoals_return_and_branch(rollouts: Rollou
     assert episode.subgoals == {"under_way": 2, "there": 4}
     assert episode.progress == 1.0
     assert episode.reward == pytest.approx(2.0)
-    assert (episode.cue, episode.choice, episode.right_branch) == (1, 0, False)
+    assert (episode.cue, episode.choice, episode.right_branch, episode.chosen_at) == (1, 0, False, 2)
     assert rollouts.branches == (4, 8)
     assert rollouts.funnel == {"under_way": 8, "there": 8}
     assert episode.roughness == 0.0
@@ -92,7 +94,8 @@ def test_an_episode_is_told_with_its_subgoals_return_and_branch(rollouts: Rollou
 def test_a_trace_holds_what_was_seen_before_every_action(rollouts: Rollouts) -> None:
     trace = rollouts.episodes[3].trace
     assert trace is not None
-    assert [int(pictures["head"][0, 0, 0]) for pictures in trace.pictures] == list(range(6))
+    shown = [np.asarray(Image.open(io.BytesIO(pictures["head"]))) for pictures in trace.pictures]
+    assert [int(picture[0, 0, 0]) for picture in shown] == list(range(6))
     assert [norms.tolist() for norms in trace.memory_norms] == [[3.0, 0.0]] * 6
 
 

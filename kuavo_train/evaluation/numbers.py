@@ -55,6 +55,6 @@ def _or_absent(form: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: ABSENT if value is None else form(value)
 
 
-_FORMS: tuple[Callable[[Any], str], ...] = (number, percent, whole_percent, share, integer, seconds)
+_FORMS: tuple[Callable[[Any], str], ...] = (number, signed, percent, whole_percent, share, integer, seconds)
 FORMATS = {form.__name__: _or_absent(form) for form in _FORMS} | {"text": _or_absent(str)}
 """Name → format; every one shows None as a dash."""

@@ -164,15 +164,15 @@ def _obey(places: dict[int, gymnasium.Env], place: int, order: Begin | Act, envi
             if place not in places:
                 places[place] = environment.make()
             observation, info = places[place].reset(seed=order.seed)
-            return _seen(observation, info)
+            return seen_in(observation, info)
         observation, reward, terminated, truncated, info = places[place].step(order.action)
-        return _seen(observation, info, reward=float(reward), ended=bool(terminated or truncated))
+        return seen_in(observation, info, reward=float(reward), ended=bool(terminated or truncated))
     except Exception as error:  # whatever an environment does, the others go on
         places.pop(place, None)
         return Failure(f"{type(error).__name__}: {error}")
 
 
-def _seen(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
+def seen_in(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
     """Raises ValueError for an environment that does not observe as LeRobot's do."""
     pixels = observation.get("pixels")
     if not isinstance(pixels, Mapping) or "agent_pos" not in observation:

@@ -12,13 +12,15 @@ Environments observe `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [S]}`, 
 as `info["is_success"]`. What else kuavo_sim tells is taken where it is there: sub-goals, progress, cue, choice.
 """
 
+import io
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from PIL import Image
 from tqdm import tqdm
 
 from kuavo_sim import ENVIRONMENT_IDS, EVALUATION_SEED_START
@@ -74,11 +76,11 @@ class Trace:
     """One episode, step by step, for those who want to see it.
 
     Attributes:
-        pictures: T of camera → [H, W, 3] uint8, as the policy saw them.
+        pictures: T of camera → a JPEG of what the policy saw; whole, the pictures of some episodes fill a memory.
         memory_norms: T of [tokens]; empty without memory.
     """
 
-    pictures: list[dict[str, np.ndarray]] = field(default_factory=list)
+    pictures: list[dict[str, bytes]] = field(default_factory=list)
     memory_norms: list[np.ndarray] = field(default_factory=list)
 
 
@@ -91,6 +93,7 @@ class Episode:
         reward: the sum over its steps.
         subgoals: sub-goal → the step that reached it, None where none did.
         cue, choice: what was demanded, what the policy acted on; None where there is no such thing.
+        chosen_at: the step in which it acted on it.
         roughness: mean absolute second difference of the joint commands, in rad per step².
     """
 
@@ -103,6 +106,7 @@ class Episode:
     cue: int | None
     choice: int | None
     roughness: float
+    chosen_at: int | None = None
     error: str | None = None
     trace: Trace | None = field(default=None, repr=False, compare=False)
 
@@ -124,6 +128,9 @@ class Rollouts:
     environment: Environment
     n_action_steps: int
     episodes: tuple[Episode, ...]
+
+    def without_traces(self) -> "Rollouts":
+        return replace(self, episodes=tuple(replace(episode, trace=None) for episode in self.episodes))
 
     @property
     def played(self) -> list[Episode]:
@@ -217,7 +224,7 @@ def roll_out(
     Args:
         parallel: robots at a time, the batch of the policy.
         workers: processes that their environments are spread over; None for one per CPU.
-        traces: keep what was seen and remembered, all pictures of all episodes.
+        traces: keep what was seen and remembered, of all episodes.
         timeout: seconds after which an environment that does not answer has failed.
 
     An episode whose environment fails is reported with the reason; the others go on. What the policy raises is raised.
@@ -247,7 +254,7 @@ def roll_out(
             if not playing:
                 continue
             anyone = next(iter(playing.values()))  # the batch keeps its size: what idle places see does not matter
-            observation = _batch([playing.get(place, anyone).seen for place in places], environment.task)
+            observation = observation_of([playing.get(place, anyone).seen for place in places], environment.task)
             actions, norms = policy.select_action(observation), policy.memory_norms() if traces else None
             for place, game in playing.items():
                 game.note(actions[place], None if norms is None else norms[place])
@@ -264,6 +271,7 @@ class _Game:
         self._actions: list[np.ndarray] = []
         self._rewards: list[float] = []
         self._subgoals: dict[str, int | None] = {}
+        self._chosen_at: int | None = None
         self._seen: Seen | None = None
         self._error: str | None = None
 
@@ -281,7 +289,7 @@ class _Game:
         """What the policy does next."""
         self._actions.append(action)
         if self._trace is not None:
-            self._trace.pictures.append(self.seen.pictures)
+            self._trace.pictures.append({camera: _jpeg(picture) for camera, picture in self.seen.pictures.items()})
             if memory_norms is not None:
                 self._trace.memory_norms.append(memory_norms)
 
@@ -293,6 +301,8 @@ class _Game:
         if self._seen is not None:
             self._rewards.append(answer.reward)
         self._seen = answer
+        if self._chosen_at is None and answer.info.get("choice") is not None:
+            self._chosen_at = len(self._rewards)
         for name, reached in answer.info.get("subgoals", {}).items():
             if self._subgoals.get(name) is None:
                 self._subgoals[name] = len(self._rewards) if reached else None
@@ -310,9 +320,17 @@ class _Game:
             cue=info.get("cue"),
             choice=info.get("choice"),
             roughness=_roughness(self._actions),
+            chosen_at=self._chosen_at,
             error=self._error,
             trace=self._trace,
         )
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    """[H, W, 3] uint8, hardly changed: for eyes, not for policies."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "jpeg", quality=95, subsampling=0)
+    return file.getvalue()
 
 
 def _roughness(actions: Sequence[np.ndarray]) -> float:
@@ -320,7 +338,7 @@ def _roughness(actions: Sequence[np.ndarray]) -> float:
     return float(np.abs(np.diff(np.stack(actions), 2, axis=0)).mean()) if len(actions) > 2 else 0.0
 
 
-def _batch(seen: Sequence[Seen], task: str) -> dict[str, Any]:
+def observation_of(seen: Sequence[Seen], task: str) -> dict[str, Any]:
     """What the policy is shown, of B robots: each camera [B, H, W, 3], the state [B, S], and the task of all."""
     cameras = {
         f"{OBS_IMAGES}.{camera}": np.stack([each.pictures[camera] for each in seen]) for camera in seen[0].pictures

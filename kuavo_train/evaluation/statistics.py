@@ -1,4 +1,4 @@
-"""Intervals for what runs measured: paired bootstrap over episodes, seeds beside them, Wilson.
+"""Intervals and tests for what runs measured: bootstrap over episodes, seeds beside them, Wilson, Newcombe, McNemar.
 
 The unit of resampling is the *episode*, never the frame: the frames of one episode are nearly copies of each
 other, and counting them as independent makes every interval too narrow. Held-out episodes, noise and time are
@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -126,6 +127,81 @@ def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:
     low = 0.0 if successes == 0 else centre - half  # exact in theory, but not in floating point
     high = 1.0 if successes == trials else centre + half
     return Interval(rate, low, high, level, trials)
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """Two success rates on the same n trials, as counts of trials: both succeeded, only one of them, neither."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @classmethod
+    def of(cls, first: Mapping[Any, bool], second: Mapping[Any, bool]) -> "PairedOutcomes":
+        """Counted over the trials that both have. Raises ValueError when there is none."""
+        pairs = [(first[trial], second[trial]) for trial in first if trial in second]
+        if not pairs:
+            raise ValueError("no trial that both have")
+        return cls(*(pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))))
+
+    @property
+    def n(self) -> int:
+        return self.both + self.only_first + self.only_second + self.neither
+
+    def difference(self, *, level: float = 0.95) -> Interval:
+        """Rate of the second less that of the first, with Newcombe's interval (1998, "Improved confidence intervals for
+        the difference between binomial proportions based on paired data", method 10): from both Wilson intervals
+        and the correlation. Unlike a bootstrap it stays honest where no trial, or every one, tells the two apart.
+        """
+        first_below, first, first_above = _arms(self.both + self.only_first, self.n, level)
+        second_below, second, second_above = _arms(self.both + self.only_second, self.n, level)
+        correlation = self._correlation
+
+        def combined(a: float, b: float) -> float:
+            return math.sqrt(max(a * a - 2 * correlation * a * b + b * b, 0.0))
+
+        estimate = second - first
+        low, high = estimate - combined(second_below, first_above), estimate + combined(second_above, first_below)
+        return Interval(estimate, low, high, level, self.n)
+
+    @property
+    def _correlation(self) -> float:
+        """Of the outcomes, corrected for continuity as in Newcombe's method 10."""
+        margins = (
+            (self.both + self.only_first)
+            * (self.only_second + self.neither)
+            * (self.both + self.only_second)
+            * (self.only_first + self.neither)
+        )
+        if margins == 0:
+            return 0.0
+        covariance = self.both * self.neither - self.only_first * self.only_second
+        corrected = max(covariance - self.n / 2, 0.0) if covariance > 0 else covariance
+        return corrected / math.sqrt(margins)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's test, exact and two-sided: how likely trials that tell the two apart are to be split so unevenly
+        when each falls either way with probability one half; 1 when there is none.
+        """
+        apart, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
+        return min(1.0, 2 * sum(math.comb(apart, k) for k in range(fewer + 1)) / 2**apart)
+
+
+def mean_interval(scores: Mapping[Any, float], *, level: float = 0.95) -> Interval:
+    """The mean over episodes with its bootstrap interval. Raises ValueError as `paired_bootstrap` does."""
+    numbered = dict(enumerate(scores.values()))
+    return paired_bootstrap(dict.fromkeys(numbered, 0.0), numbered, level=level)
+
+
+def _arms(successes: int, trials: int, level: float) -> tuple[float, float, float]:
+    """How far Wilson's interval reaches below the rate, the rate, and how far above."""
+    found = wilson(successes, trials, level=level)
+    assert found.low is not None
+    assert found.high is not None
+    return found.estimate - found.low, found.estimate, found.high - found.estimate
 
 
 def student_quantile(level: float, degrees: int) -> float:

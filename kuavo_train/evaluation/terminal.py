@@ -70,6 +70,61 @@ def comparison_lines(comparison: Record) -> str:
     )
 
 
+def evaluation_lines(found: Record) -> str:
+    """Checkpoints side by side, from the content of evaluation_results.json."""
+    return (_played_lines if found["mode"] == "simulation" else _demonstrated_lines)(found)
+
+
+def _demonstrated_lines(found: Record) -> str:
+    groups = list(dict.fromkeys(g["name"] for row in found["rows"] for told in row["tasks"] for g in told["groups"]))
+    rows = [("", "task", "episodes", *(group.replace("_", " ") for group in groups), "difference")]
+    for row in found["rows"]:
+        for place, told in enumerate(row["tasks"]):
+            errors = {group["name"]: _interval(group["error"], "number") for group in told["groups"]}
+            difference = told["groups"][0]["difference"]
+            rows.append(
+                (
+                    row["name"] if place == 0 else "",
+                    told["task"],
+                    str(len(told["episodes"])),
+                    *(errors.get(group, "") for group in groups),
+                    "" if difference is None else f"{_interval(difference, 'signed')} against {row['against']}",
+                )
+            )
+    return "\n".join(["mean absolute action error, robot units", "", *_table(rows, right=(2,))])
+
+
+def _played_lines(found: Record) -> str:
+    number, share, integer = (FORMATS[form] for form in ("number", "share", "integer"))
+    many = len(found["tasks"]) > 1
+    rows = [("", "task", "success", "sub-goals", "right branch", "steps", "roughness", "a query")]
+    differences = []
+    for row in found["rows"]:
+        query = "" if row["cost"] is None else f"{number(row['cost']['query_ms']['p50'])} ms"
+        for place, told in enumerate([*row["tasks"], *([row["all"]] if many else [])]):
+            success, branches = told["success"], told["branches"]
+            rows.append(
+                (
+                    row["name"] if place == 0 else "",
+                    told["task"],
+                    _interval(success, "share") if success else f"failed: {told['failures'][0]}",
+                    "" if told["progress"] is None else share(told["progress"]["estimate"]),
+                    "" if branches is None else f"{branches['right']}/{branches['n']}",
+                    "" if told["steps"] is None else integer(told["steps"]["estimate"]),
+                    "" if told["roughness"] is None else number(told["roughness"]["estimate"]),
+                    query if place == 0 else "",
+                )
+            )
+            if told["difference"] is not None:
+                change = told["difference"]
+                differences.append(
+                    f"{row['name']}, {told['task']}: success {_interval(change['success'], 'percent')} against "
+                    f"{row['against']}, p = {number(change['p_value'])} (won {change['won']}, lost {change['lost']} of "
+                    f"{change['n']} layouts); sub-goals {_interval(change['progress'], 'percent')}"
+                )
+    return "\n".join([*_table(rows, right=(3, 4, 5, 6, 7)), "", *differences]).rstrip()
+
+
 def _interval(interval: Record | None, form: str) -> str:
     if interval is None:
         return ""

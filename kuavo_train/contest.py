@@ -1,0 +1,330 @@
+"""Checkpoints play the same layouts: what `python -m kuavo_train.evaluate` does once it knows what it was asked.
+
+A row is one way to ask a checkpoint: as it is, at another horizon, or without something it has.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kuavo_sim import ENVIRONMENT_IDS, TASKS
+from kuavo_train.config import ConfigError, DataConfig, StageConfig, one_of, require
+from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.known_tasks import KnownTask, KnownTasks
+from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
+from kuavo_train.evaluation.demonstrated import Errors, judge_errors, walk
+from kuavo_train.evaluation.page import write_page
+from kuavo_train.evaluation.query_cost import PeakMemory, time_queries
+from kuavo_train.evaluation.request import Request
+from kuavo_train.evaluation.robots import Environment
+from kuavo_train.evaluation.rollout import Episode, Rollouts, evaluation_seeds, roll_out
+from kuavo_train.evaluation.side_by_side import differ, judge
+from kuavo_train.evaluation.videos import Caption, picked, write_video
+from kuavo_train.run_folder import now, write_json
+from kuavo_train.trained_run import TrainedRun, stage_folder_above
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of
+
+EPISODES = 50  # per task in simulation, unless said otherwise
+VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A checkpoint, before its weights are loaded. `run` is the one it lies in; None when it lies elsewhere."""
+
+    name: str
+    folder: Path
+    chunk_size: int
+    known: KnownTasks
+    run: TrainedRun | None
+
+    @classmethod
+    def open(cls, name: str, path: str) -> "Contestant":
+        """Raises `ConfigError` for what is no checkpoint of this project."""
+        try:
+            folder = folder_of(path)
+            known = KnownTasks.load(folder)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        stage = stage_folder_above(folder)
+        in_run = stage is not None and (stage.parent / "run.json").is_file()
+        run = TrainedRun.open(stage.parent) if stage is not None and in_run else None
+        return cls(name, folder, json.loads((folder / "config.json").read_text())["chunk_size"], known, run)
+
+    def task(self, name: str) -> KnownTask:
+        learnt = {task.name: task for task in self.known.tasks}
+        require(name in learnt, "tasks", f"be among those that {self.name} has learnt ({', '.join(learnt)})", name)
+        return learnt[name]
+
+    def environment(self, task: str, request: Request) -> Environment:
+        """Where it plays a task: what the request says, or its run, or kuavo_sim's task of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        instruction, settings = self.task(task).instruction, request.environment_settings
+        if request.environment is not None:
+            return Environment(request.environment, instruction, settings, request.max_steps)
+        simulated, known = task, {}
+        if self.run is not None:
+            recipe, simulation = self.run.recipe(task), self.run.settings.simulation
+            if recipe.environment is not None:
+                settings = {**recipe.environment_settings, **settings}
+                return Environment(recipe.environment, instruction, settings, request.max_steps)
+            simulated = recipe.simulation_task or task
+            known = {key: getattr(simulation, key) for key in ("renderer", "phase_visible") if simulation is not None}
+        one_of(f"{task}: without environment=MODULE:ID the task", simulated, ENVIRONMENT_IDS)
+        settings = {**known, **settings}
+        if "image_size" not in settings:
+            settings["image_size"] = self._picture_side()
+        return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[simulated]}", instruction, settings, request.max_steps)
+
+    def _picture_side(self) -> int:
+        sides = {side for size in self.known.camera_sizes.values() for side in size}
+        rule = f"be given, a side of the pictures that {self.name} was trained with"
+        require(len(sides) == 1, "environment.image_size", rule, self.known.camera_sizes)
+        return sides.pop()
+
+    def demonstrations(self, task: str, data: Path) -> Task:
+        """The dataset `data`, or the task's own in that folder; as its run read it, where it lies in one.
+
+        Raises:
+            ConfigError: there is none, or not a usable one.
+        """
+        about = self.task(task)
+        root = str(data if (data / "meta" / "info.json").is_file() else data / task)
+        if self.run is not None:
+            recipe, config = self.run.recipe(task), self.run.settings.data
+        else:
+            recipe = StageConfig(
+                task,
+                1,
+                about.instruction,
+                epochs=1,
+                lr=1.0,
+                warmup_steps=0,
+                decay_steps=1,
+                replay={task: 1.0},
+                root=root,
+            )
+            config = DataConfig(root=str(data), cameras=list(self.known.camera_sizes))
+        return open_task(replace(recipe, root=root, episodes=None), replace(config, held_out_episodes=1))
+
+    def unseen(self, task: Task) -> set[int]:
+        """Episodes of a dataset that it was not trained on, as far as its run tells."""
+        stored = (
+            []
+            if self.run is None
+            else [entry["dataset"] for entry in self.run.stored.tasks if entry["name"] == task.name]
+        )
+        for dataset in stored:
+            if dataset["hash"] == task.content_hash:
+                return set(dataset["held_out_episodes"])
+        return set(range(len(task.bounds)))
+
+    def policy(self, request: Request) -> SmolVLAPolicyWrapper:
+        return SmolVLAPolicyWrapper.from_pretrained(self.folder, device=request.device, seed=request.seed)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to ask a checkpoint. `against` names the row that it is compared with."""
+
+    name: str
+    checkpoint: str
+    against: str | None
+    n_action_steps: int
+    ablation: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.name == self.checkpoint
+
+    def record(self) -> Record:
+        about = None if self.ablation is None else ABLATIONS[self.ablation][0]
+        return {**asdict(self), "whole": self.whole, "about": about}
+
+
+def rows_of(name: str, policy: SmolVLAPolicyWrapper, request: Request, first: str) -> Iterator[Row]:
+    """The checkpoint as it is, then at every other horizon, then without each thing it has.
+
+    As it is means with its own n_action_steps, or the first asked for where its own is not among them.
+    """
+    own = policy.n_action_steps
+    horizons = request.n_action_steps or (own,)
+    own = own if own in horizons else horizons[0]
+    yield Row(name, name, None if name == first else first, own)
+    for steps in horizons:
+        if steps != own:
+            yield Row(f"{name}, {steps} step{'s' if steps > 1 else ''} a look", name, name, steps)
+    for ablation in request.ablate:
+        if ablation != "memory" or policy.has_memory:
+            yield Row(f"{name} without {ablation}", name, name, own, ablation)
+
+
+def evaluate(request: Request) -> Record:
+    """Let all checkpoints play, or walk demonstrations, and return the content of the JSON; writes videos beside it.
+
+    Raises:
+        ConfigError, RunFolderError: a checkpoint, a task, an environment or data that is not there.
+    """
+    contestants = [Contestant.open(name, path) for name, path in request.checkpoints.items()]
+    tasks = request.tasks or _learnt_by_all(contestants)
+    for contestant in contestants:
+        rule = f"be at most {contestant.chunk_size}, what {contestant.name} plans"
+        longest = max(request.n_action_steps, default=1)
+        require(longest <= contestant.chunk_size, "n_action_steps", rule, longest)
+    about = {
+        "created": now(),
+        "mode": "simulation" if request.data is None else "demonstrations",
+        "reference": contestants[0].name,
+        "tasks": list(tasks),
+        "checkpoints": [_about(contestant) for contestant in contestants],
+    }
+    return {**about, **(_in_simulation if request.data is None else _on_demonstrations)(contestants, tasks, request)}
+
+
+def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Record:
+    assert request.data is not None
+    opened = {(c.name, task): c.demonstrations(task, request.data) for c in contestants for task in tasks}
+    episodes = {task: _unseen_by_all(contestants, [opened[c.name, task] for c in contestants]) for task in tasks}
+    walked: dict[str, dict[str, dict[int, Errors]]] = {}
+    rows: list[Record] = []
+    for contestant in contestants:
+        policy = contestant.policy(request)
+        for row in rows_of(contestant.name, policy, request, contestants[0].name):
+            asked = policy if row.ablation is None else Ablated(policy, row.ablation)
+            walked[row.name], told = {}, []
+            for name in tasks:
+                task = opened[contestant.name, name]
+                frames = DecodedFrames(task, image_size=None, video_backend=VIDEO_BACKEND)
+                chosen = episodes[name][: request.n_episodes]
+                walked[row.name][name] = errors = walk(asked, task, chosen, frames, parallel=request.parallel)
+                reference = None if row.against is None else walked[row.against][name]
+                told.append({"task": name, **judge_errors(errors, task.action_names, reference)})
+            rows.append({**row.record(), "tasks": told})
+    return {"data": str(request.data), "rows": rows}
+
+
+def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) -> list[int]:
+    """Episodes of one dataset on which no checkpoint was trained, so that all are asked the same."""
+    unseen = set.intersection(*(c.unseen(task) for c, task in zip(contestants, opened, strict=True)))
+    require(bool(unseen), f"data of {opened[0].name}", "hold episodes that no checkpoint was trained on", "none")
+    return sorted(unseen)
+
+
+def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Record:
+    places = {(c.name, task): c.environment(task, request) for c in contestants for task in tasks}
+    seeds = evaluation_seeds(request.n_episodes or EPISODES, seed=request.seed)
+    played: dict[str, dict[Any, Episode]] = {}
+    rows: list[Record] = []
+    for contestant in contestants:
+        policy = contestant.policy(request)
+        for row in rows_of(contestant.name, policy, request, contestants[0].name):
+            policy.n_action_steps = row.n_action_steps
+            asked = policy if row.ablation is None else Ablated(policy, row.ablation)
+            memory = PeakMemory()
+            environments = {task: places[contestant.name, task] for task in tasks}
+            rollouts, videos = _play(asked, environments, seeds, row, request)
+            cost = time_queries(asked, environments[tasks[0]], seeds[0])
+            played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
+            reference = None if row.against is None else played[row.against]
+            told = _told(rollouts, played[row.name], reference)
+            rows.append({**row.record(), **told, "videos": videos, "cost": cost, **memory.record()})
+    return {"episodes": len(seeds), "seeds": [seeds[0], seeds[-1]], "rows": rows}
+
+
+def _learnt_by_all(contestants: Sequence[Contestant]) -> tuple[str, ...]:
+    first, *others = ([task.name for task in contestant.known.tasks] for contestant in contestants)
+    common = tuple(name for name in first if all(name in other for other in others))
+    require(bool(common), "tasks", "be learnt by all checkpoints", [first, *others])
+    return common
+
+
+def _play(
+    policy: Ablatable, environments: Mapping[str, Environment], seeds: Sequence[int], row: Row, request: Request
+) -> tuple[dict[str, Rollouts], dict[str, list[Record]]]:
+    """Task → episodes, and task → videos of them; only a checkpoint as it is gets any."""
+    found, videos = {}, {}
+    filmed = request.videos > 0 and row.whole
+    for task, environment in environments.items():
+        print(f"{row.name}: {task}", file=sys.stderr)
+        try:
+            rollouts = roll_out(
+                policy, environment, seeds, parallel=request.parallel, workers=request.workers, traces=filmed
+            )
+        except ValueError as error:  # what the policy is shown, or told, does not fit it
+            raise ConfigError(f"{row.name} on {task} in {environment.name}: {error}") from error
+        if rollouts.failures:
+            print(rollouts.summary, file=sys.stderr)
+        videos[task] = _film(rollouts, task, row, request) if filmed else []
+        found[task] = rollouts.without_traces()
+    return found, videos
+
+
+def _film(rollouts: Rollouts, task: str, row: Row, request: Request) -> list[Record]:
+    """Videos below the folder named like the JSON, and what they show."""
+    simulated = {f"kuavo_sim:{id}": TASKS[name] for name, id in ENVIRONMENT_IDS.items()}.get(rollouts.environment.id)
+    films = []
+    for rank, episode in picked(rollouts.played, request.videos):
+        caption = Caption(
+            title=f"{row.name}, {task}",
+            instruction=rollouts.environment.task,
+            rank=f"{rank} of {rollouts.trials}",
+            cues=simulated.cues if simulated is not None else (),
+        )
+        name = f"{row.name}-{task}-{rank.replace(' ', '-')}.mp4"
+        path = write_video(request.output.with_suffix("") / "videos" / name, episode, caption)
+        film = {"rank": rank, "file": path.relative_to(request.output.parent).as_posix()}
+        films.append({**film, "seed": episode.seed, "success": episode.success, "steps": episode.steps})
+    return films
+
+
+def _told(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Record:
+    """The numbers of a row: task by task, and over all of them."""
+    tasks = []
+    for name, rolled in rollouts.items():
+        mine = {key: episode for key, episode in episodes.items() if key[0] == name}
+        tasks.append(
+            {
+                "task": name,
+                "environment": asdict(rolled.environment),
+                **judge(mine),
+                "difference": None if reference is None else differ(mine, reference),
+                "episodes": [episode.record() for episode in rolled.episodes],
+            }
+        )
+    difference = None if reference is None else differ(episodes, reference)
+    return {"tasks": tasks, "all": {"task": "all", **judge(episodes), "difference": difference}}
+
+
+def _about(contestant: Contestant) -> Record:
+    return {
+        "name": contestant.name,
+        "folder": str(contestant.folder),
+        "learnt": [task.name for task in contestant.known.tasks],
+        "run": None if contestant.run is None else contestant.run.folder.name,
+    }
+
+
+def write_evaluation(request: Request) -> Record:
+    """Evaluate, write the JSON and the page, and return what the JSON holds. Errors as `evaluate`."""
+    from kuavo_train.evaluation.evaluation_figures import demonstration_figures, evaluation_figures
+    from kuavo_train.evaluation.figure_style import save_figures
+
+    found = evaluate(request)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(request.output, found)
+    drawings, template = (
+        (evaluation_figures, "evaluation.html.jinja")
+        if request.data is None
+        else (demonstration_figures, "demonstrations.html.jinja")
+    )
+    figures = save_figures(request.output.with_suffix(""), drawings(found))
+    write_page(request.output.with_suffix(".html"), template, found, figures)
+    return found

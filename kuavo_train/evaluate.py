@@ -1,0 +1,49 @@
+"""Checkpoints side by side: which does the job, how often, how fast, and what does it owe to its parts?
+
+    python -m kuavo_train.evaluate baseline=<checkpoint> memory=<checkpoint>      # all tasks that both have learnt
+    python -m kuavo_train.evaluate … tasks=weighing,sorting n_episodes=100 seed=1  # other layouts
+    python -m kuavo_train.evaluate … ablate=language,memory,cameras               # a row each, without it
+    python -m kuavo_train.evaluate … n_action_steps=1,2,4,8                       # a row each, so many steps per look
+    python -m kuavo_train.evaluate … videos=3                                     # best, typical and worst episode
+    python -m kuavo_train.evaluate … environment.renderer=egl max_steps=150       # other settings of the simulation
+    python -m kuavo_train.evaluate … tasks=weighing environment=my_module:my/Env-v0    # another gymnasium environment
+    python -m kuavo_train.evaluate … data=outputs/data                            # demonstrations, no simulator
+
+A checkpoint is NAME=PATH: a folder `checkpoints/best`, its `pretrained_model`, or a hub id. Every one plays the same
+layouts, which no demonstration shows. The others are compared with the first, and the rows of ablate and n_action_steps
+with their own checkpoint as it is. With data=, a LeRobot dataset or a folder of them by task, the policies are walked
+through demonstrations instead, those that their run held out where it was trained on them: how far off are they?
+
+Other options: seed, output=evaluation_results.json, parallel (robots at a time), workers (processes), device. Writes
+the JSON; beside it, under the same name, a page, its figures and the videos.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from kuavo_train.config import ConfigError
+
+
+def main(words: Sequence[str]) -> int:
+    """Command line: key=value arguments; 0, or 2 with the error on stderr."""
+    if {"-h", "--help", "help"} & set(words):
+        print(__doc__)
+        return 0
+    # Not at the top: the processes that simulate import this module anew, and need nothing of it.
+    from kuavo_train.contest import write_evaluation
+    from kuavo_train.evaluation.request import Request
+    from kuavo_train.evaluation.stored_run import RunFolderError
+    from kuavo_train.evaluation.terminal import evaluation_lines
+
+    try:
+        request = Request.parse(words)
+        found = write_evaluation(request)
+    except (ConfigError, RunFolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{evaluation_lines(found)}\n\n{request.output}, {request.output.with_suffix('.html')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

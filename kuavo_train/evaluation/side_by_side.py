@@ -1,0 +1,82 @@
+"""Episodes of policies → their numbers, and how the policies differ on the same seeds. Pure functions.
+
+Success has Wilson's interval, its difference Newcombe's and McNemar's exact two-sided test; means have bootstrap
+intervals over episodes, differences of means paired ones (see `statistics`). An episode whose environment failed counts
+for nobody, and its seed for no difference.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from kuavo_train.evaluation.rollout import Episode
+from kuavo_train.evaluation.statistics import PairedOutcomes, mean_interval, paired_bootstrap, wilson
+
+Episodes = Mapping[Hashable, Episode]
+"""Key that pairs the episodes of different policies, such as (task, seed) → episode."""
+Record = dict[str, Any]
+
+MEANS: dict[str, Callable[[Episode], float]] = {
+    "progress": lambda episode: episode.progress,
+    "reward": lambda episode: episode.reward,
+    "steps": lambda episode: float(episode.steps),
+    "roughness": lambda episode: episode.roughness,
+}
+
+
+def judge(episodes: Episodes) -> Record:
+    """One policy's numbers; `success` and all means are None when no episode could be played."""
+    played = {key: episode for key, episode in episodes.items() if episode.error is None}
+    failures = [f"seed {episode.seed}: {episode.error}" for episode in episodes.values() if episode.error is not None]
+    if not played:
+        return {"success": None, **dict.fromkeys(MEANS), "funnel": [], "branches": None, "failures": failures}
+    successes = sum(episode.success for episode in played.values())
+    return {
+        "success": {"successes": successes, **asdict(wilson(successes, len(played)))},
+        **{name: asdict(mean_interval({k: of(e) for k, e in played.items()})) for name, of in MEANS.items()},
+        "funnel": _funnel(played),
+        "branches": _branches(played),
+        "failures": failures,
+    }
+
+
+def _funnel(played: Episodes) -> list[Record]:
+    """Sub-goal by sub-goal, in order: how many episodes reached it, and in which step at the median."""
+    names = next(iter(played.values())).subgoals
+    rows = []
+    for name in names:
+        steps = [step for episode in played.values() if (step := episode.subgoals.get(name)) is not None]
+        rate = wilson(len(steps), len(played))
+        rows.append(
+            {"name": name, "count": len(steps), **asdict(rate), "step": float(np.median(steps)) if steps else None}
+        )
+    return rows
+
+
+def _branches(played: Episodes) -> Record | None:
+    """Of the episodes that came to act on a cue, how many on the right one; None where none did."""
+    acted = [episode.right_branch for episode in played.values() if episode.right_branch is not None]
+    return {"right": sum(acted), **asdict(wilson(sum(acted), len(acted)))} if acted else None
+
+
+def differ(episodes: Episodes, reference: Episodes) -> Record | None:
+    """`episodes` less `reference`, over the keys that both have played; None when there is none."""
+    pairs = [
+        key
+        for key, episode in episodes.items()
+        if key in reference and episode.error is None and reference[key].error is None
+    ]
+    if not pairs:
+        return None
+    outcomes = PairedOutcomes.of(*({key: of[key].success for key in pairs} for of in (reference, episodes)))
+    progress = ({n: of[key].progress for n, key in enumerate(pairs)} for of in (reference, episodes))
+    return {
+        "n": len(pairs),
+        "success": asdict(outcomes.difference()),
+        "won": outcomes.only_second,
+        "lost": outcomes.only_first,
+        "p_value": outcomes.p_value,
+        "progress": asdict(paired_bootstrap(*progress)),
+    }
