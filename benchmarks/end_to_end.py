@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -39,17 +39,21 @@ class Settings:
     steps: int = 3  # per command, beside the first
     rounds: int = 2
     threads: int = 2
+    batch_size: tuple[int, ...] = (8,)  # LeRobot's default
 
 
 def run(settings: Settings) -> list[Table]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         write_dataset(data, height=settings.height, width=settings.width, episodes=3, frames=settings.frames)
-        return [compare(name, settings, data, Path(folder) / name) for name in settings.size]
+        return [
+            compare(name, replace(SIZES[name], batch=batch), settings, data, Path(folder) / f"{name}{batch}")
+            for name in settings.size
+            for batch in settings.batch_size
+        ]
 
 
-def compare(name: str, settings: Settings, data: Path, folder: Path) -> Table:
-    size = SIZES[name]
+def compare(name: str, size: Size, settings: Settings, data: Path, folder: Path) -> Table:
     vlm = size.make_vlm(folder / "vlm")
     filling = seconds_per_embedded_frame(overrides(size, vlm, data, folder, run="fill", steps=1))
     theirs: list[float] = []
