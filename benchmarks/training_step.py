@@ -31,6 +31,7 @@ class Settings:
     size: tuple[str, ...] = ("embedded", "quarter")
     rounds: int = 3
     threads: int = 2
+    compiled: str = "no"  # or yes: also with policy.compile_model, which needs a C++ compiler
 
 
 class Stepper:
@@ -58,14 +59,14 @@ def run(settings: Settings) -> list[Table]:
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         return [
-            compare(name, learns, Path(folder), rounds=settings.rounds)
+            compare(name, learns, Path(folder), rounds=settings.rounds, compiled=settings.compiled == "yes")
             for name in settings.size
             for learns in LEARNS
             if learns == "VLM frozen" or not SIZES[name].is_large
         ]
 
 
-def compare(name: str, learns: str, folder: Path, *, rounds: int) -> Table:
+def compare(name: str, learns: str, folder: Path, *, rounds: int, compiled: bool = False) -> Table:
     size, frozen = SIZES[name], LEARNS[learns]
     vlm = size.make_vlm(folder / name)
     theirs = lerobot_policy(size, vlm, frozen=frozen)
@@ -81,6 +82,9 @@ def compare(name: str, learns: str, folder: Path, *, rounds: int) -> Table:
         "ours, pictures, memory": Stepper(remembering, optimizers[1], batch),
         "ours, features, memory": Stepper(remembering, optimizers[1], features),
     }
+    if compiled:
+        policy = our_policy(theirs, size, vlm, frozen=frozen, compile_model=True)
+        steppers["ours, features, compiled"] = Stepper(policy, optimizer_of(policy), features)
     variants: dict[str, Callable[[], None]] = dict(steppers)
     rows = speed_rows(alternate(variants, rounds=rounds), reference="LeRobot", samples=size.batch)
     for row, stepper in zip(rows, steppers.values(), strict=True):
