@@ -55,16 +55,17 @@ report: .venv/.ready  ## what was learnt and what was lost: the latest run, or R
 evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseline=outputs/… memory=outputs/… videos=3"
 	$(PY) -m kuavo_train.evaluate $(ARGS)
 
-# Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them.
+# Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them. A file's
+# tests stay together, so that the runs they share are trained once.
 test test-full: export OMP_NUM_THREADS = 1
 test test-full: export HF_HUB_OFFLINE = 1
 test test-full: export WANDB_MODE = offline
 
 test: .venv/.ready  ## the tests, without the slow ones (minutes; ARGS="-k memory" for a part)
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-full: .venv/.ready  ## all tests
-	$(PY) -m pytest -n 2 -m "" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
 lint: .venv/.ready  ## ruff and mypy, changing nothing
 	$(PY) -m ruff check .
