@@ -99,6 +99,7 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "matrices": {measure: _matrix(run, matrix, joint) for measure, matrix in matrices.items()},
         "curves": _curves(run),
         "error_by_group": _error_by_group(run),
+        "closed_loop": _closed_loop(run),
         "replay": _replay(run),
         "strategy_facts": strategy_facts(run),
         "gate": gate_readings(run),
@@ -266,6 +267,26 @@ def _stage(run: StoredRun, stage: StoredStage) -> Record:
         "loss_target": next((t.get("loss_target") for t in run.tasks if t["name"] == stage.name), None),
         "samples_per_s": rates[len(rates) // 2] if rates else None,
     }
+
+
+def _closed_loop(run: StoredRun) -> list[Record]:
+    """How far the episodes of every task came after every stage that rolled it out."""
+    return [
+        {
+            "stage": stage.index,
+            "task": task["name"],
+            **line["success"],
+            "interval": interval_record(wilson(line["success"]["successes"], line["success"]["trials"])),
+            "progress": line.get("progress"),
+            "funnel": [{"subgoal": name, "reached": n} for name, n in (line.get("funnel") or {}).items()],
+            "right_branch": (line.get("branches") or {}).get("right"),
+            "acted_on_cue": (line.get("branches") or {}).get("acted"),
+            "n_action_steps": line.get("n_action_steps"),
+        }
+        for stage in run.finished
+        for task in run.tasks
+        if (line := end_line(run, stage.index, task["name"])) and line.get("success")
+    ]
 
 
 def _validation_seconds(stage: StoredStage) -> float:

@@ -11,7 +11,9 @@ def run_lines(matrix: Record) -> str:
     number = FORMATS["number"]
     done = sum(stage["status"] == "finished" for stage in matrix["stages"])
     title = " · ".join(str(matrix[key]) for key in ("run", "strategy", "profile") if matrix[key] is not None)
-    rows = [("task", "before", "learnt", "now", "change since learnt", "error/constant", "verdict")]
+    played = "success" in matrix["matrices"]
+    closed_loop = ("success learnt", "now") if played else ()
+    rows = [("task", "before", "learnt", "now", "change since learnt", "error/constant", *closed_loop, "verdict")]
     for verdict in matrix["verdicts"]:
         error, constant = verdict.get("action_error_now"), verdict.get("constant_error")
         rows.append(
@@ -22,6 +24,7 @@ def run_lines(matrix: Record) -> str:
                 number(verdict.get("loss_now")),
                 _interval(verdict["relative_change"], "percent"),
                 "" if error is None or not constant else f"{number(error)} / {number(constant)}",
+                *(FORMATS["share"](verdict.get(f"success_{when}")) for when in ("when_learnt", "now") if played),
                 _verdict(verdict),
             )
         )

@@ -204,6 +204,34 @@ def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
     assert "LIBERO NBT" in page.text
 
 
+def test_closed_loop_is_told_stage_by_stage_with_its_funnel_and_branches(run):
+    told = {
+        "success": {"successes": 10, "trials": 20},
+        "progress": 0.75,
+        "funnel": {"picked": 17, "stored": 10},
+        "branches": {"right": 9, "acted": 12},
+        "n_action_steps": 8,
+    }
+    for stage in read_run(run).stages:
+        edit_lines(
+            stage.folder / "validation.jsonl",
+            lambda line: line | (told if line["seen"] and line["kind"] == "end" else {}),
+        )
+    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    matrix = json.loads((run / "report" / "matrix.json").read_text())
+    assert [entry["stage"] for entry in matrix["closed_loop"]] == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert matrix["matrices"]["progress"]["rows"][4]["values"]["weighing"] == 0.75
+    assert "picked 17 → stored 10" in " ".join(page.text.split())
+    assert "9 of 12" in page.text
+    lines = summary_table(run).splitlines()
+    assert "success learnt" in lines[2]
+    assert lines[4].count("50") >= 2
+
+
+def test_a_run_that_was_never_rolled_out_has_no_such_section(reported):
+    assert "Closed loop" not in reported[1].text
+
+
 def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path, capsys):
     joint = write_run(tmp_path / "joint", strategy="joint")
     matrix = write_matrix(run, limits=QUICK, joint=joint)
