@@ -74,6 +74,7 @@ def train(settings: Settings, draws: int, seed: int, steps: int, folder: Path) -
             f"training.decay_steps={steps}",
             "validation.every_epochs=1000000",
             "training.save_every=1000000",
+            "rollout.episodes=0",
         ]
     )
     if run_stage(configs[0], [config.stage for config in configs]) != 0:
