@@ -6,7 +6,7 @@ from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
 from kuavo_sim.tasks import TASKS
 
 # Raise it with every change that makes the same seed give another episode: datasets of another version are refused.
-__version__ = "1.2"
+__version__ = "1.1"
 
 __all__ = ["ENVIRONMENT_IDS", "EVALUATION_SEED_START", "TASKS", "KuavoEnv"]
 

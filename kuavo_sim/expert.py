@@ -6,13 +6,12 @@ prints how often the expert succeeds, with a 95 % Wilson interval.
 
 Demonstrations carry noise, so that they show how to come back to the path: the *executed* action is the expert's plus
 autocorrelated joint noise, faded out where precision matters; the *recorded* action is the expert's own, without the
-noise. The base is disturbed in its own way: it often comes to a halt beside its goal before it goes there. A policy
-thus sees disturbed states with the right answer to them.
+noise. A policy thus sees disturbed states with the right answer to them.
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mujoco
@@ -28,8 +27,6 @@ from kuavo_sim.tasks.task import Task
 UP = np.array([0.0, 0.0, 1.0])
 DOWN = np.eye(3)  # the hand's orientation when it points straight down, fingers opening sideways
 _NOISE_MEMORY = 0.8  # autocorrelation of the noise from one step to the next
-_MISSED = 0.5  # share of the drives that stop beside their goal first
-_MISS = (0.05, 0.02, 0.15)  # by how much, standard deviations in m, m, rad
 _MAX_RESIDUAL = 0.003  # m
 _MAX_TILT = 0.35  # rad
 
@@ -40,14 +37,10 @@ class UnreachableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Command:
-    """One action of the expert ([16] or [20], clean) and how much of the noise may disturb it, in [0, 1].
-
-    `base` [4] is what the base does instead of the action's last four.
-    """
+    """One action of the expert ([16] or [20], clean) and how much of the noise may disturb it, in [0, 1]."""
 
     action: np.ndarray
     noise: float
-    base: np.ndarray | None = None
 
 
 class InverseKinematics:
@@ -118,12 +111,10 @@ class InverseKinematics:
 class Script:
     """The moves from which tasks put their demonstrations together. Each yields one Command per control step.
 
-    Poses are in the world's frame. Speeds are mean joint speeds in rad/s. `misses` draws by how much the base misses
-    its goals; None: it does not.
+    Poses are in the world's frame. Speeds are mean joint speeds in rad/s.
     """
 
     task: Task
-    misses: np.random.Generator | None = None
     action: np.ndarray = field(init=False)
     ik: InverseKinematics = field(init=False)
 
@@ -229,31 +220,14 @@ class Script:
                 return
         yield from self.wait_until(lambda: self.task.at_decision_point, limit=5)
 
-    def drive(self, x: float, y: float, yaw: float, *, slack: float = 0.0) -> Iterator[Command]:
-        """Send the base to a pose and wait until it stands there, or the cue is needed.
-
-        Half of the time it stops well beside the goal first, although sent to it, and has to be sent again: a policy's
-        own commands are not exact, so it has to be shown what to do then. `slack` (m and rad) is how far off is good
-        enough, so that it is shown, too, how to go on from there.
-        """
+    def drive(self, x: float, y: float, yaw: float) -> Iterator[Command]:
+        """Send the base to a pose and wait until it stands there, or the cue is needed."""
         self.action[16:20] = x, y, yaw, 1.0
         goal = np.array([x, y, yaw])
-        if self.misses is not None and self.misses.random() < _MISSED:
-            beside = goal + self.misses.normal(0, _MISS)
-            yield from self._go(beside)
-            for command in self.wait_until(lambda: self.task.at_decision_point, limit=2, noise=0.3):
-                yield replace(command, base=np.array([*beside, 0.0]))
-        yield from self._go(goal if self.misses is None else goal + self.misses.uniform(-slack, slack, 3))
+        yield from self.wait_until(
+            lambda: self.task.at_decision_point or bool(np.abs(self.world.base_pose() - goal).max() < 0.01), noise=0.3
+        )
         self.action[19] = 0.0
-
-    def _go(self, pose: np.ndarray) -> Iterator[Command]:
-        """The base goes to `pose`, wherever it is sent."""
-
-        def arrived() -> bool:
-            return self.task.at_decision_point or bool(np.abs(self.world.base_pose() - pose).max() < 0.01)
-
-        for command in self.wait_until(arrived, noise=0.3):
-            yield replace(command, base=np.array([*pose, 1.0]))
 
     def _command(self, noise: float) -> Command:
         return Command(self.action.copy(), noise)
@@ -274,11 +248,10 @@ class Demonstration:
 
 
 def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_noise: float = 0.025) -> Demonstration:
-    """Let the expert do one episode. `action_noise` is the joint noise's standard deviation (rad); 0: undisturbed."""
+    """Let the expert do one episode. `action_noise` is the standard deviation of the joint noise in rad."""
     options = {} if cue is None else {"cue": cue}
     observation, info = env.reset(seed=seed, options=options)
     noise_rng = np.random.default_rng([seed, 1])
-    misses = np.random.default_rng([seed, 2]) if action_noise > 0 else None
     noise = np.zeros(16)
     states, actions, pictures = [], [], []
     decisions: list[int] = []
@@ -295,14 +268,12 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
     ended = False
     low, high = action_limits(mobile=env.task.mobile)
     try:
-        for command in env.task.demonstrate(Script(env.task, misses)):
+        for command in env.task.demonstrate(Script(env.task)):
             fresh = noise_rng.normal(0, action_noise, 16)
             noise = _NOISE_MEMORY * noise + np.sqrt(1 - _NOISE_MEMORY**2) * fresh
             executed = command.action.copy()
             for arm in ARM_SLICE.values():
                 executed[arm] += command.noise * noise[arm]
-            if command.base is not None:
-                executed[16:20] = command.base
             states.append(observation["agent_pos"])
             pictures.append(observation["pixels"])
             actions.append(command.action.astype(np.float32))

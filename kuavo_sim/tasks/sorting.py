@@ -117,7 +117,7 @@ class Sorting(Task):
             self.world.paint("sign", _COLOURS[self.cue])
 
     def demonstrate(self, script: "Script") -> Iterator["Command"]:
-        yield from script.drive(*_AT_RACK, slack=0.03)
+        yield from script.drive(*_AT_RACK)
         yield from script.pick("right", np.add(_CARRYING, [*_AT_RACK[:2], 0]))
         yield from script.drive(0.10, 0.0, np.pi)
         yield from script.drive(*_AT_PLACEMENT)

@@ -50,36 +50,6 @@ def test_noise_disturbs_the_states_but_not_where_the_recorded_actions_lead():
     assert np.abs(clean.states[1:steps, arm] - noisy.states[1:steps, arm]).max() > 0.005
 
 
-def base_poses(monkeypatch, seed, **noise):
-    """[T, 3] where the base stood before every action of a demonstration of sorting, and the demonstration."""
-    env, poses = KuavoEnv("sorting", renderer="none", image_size=8), []
-
-    def step(action):
-        poses.append(env.task.world.base_pose())
-        return KuavoEnv.step(env, action)
-
-    monkeypatch.setattr(env, "step", step)
-    shown = demonstrate(env, seed, **noise)
-    return np.array(poses), shown
-
-
-def test_a_base_that_has_stopped_beside_its_goal_is_sent_there_again(monkeypatch):
-    rack, halts = np.array([0.35, 0.0, 0.0]), 0
-    for seed in range(6):
-        poses, shown = base_poses(monkeypatch, seed)
-        assert shown.success
-        picking = np.flatnonzero(shown.actions[:, 19] < 0.5)[0]
-        to_rack = slice(0, picking)
-        np.testing.assert_allclose(shown.actions[to_rack, 16:20], [[*rack, 1.0]] * picking, atol=1e-6)
-        assert np.abs(poses[picking] - rack).max() < 0.045  # good enough, and not always exact
-        stands = np.abs(np.diff(poses[to_rack], axis=0)).max(axis=1) < 1e-3
-        halts += bool(stands[:-1].any())
-    assert 1 <= halts <= 5
-    poses, shown = base_poses(monkeypatch, 0, action_noise=0.0)
-    picking = np.flatnonzero(shown.actions[:, 19] < 0.5)[0]
-    assert np.abs(poses[picking] - rack).max() < 0.01
-
-
 def test_a_missed_grasp_is_tried_again():
     env = KuavoEnv("weighing", renderer="none", image_size=8)
     env.reset(seed=0)
