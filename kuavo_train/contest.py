@@ -151,15 +151,10 @@ class Row:
 
 
 def rows_of(name: str, policy: SmolVLAPolicyWrapper, request: Request, first: str) -> Iterator[Row]:
-    """The checkpoint as it is, then at every other horizon, then without each thing it has.
-
-    As it is means with its own n_action_steps, or the first asked for where its own is not among them.
-    """
+    """The checkpoint as it is, then at every other horizon asked for, then without each thing it has."""
     own = policy.n_action_steps
-    horizons = request.n_action_steps or (own,)
-    own = own if own in horizons else horizons[0]
     yield Row(name, name, None if name == first else first, own)
-    for steps in horizons:
+    for steps in request.n_action_steps:
         if steps != own:
             yield Row(f"{name}, {steps} step{'s' if steps > 1 else ''} a look", name, name, steps)
     for ablation in request.ablate:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import worlds  # noqa: F401 - registers what is played in
 from reading import Page
 
 from kuavo_train.config import ConfigError
-from kuavo_train.contest import evaluate
+from kuavo_train.contest import evaluate, rows_of
 from kuavo_train.evaluate import main
 from kuavo_train.evaluation import query_cost
 from kuavo_train.evaluation.numbers import FORMATS
@@ -102,6 +103,16 @@ def test_a_failing_environment_is_told_and_is_no_success_rate_of_zero(
     assert row["tasks"][0]["success"] is None
     assert row["cost"] is None
     assert "Missing" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_asked_for(tmp_path: Path) -> None:
+    request = Request.parse([f"it={tmp_path}", "n_action_steps=2,4"])
+    rows = list(rows_of("it", SimpleNamespace(n_action_steps=8), request, "it"))  # type: ignore[arg-type]
+    assert [(row.name, row.n_action_steps, row.against) for row in rows] == [
+        ("it", 8, None),
+        ("it, 2 steps a look", 2, "it"),
+        ("it, 4 steps a look", 4, "it"),
+    ]
 
 
 @pytest.mark.parametrize(
