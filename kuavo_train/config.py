@@ -268,7 +268,7 @@ class RolloutConfig:
     max_steps: int | None = None  # time limit of an episode; None: the environment's own
 
     def __post_init__(self) -> None:
-        require(self.episodes >= 0, "rollout.episodes", "not be negative", self.episodes)
+        require(0 <= self.episodes <= 10_000, "rollout.episodes", "be in [0, 10000]", self.episodes)
         require(self.seed >= 0, "rollout.seed", "not be negative", self.seed)
         require(self.parallel >= 1, "rollout.parallel", "be at least 1", self.parallel)
         for name in ("every_epochs", "workers", "max_steps"):

@@ -603,6 +603,7 @@ class Stage:
         if config.episodes == 0:
             return records
         policy = self.accelerator.unwrap_model(self.policy)
+        was_training = policy.training
         known = known_tasks.KnownTasks.of(self._learnt, self.normalization)
         robot = SmolVLAPolicyWrapper(policy, self._processors, known, seed=self.config.seed)
         seeds = evaluation_seeds(config.episodes, seed=config.seed)
@@ -627,7 +628,8 @@ class Stage:
                 self.folder.rollouts.append({**about, "task": record["task"], **rollouts.record()})
                 tqdm.write(f"{record['task']}: {rollouts.summary}")
             with_rollouts.append(record | rollouts.cells())
-        policy.train(self.policy.training)
+        policy.reset()
+        policy.train(was_training)
         return with_rollouts
 
     def _save(self, progress: Progress) -> None:

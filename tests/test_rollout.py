@@ -15,7 +15,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RolloutConfig, RunConfig, SimulationConfig
 from kuavo_train.evaluation.rollout import Environment, Rollouts, environment_of, evaluation_seeds, roll_out
 from kuavo_train.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage import Stage, run_stage
 
 COUNTING = Environment("worlds:Counting-v0", "count to the goal")
 
@@ -165,16 +165,34 @@ def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_ru
     assert line["n_action_steps"] == 4
 
 
-def test_rolling_out_changes_nothing_in_training(small_run: Callable[..., list[str]]) -> None:
+def test_rolling_out_changes_nothing_in_training(
+    small_run: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    monkeypatch.setattr(Stage, "_roll_out", _noting_modes(Stage._roll_out, modes))
     weights = []
     for name, more in {"with": (*IN_THE_ARMS_WORLD, "rollout.every_epochs=1"), "without": ()}.items():
         config = run(small_run("learn=[moving_grasp]", "validation.every_epochs=1", f"run={name}", *more))
         folder = stage_folder(config)
-        kinds = [line["kind"] for line in folder.rollouts.read()] if more else []
-        assert kinds == (["epoch"] * (len(kinds) - 1) + ["end"] if more else [])
+        kinds = [line["kind"] for line in folder.rollouts.read()]
+        assert bool(kinds) == (name == "with")
+        assert set(kinds) <= {"epoch", "end"}
         weights.append(load_file(folder.path / "checkpoints" / "last" / "pretrained_model" / "model.safetensors"))
-    assert kinds == []
+    assert modes
+    assert all(before == after for before, after in modes)
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def _noting_modes(roll_out: Callable[..., Any], modes: list[tuple[bool, bool]]) -> Callable[..., Any]:
+    """Whether the policy was in training mode before, which is set here, and after."""
+
+    def noting(stage: Stage, *arguments: Any) -> Any:
+        stage.policy.train()
+        found = roll_out(stage, *arguments)
+        modes.append((True, stage.policy.training))
+        return found
+
+    return noting
 
 
 def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:
