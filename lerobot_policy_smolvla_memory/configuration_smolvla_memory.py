@@ -51,6 +51,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             sample on its own; writing is then never trained. The policy itself takes K from the batch.
         fast_forward: this package's forward (backbone.py); false returns to LeRobot's own.
         flow_draws: independent (noise, time) draws D per row in training; the prefix is computed once for all.
+        sampling_temperature: standard deviation of the noise that actions are denoised from. 1 is what training sees,
+            and LeRobot's; less makes plans alike, and 0 always gives the one that begins at the noise's mean.
         compile_model: (LeRobot's field) run the expert's layers through torch.compile. Needs fast_forward.
     """
 
@@ -64,6 +66,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_backprop_depth: int = 0
     fast_forward: bool = True
     flow_draws: int = 1
+    sampling_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +82,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"mem_backprop_depth must be 0 or more queries, got {self.mem_backprop_depth}")
         if self.flow_draws < 1:
             raise ValueError(f"flow_draws must be at least 1, got {self.flow_draws}")
+        if not 0 <= self.sampling_temperature <= 1:
+            raise ValueError(f"sampling_temperature must be in [0, 1], got {self.sampling_temperature}")
         if self.compile_model and not self.fast_forward:
             raise ValueError("compile_model needs fast_forward=true, got false: LeRobot's forward knows no memory")
         if self.num_mem_tokens > 0 and not (self.mem_at_start or self.mem_at_end):

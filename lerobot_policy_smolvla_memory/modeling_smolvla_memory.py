@@ -397,7 +397,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             absent = torch.zeros(1, dtype=torch.bool, device=noise.device)
         actions = euler_integrate(
             lambda x_t, time: self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0),
-            noise.masked_fill(absent, 0.0),
+            self.config.sampling_temperature * noise.masked_fill(absent, 0.0),
             self.config.num_steps,
             rtc_processor=self.rtc_processor,
             rtc_enabled=self._rtc_enabled(),

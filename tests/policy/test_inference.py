@@ -47,6 +47,14 @@ def test_a_chunk_is_a_query_as_well(make_policy, make_batch, noise):
     assert first.shape == (2, CHUNK, ACTION_DIM)
 
 
+@pytest.mark.parametrize("temperature", (0.0, 0.5))
+def test_a_temperature_scales_the_noise_that_actions_begin_from(make_policy, make_batch, noise, temperature):
+    as_trained, cooler = make_policy().eval(), make_policy(sampling_temperature=temperature).eval()
+    expected, _ = as_trained.sample_actions_with(make_batch(2), None, temperature * noise)
+    assert torch.equal(cooler.predict_action_chunk(make_batch(2), noise), expected)
+    assert not torch.equal(as_trained.predict_action_chunk(make_batch(2), noise), expected)
+
+
 def test_sampling_with_a_given_memory_leaves_the_policy_as_it_was(make_policy, make_batch, noise):
     policy = make_policy()
     policy.select_action(make_batch(2), noise)
