@@ -139,11 +139,17 @@ class Row:
     checkpoint: str
     against: str | None
     n_action_steps: int
+    sampling_temperature: float
     ablation: str | None = None
 
     @property
     def whole(self) -> bool:
         return self.name == self.checkpoint
+
+    def of(self, policy: SmolVLAPolicyWrapper) -> Ablatable:
+        """The checkpoint's policy, asked in this way."""
+        policy.n_action_steps, policy.sampling_temperature = self.n_action_steps, self.sampling_temperature
+        return policy if self.ablation is None else Ablated(policy, self.ablation)
 
     def record(self) -> Record:
         about = None if self.ablation is None else ABLATIONS[self.ablation][0]
@@ -151,15 +157,19 @@ class Row:
 
 
 def rows_of(name: str, policy: SmolVLAPolicyWrapper, request: Request, first: str) -> Iterator[Row]:
-    """The checkpoint as it is, then at every other horizon asked for, then without each thing it has."""
-    own = policy.n_action_steps
-    yield Row(name, name, None if name == first else first, own)
+    """The checkpoint as it is, at every other horizon and temperature asked for, and without each thing it has."""
+    as_it_is = Row(name, name, None if name == first else first, policy.n_action_steps, policy.sampling_temperature)
+    yield as_it_is
+    changed = replace(as_it_is, against=name)
     for steps in request.n_action_steps:
-        if steps != own:
-            yield Row(f"{name}, {steps} step{'s' if steps > 1 else ''} a look", name, name, steps)
+        if steps != as_it_is.n_action_steps:
+            yield replace(changed, name=f"{name}, {steps} step{'s' if steps > 1 else ''} a look", n_action_steps=steps)
+    for temperature in request.sampling_temperature:
+        if temperature != as_it_is.sampling_temperature:
+            yield replace(changed, name=f"{name}, temperature {temperature:g}", sampling_temperature=temperature)
     for ablation in request.ablate:
         if ablation != "memory" or policy.has_memory:
-            yield Row(f"{name} without {ablation}", name, name, own, ablation)
+            yield replace(changed, name=f"{name} without {ablation}", ablation=ablation)
 
 
 def evaluate(request: Request) -> Record:
@@ -193,8 +203,7 @@ def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], 
     for contestant in contestants:
         policy = contestant.policy(request)
         for row in rows_of(contestant.name, policy, request, contestants[0].name):
-            asked = policy if row.ablation is None else Ablated(policy, row.ablation)
-            walked[row.name], told = {}, []
+            asked, walked[row.name], told = row.of(policy), {}, []
             for name in tasks:
                 task = opened[contestant.name, name]
                 frames = DecodedFrames(task, image_size=None, video_backend=VIDEO_BACKEND)
@@ -221,9 +230,7 @@ def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], requ
     for contestant in contestants:
         policy = contestant.policy(request)
         for row in rows_of(contestant.name, policy, request, contestants[0].name):
-            policy.n_action_steps = row.n_action_steps
-            asked = policy if row.ablation is None else Ablated(policy, row.ablation)
-            memory = PeakMemory()
+            asked, memory = row.of(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
             rollouts, videos = _play(asked, environments, seeds, row, request)
             cost = time_queries(asked, environments[tasks[0]], seeds[0])

@@ -4,15 +4,17 @@
     python -m kuavo_train.evaluate … tasks=weighing,sorting n_episodes=100 seed=1  # other layouts
     python -m kuavo_train.evaluate … ablate=language,memory,cameras               # a row each, without it
     python -m kuavo_train.evaluate … n_action_steps=1,2,4,8                       # a row each, so many steps per look
+    python -m kuavo_train.evaluate … sampling_temperature=0,0.5,1                 # a row each, so much noise
     python -m kuavo_train.evaluate … videos=3                                     # best, typical and worst episode
     python -m kuavo_train.evaluate … environment.renderer=egl max_steps=150       # other settings of the simulation
     python -m kuavo_train.evaluate … tasks=weighing environment=my_module:my/Env-v0    # another gymnasium environment
     python -m kuavo_train.evaluate … data=outputs/data                            # demonstrations, no simulator
 
 A checkpoint is NAME=PATH: a folder `checkpoints/best`, its `pretrained_model`, or a hub id. Every one plays the same
-layouts, which no demonstration shows. The others are compared with the first, and the rows of ablate and n_action_steps
-with their own checkpoint as it is. With data=, a LeRobot dataset or a folder of them by task, the policies are walked
-through demonstrations instead, those that their run held out where it was trained on them: how far off are they?
+layouts, which no demonstration shows. The others are compared with the first, and the rows of ablate, n_action_steps
+and sampling_temperature (of the noise that actions are denoised from) with their own checkpoint as it is. With data=, a
+LeRobot dataset or a folder of them by task, the policies are walked through demonstrations instead, those that their
+run held out where it was trained on them: how far off are they?
 
 Other options: seed, output=evaluation_results.json, parallel (robots at a time), workers (processes), device. Writes
 the JSON; beside it, under the same name, a page, its figures and the videos.

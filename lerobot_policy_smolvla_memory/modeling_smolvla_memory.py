@@ -368,7 +368,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             batch: B rows of observations. `action_dim_is_pad` and `observation.memory_reset` are honoured as
                 in training: dimensions the task lacks come out as exactly 0, before unnormalization.
             memory: before the query; None for the initial one.
-            noise: [B, T, max_action_dim], drawn from the global generator when None.
+            noise: [B, T, max_action_dim] of standard deviation 1, which `sampling_temperature` scales; drawn from the
+                global generator when None.
             kwargs: of real-time chunking, as in LeRobot.
 
         Returns:

@@ -26,6 +26,7 @@ class Request:
         parallel: robots at a time. workers: processes that simulate; None for one per CPU.
         max_steps: time limit of an episode; None leaves it to the environment.
         n_action_steps: horizons of execution, a row each; empty for the checkpoint's own.
+        sampling_temperature: of the noise actions are denoised from, a row each; empty for the checkpoint's own.
         ablate: what is taken away, a row each.
         videos: per checkpoint and task.
         environment: gymnasium's "module:id" in place of kuavo_sim's; `environment_settings` go to any.
@@ -42,6 +43,7 @@ class Request:
     device: str | None = None
     max_steps: int | None = None
     n_action_steps: tuple[int, ...] = ()
+    sampling_temperature: tuple[float, ...] = ()
     ablate: tuple[str, ...] = ()
     videos: int = 0
     environment: str | None = None
@@ -111,6 +113,12 @@ def _whole(least: int) -> Callable[[str, str], int]:
     return read
 
 
+def _share(key: str, text: str) -> float:
+    valid = re.fullmatch(r"\d*\.?\d+", text) and float(text) <= 1
+    require(bool(valid), key, "be a number in [0, 1]", text)
+    return float(text)
+
+
 def _several[T](read: Callable[[str, str], T]) -> Callable[[str, str], tuple[T, ...]]:
     def read_all(key: str, text: str) -> tuple[T, ...]:
         values = tuple(read(key, part) for part in text.split(","))
@@ -139,6 +147,7 @@ OPTIONS: dict[str, Callable[[str, str], Any]] = {
     "device": _text,
     "max_steps": _whole(1),
     "n_action_steps": _several(_whole(1)),
+    "sampling_temperature": _several(_share),
     "ablate": _several(_text),
     "videos": _whole(0),
     "environment": _text,

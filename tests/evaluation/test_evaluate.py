@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,13 +107,17 @@ def test_a_failing_environment_is_told_and_is_no_success_rate_of_zero(
 
 
 def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_asked_for(tmp_path: Path) -> None:
-    request = Request.parse([f"it={tmp_path}", "n_action_steps=2,4"])
-    rows = list(rows_of("it", SimpleNamespace(n_action_steps=8), request, "it"))  # type: ignore[arg-type]
-    assert [(row.name, row.n_action_steps, row.against) for row in rows] == [
-        ("it", 8, None),
-        ("it, 2 steps a look", 2, "it"),
-        ("it, 4 steps a look", 4, "it"),
+    request = Request.parse([f"it={tmp_path}", "n_action_steps=2,4", "sampling_temperature=0,1"])
+    policy: Any = SimpleNamespace(n_action_steps=8, sampling_temperature=1.0)
+    rows = list(rows_of("it", policy, request, "it"))
+    assert [(row.name, row.n_action_steps, row.sampling_temperature, row.against) for row in rows] == [
+        ("it", 8, 1, None),
+        ("it, 2 steps a look", 2, 1, "it"),
+        ("it, 4 steps a look", 4, 1, "it"),
+        ("it, temperature 0", 8, 0, "it"),
     ]
+    asked = [(row.of(policy), policy.n_action_steps, policy.sampling_temperature)[1:] for row in reversed(rows)]
+    assert asked == [(8, 0), (4, 1), (2, 1), (8, 1)]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,7 @@ def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_ask
         (["it=CHECKPOINT", "tasks=weighing,weighing"], "tasks must be values with commas between, each once"),
         (["it=CHECKPOINT", "it=CHECKPOINT"], "it must be given once"),
         (["it=CHECKPOINT", "n_action_steps=2,7"], "n_action_steps must be at most 6, what it plans, got 7"),
+        (["it=CHECKPOINT", "sampling_temperature=2"], r"sampling_temperature must be a number in \[0, 1\], got '2'"),
         (["it=CHECKPOINT", "ablate=hands"], "ablate must be one of language, memory, cameras, got 'hands'"),
         (["it=CHECKPOINT", "tasks=juggling"], r"tasks must be among those that it has learnt \(.*\), got 'juggling'"),
         (["it=CHECKPOINT", "environment=worlds:Arms-v0"], "tasks must be one with environment, got None"),

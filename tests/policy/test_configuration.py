@@ -16,6 +16,7 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig
         ({"mem_backprop_depth": -2}, "mem_backprop_depth must be 0 or more queries, got -2"),
         ({"mem_at_end": False}, "num_mem_tokens=4 needs mem_at_start or mem_at_end to be true"),
         ({"flow_draws": 0}, "flow_draws must be at least 1, got 0"),
+        ({"sampling_temperature": 1.5}, "sampling_temperature must be in [0, 1], got 1.5"),
         ({"compile_model": True, "fast_forward": False}, "compile_model needs fast_forward=true, got false"),
     ],
 )

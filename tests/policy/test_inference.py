@@ -47,7 +47,7 @@ def test_a_chunk_is_a_query_as_well(make_policy, make_batch, noise):
     assert first.shape == (2, CHUNK, ACTION_DIM)
 
 
-@pytest.mark.parametrize("temperature", (0.0, 0.5))
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_a_temperature_scales_the_noise_that_actions_begin_from(make_policy, make_batch, noise, temperature):
     as_trained, cooler = make_policy().eval(), make_policy(sampling_temperature=temperature).eval()
     expected, _ = as_trained.sample_actions_with(make_batch(2), None, temperature * noise)

@@ -112,6 +112,17 @@ class SmolVLAPolicyWrapper:
         self.reset()
 
     @property
+    def sampling_temperature(self) -> float:
+        """Standard deviation of the noise that actions are denoised from, in [0, 1]; with 0, no noise."""
+        return self._policy.config.sampling_temperature
+
+    @sampling_temperature.setter
+    def sampling_temperature(self, temperature: float) -> None:
+        if not 0 <= temperature <= 1:
+            raise ValueError(f"sampling_temperature must be in [0, 1], got {temperature}")
+        self._policy.config.sampling_temperature = temperature
+
+    @property
     def has_memory(self) -> bool:
         return bool(self._policy.config.num_mem_tokens)
 
