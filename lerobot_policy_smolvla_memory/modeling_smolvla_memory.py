@@ -25,9 +25,8 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.device_utils import resolve_safetensors_device
-from safetensors import safe_open
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
@@ -41,6 +40,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix
+from lerobot_policy_smolvla_memory.pretrained_weights import check_policy_weights, check_vlm_weights
 from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
 
 # Which part of the model a parameter belongs to, by the path of its module.
@@ -58,7 +58,6 @@ PARAMETER_GROUPS = {
     ],
     "memory": ["model.memory"],
 }
-MEMORY_PATH = "model.memory."
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
@@ -69,6 +68,8 @@ class MemoryFlowMatching(VLAFlowMatching):
     """LeRobot's SmolVLA network with memory tokens in the prefix. With 0 tokens it has none of them."""
 
     def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: Any = None):
+        if config.load_vlm_weights:
+            check_vlm_weights(config.vlm_model_name)
         compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
         super().__init__(config, rtc_processor=rtc_processor)
         config.compile_model = compile_expert
@@ -558,7 +559,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
         Always strict: `strict=False`, LeRobot's default, would go on with random weights and a warning.
         """
-        memory_is_new = _check_weights(model, model_file)
+        memory_is_new = check_policy_weights(model, model_file, may_be_new="model.memory.")
         load_model(model, model_file, strict=False, device=resolve_safetensors_device(map_location))
         if memory_is_new and model.model.memory is not None:
             model.model.memory.initialize_tokens(model.model.end_of_utterance_embedding())
@@ -601,38 +602,3 @@ def _group_of(parameter: str) -> str:
         if any(parameter.startswith(f"{module}.") for module in modules):
             return group
     raise ValueError(f"parameter {parameter} belongs to none of the groups {', '.join(PARAMETER_GROUPS)}")
-
-
-def _check_weights(policy: nn.Module, model_file: str) -> bool:
-    """Whether the file lacks the memory, and nothing else.
-
-    Raises:
-        ValueError: keys missing, unexpected or of another shape; lists the first ten.
-    """
-    with safe_open(model_file, framework="pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    tensors = policy.state_dict(keep_vars=True)
-    wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    stored_tensors = {tensors[key].data_ptr() for key in stored if key in tensors}
-    # Tensors that share their storage are stored under one name.
-    missing = [key for key in wanted if key not in stored and tensors[key].data_ptr() not in stored_tensors]
-    memory = [key for key in wanted if key.startswith(MEMORY_PATH)]
-    memory_is_new = bool(memory) and set(memory) <= set(missing)
-    if memory_is_new:
-        missing = [key for key in missing if key not in memory]
-    problems = [f"{key} is missing" for key in missing]
-    problems += [f"{key} is not part of this policy" for key in stored if key not in wanted]
-    problems += [
-        f"{key} is of shape {stored[key]}, this policy's of {shape}"
-        for key, shape in wanted.items()
-        if key in stored and stored[key] != shape
-    ]
-    if problems:
-        listed = "\n  ".join(problems[:10])
-        if any("._orig_mod." in key or key.startswith(("normalize_", "unnormalize_")) for key in stored):
-            listed += "\nIt is of an older LeRobot; lerobot.processor.migrate_policy_normalization renews it"
-        raise ValueError(
-            f"{model_file} does not fit this policy: {len(problems)} of its weights\n  {listed}"
-            + ("\n  …" if len(problems) > 10 else "")
-        )
-    return memory_is_new

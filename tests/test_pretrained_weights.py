@@ -19,6 +19,7 @@ from test_command_line import command
 from kuavo_train.compose import compose_run
 from kuavo_train.findings import Findings
 from kuavo_train.stage import Stage, open_stage
+from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 Overrides = Callable[..., list[str]]
 
@@ -74,20 +75,28 @@ def test_a_vlm_that_cannot_be_had_is_not_replaced_by_a_random_one(small_run: Ove
     _, problems = open_first_stage(small_run("tiny_vlm=null", "policy.vlm_model_name=nobody/no-vlm"))
     assert "policy.vlm_model_name must be a folder, or a hub id that can be had, got nobody/no-vlm" in problems
     assert "give the folder: policy.vlm_model_name=/path/to/no-vlm" in problems
-    stage, problems = open_first_stage(small_run())  # writes a small VLM
+    vlm = make_tiny_vlm(tmp_path / "vlm", image_size=32)
+    given = small_run("tiny_vlm=null", f"policy.vlm_model_name={vlm}", "policy.load_vlm_weights=true")
+    weights = load_file(vlm / "model.safetensors")
+    del weights["model.text_model.norm.weight"]
+    save_file(weights, vlm / "model.safetensors", metadata={"format": "pt"})
+    _, problems = open_first_stage(given)
+    no_policy = f"policy.vlm_model_name must be something to load policy weights from, got the folder {vlm}: "
+    assert no_policy + "UnfitWeights" in problems
+    assert "1 of its weights\n  model.text_model.norm.weight is missing" in problems
+    (vlm / "model.safetensors").unlink()
+    _, problems = open_first_stage(given)
+    assert no_policy + "OSError" in problems
+
+
+def test_a_frozen_vlm_without_pretrained_weights_has_to_be_allowed(small_run: Overrides, tmp_path: Path) -> None:
+    vlm = make_tiny_vlm(tmp_path / "vlm", image_size=32, write_weights=False)
+    frozen = ("training.freeze_first_stage=[connector]", "tiny_vlm=null", f"policy.vlm_model_name={vlm}")
+    _, problems = open_first_stage(small_run(*frozen))
+    assert "a frozen VLM must have pretrained weights, got none (policy.load_vlm_weights=false)" in problems
+    allowed = small_run(*frozen, "allow_random_frozen_vlm=true", "policy.tokenizer_max_length=300")
+    stage, problems = open_first_stage(allowed)
     assert stage is not None, problems
-    vlm = Path(stage.built.policy.config.vlm_model_name)
-    without_weights = tmp_path / "without_weights"
-    without_weights.mkdir()
-    for file in vlm.iterdir():
-        if file.suffix != ".safetensors":
-            (without_weights / file.name).write_bytes(file.read_bytes())
-    given = ("tiny_vlm=null", f"policy.vlm_model_name={without_weights}", "policy.load_vlm_weights=true")
-    _, problems = open_first_stage(small_run(*given))
-    assert (
-        f"policy.vlm_model_name must be something to load policy weights from, got the folder {without_weights}"
-        in problems
-    )
 
 
 @pytest.fixture

@@ -385,8 +385,8 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
         r"a folder, or a hub id that can be had, got nobody/nothing, looked for only in the local cache \(offline\).*"
         r"\n.*copy it here and give the folder: policy.pretrained_path=/path/to/nothing",
     ),
-    ("training.freeze_first_stage=[vision,eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),
-    ("training.freeze_first_stage=[vlm_text,vision]", r"a frozen VLM must have pretrained weights"),
+    ("training.freeze_first_stage=[expert,eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),
+    ("training.freeze_first_stage=[vision]", r"a frozen VLM must have pretrained weights, got the random ones"),
     ("data.normalization=pretrained", r"data.normalization=pretrained needs observation.state statistics"),
 ]
 

@@ -23,8 +23,11 @@ import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.learning.freezing import freeze
+from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
+
+VLM_GROUPS = ("vision", "connector", "vlm_text")
 
 NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
 """What the hub and safetensors raise beside OSError when something is missing or damaged."""
@@ -99,17 +102,27 @@ def build_policy(
             policy does not have.
     """
     source = _source(config, checkpoint)
-    random_vlm = source is None and getattr(policy_config, "load_vlm_weights", None) is False
-    if random_vlm and "vlm_text" in frozen and not config.allow_random_frozen_vlm:
-        raise ConfigError(
-            "a frozen VLM must have pretrained weights, got policy.pretrained_path=null and "
-            "policy.load_vlm_weights=false; set one of them, or training.freeze_first_stage=[] to train it, "
-            "or allow_random_frozen_vlm=true"
-        )
+    _check_frozen_vlm(config, policy_config, frozen, source)
     policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
     freeze(policy, frozen)
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=normalization.for_lerobot())
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
+
+
+def _check_frozen_vlm(
+    config: RunConfig, policy_config: PreTrainedConfig, frozen: Sequence[str], source: str | Path | None
+) -> None:
+    """Raises `ConfigError` when a part of the VLM is frozen that nobody has trained."""
+    own_weights = config.tiny_vlm is None and getattr(policy_config, "load_vlm_weights", True)
+    held_fixed = [group for group in VLM_GROUPS if group in frozen]
+    if source is not None or own_weights or not held_fixed or config.allow_random_frozen_vlm:
+        return
+    got = "the random ones of tiny_vlm" if config.tiny_vlm else "none (policy.load_vlm_weights=false)"
+    raise ConfigError(
+        f"a frozen VLM must have pretrained weights, got {got} and policy.pretrained_path=null with "
+        f"{', '.join(held_fixed)} frozen; give pretrained ones, or train it (training.freeze_first_stage=[]), or set "
+        "allow_random_frozen_vlm=true"
+    )
 
 
 def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
@@ -187,7 +200,7 @@ def _with_weights(
     if source is None:
         try:
             return policy_class(config)
-        except (OSError, *NOT_LOADED) as error:  # of a VLM with its own weights
+        except (OSError, UnfitWeights, *NOT_LOADED) as error:  # of a VLM with its own weights
             raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
     if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise ConfigError(f"policy.pretrained_path must be an existing folder or a hub id, got {str(source)!r}")

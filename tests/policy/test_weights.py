@@ -28,7 +28,7 @@ def plain_checkpoint(make_config, tmp_path):
 def edit_weights(folder, edit):
     weights = load_file(folder / "model.safetensors")
     edit(weights)
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("tokens", [0, 2])
@@ -177,6 +177,19 @@ def test_missing_weights_are_never_replaced_by_random_ones(make_policy, tmp_path
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
         SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+
+
+def test_weights_of_a_vision_language_model_that_do_not_fit_are_refused(make_config, tiny_vlm, tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(tiny_vlm, folder)
+    config = make_config(vlm_model_name=str(folder), load_vlm_weights=True)
+    SmolVLAMemoryPolicy(config)  # whole, it is taken
+    edit_weights(folder, lambda weights: weights.update({"model.text_model.norm.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"text_model.norm.weight is of shape \(3,\), its config's of \(32,\)"):
+        SmolVLAMemoryPolicy(config)
+    edit_weights(folder, lambda weights: [weights.pop(name) for name in list(weights) if "t_model.layers.1." in name])
+    with pytest.raises(ValueError, match=r"10 of its weights\n  .*layers.1.input_layernorm.weight is missing"):
+        SmolVLAMemoryPolicy(config)
 
 
 @pytest.mark.parametrize("tokens", [0, 2])
