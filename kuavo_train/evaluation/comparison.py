@@ -1,10 +1,12 @@
 """Several runs side by side, strategies × training seeds: run folders → the content of comparison.json.
 
 A number of a strategy is the mean over its seeds, every seed counting once, with the interval that other seeds and
-other held-out episodes would have given. Episodes are resampled alike for all runs, and runs are paired by seed, so
-that a difference between two strategies is not blurred by what both have in common.
+other episodes would have given: held-out demonstrations, and in closed loop the layouts that all runs played. Episodes
+are resampled alike for all runs, and runs are paired by seed, so that a difference between two strategies is not
+blurred by what both have in common.
 """
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,10 @@ from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.matrix import SIGN_CONVENTION, analyse
 from kuavo_train.evaluation.numbers import integer, number, signed, whole_percent
 from kuavo_train.evaluation.retention import (
+    CLOSED_LOOP,
+    MEASURES,
     change_since_learnt,
+    end_line,
     episode_scores,
     interval_record,
     performance_matrix,
@@ -28,12 +33,19 @@ from kuavo_train.evaluation.retention import (
 from kuavo_train.evaluation.statistics import hierarchical_bootstrap
 from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun, read_run
 
-MEASURES = ("loss", "action_error")
 JOINT, REFERENCE = "joint", "replay"
 NOT_SETTLED = "not settled"
 
 PerSeed = Mapping[int, np.ndarray]
 """Seed → a statistic of its run, [1 + N]: on all held-out episodes, then on N resamples of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Episodes of a task that all runs are scored on, and [1 + N, E] places in them: all once, then N resamples."""
+
+    episodes: Sequence[int]
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,17 +86,17 @@ def compare(folders: Sequence[Path], limits: RetentionLimits | None = None) -> R
         raise RunFolderError(f"a comparison needs at least two runs, got {', '.join(str(run.folder) for run in runs)}")
     check_comparable(runs)
     _check_seeds(runs)
-    rows = _episode_rows(runs[0], limits.resamples)
-    arms = _arms(runs, rows)
+    asked = {measure: _asked(runs, measure, limits.resamples) for measure in MEASURES}
+    arms = _arms(runs, asked)
     reference = arms[0]
     joint = next((arm for arm in arms if arm.strategy == JOINT and not arm.partial), None)
-    episodes = {task: rows[task].shape[1] for task in rows}
     records = [_run(run, limits, joint) for arm in arms for run in (*arm.runs.values(), *arm.left_out)]
-    combine = _Combined(min(episodes.values()), limits)
+    combine = _Combined({m: min((len(a.episodes) for a in of.values()), default=0) for m, of in asked.items()}, limits)
     return {
         "reference": reference.strategy,
         "seeds": sorted({int(run.record["seed"]) for run in runs}),
-        "held_out_episodes": episodes,
+        "held_out_episodes": {task: len(of.episodes) for task, of in asked["loss"].items()},
+        "layouts": {task: len(of.episodes) for task, of in asked["success"].items()},
         "tasks": [{"name": task["name"], "index": task["index"]} for task in runs[0].tasks],
         "partial": any(record["partial"] for record in records),
         "missing": [f"{record['run']}: {text}" for record in records for text in record["missing"]],
@@ -116,19 +128,32 @@ def _stages(run: StoredRun) -> tuple[int, ...]:
     return tuple(stage.index for stage in run.finished)
 
 
-def _episode_rows(run: StoredRun, resamples: int) -> dict[str, np.ndarray]:
-    """Task → [1 + N, E] places in its sorted held-out episodes: all of them once, then N draws with replacement."""
-    rows = {}
-    for task in run.tasks:
-        size = len((task.get("dataset") or {}).get("held_out_episodes") or ())
-        if not size:
-            raise RunFolderError(f"{run.folder}/run.json names no held-out episodes of {task['name']}: train it again")
-        drawn = np.random.default_rng([0, zlib.crc32(task["name"].encode())]).integers(0, size, size=(resamples, size))
-        rows[task["name"]] = np.concatenate([np.arange(size)[None], drawn])
-    return rows
+def _asked(runs: Sequence[StoredRun], measure: str, resamples: int) -> dict[str, Asked]:
+    """Task → what all runs were asked about it; a task that they did not all play in closed loop is not in it."""
+    asked = {}
+    for task in runs[0].tasks:
+        if measure in CLOSED_LOOP:
+            episodes = _layouts(runs, task["name"])
+        else:
+            episodes = sorted((task.get("dataset") or {}).get("held_out_episodes") or ())
+            if not episodes:
+                where = f"{runs[0].folder}/run.json"
+                raise RunFolderError(f"{where} names no held-out episodes of {task['name']}: train it again")
+        if episodes:
+            size, drawing = len(episodes), np.random.default_rng([0, zlib.crc32(task["name"].encode())])
+            drawn = drawing.integers(0, size, size=(resamples, size))
+            asked[task["name"]] = Asked(episodes, np.concatenate([np.arange(size)[None], drawn]))
+    return asked
 
 
-def _arms(runs: Sequence[StoredRun], rows: Mapping[str, np.ndarray]) -> list[Arm]:
+def _layouts(runs: Sequence[StoredRun], task: str) -> list[int]:
+    """Seeds of the layouts of a task that were played whenever it was rolled out, in all runs."""
+    lines = (end_line(run, stage.index, task) for run in runs for stage in run.finished)
+    played = [set(found) for line in lines if line and (found := episode_scores(line, "success"))]
+    return sorted(set.intersection(*played)) if played else []
+
+
+def _arms(runs: Sequence[StoredRun], asked: Mapping[str, Mapping[str, Asked]]) -> list[Arm]:
     """The strategies: the one that others are compared with first, joint training last."""
     names = list(dict.fromkeys(run.record["strategy"] for run in runs))
     names.sort(key=lambda name: (name == JOINT, name != REFERENCE))
@@ -140,42 +165,43 @@ def _arms(runs: Sequence[StoredRun], rows: Mapping[str, np.ndarray]) -> list[Arm
         matrices: dict[str, dict[int, PerformanceMatrix]] = {measure: {} for measure in MEASURES}
         for measure in MEASURES:
             for seed, run in kept.items():
-                matrix = performance_matrix(run, measure, _resampled_by(run, rows))
+                matrix = performance_matrix(run, measure, _resampled_by(run, asked))
                 if matrix is not None:
                     matrices[measure][seed] = matrix
         arms.append(Arm(name, kept, [run for run in mine if run not in kept.values()], matrices))
     return arms
 
 
-def _resampled_by(run: StoredRun, rows: Mapping[str, np.ndarray]) -> Callable[[Record, str], np.ndarray | None]:
-    held_out = {task["name"]: sorted(task["dataset"]["held_out_episodes"]) for task in run.tasks}
-
+def _resampled_by(
+    run: StoredRun, asked: Mapping[str, Mapping[str, Asked]]
+) -> Callable[[Record, str], np.ndarray | None]:
     def value_of(line: Record, measure: str) -> np.ndarray | None:
         """[1 + N] the mean of a validation line over each resample of its episodes."""
-        scores = episode_scores(line, measure)
-        if not scores and measure != "loss":
+        scores, of_task = episode_scores(line, measure), asked[measure].get(line["task"])
+        if of_task is None or not (scores or measure == "loss"):
             return None
-        if sorted(scores) != held_out[line["task"]]:
+        if measure not in CLOSED_LOOP and sorted(scores) != of_task.episodes:
             raise RunFolderError(
                 f"{run.folder}: the validation of {line['task']} in stage {line.get('stage')} must score its held-out "
-                f"episodes {held_out[line['task']]}, got {sorted(scores)}; validate that stage again on them"
+                f"episodes {of_task.episodes}, got {sorted(scores)}; validate that stage again on them"
             )
-        values = np.array([scores[episode] for episode in sorted(scores)])
-        return values[rows[line["task"]]].mean(axis=1)
+        return np.array([scores[episode] for episode in of_task.episodes])[of_task.rows].mean(axis=1)
 
     return value_of
 
 
 @dataclass(frozen=True)
 class _Combined:
-    """Seeds → one number with its interval."""
+    """Seeds → one number with its interval; `episodes` of a task are at least so many, by measure."""
 
-    episodes: int
+    episodes: Mapping[str, int]
     limits: RetentionLimits
 
-    def __call__(self, values: PerSeed) -> Record:
+    def __call__(self, values: PerSeed, measure: str = "loss") -> Record:
         stacked = np.stack([values[seed] for seed in sorted(values)], axis=1)  # [1 + N, S]
-        interval = hierarchical_bootstrap(stacked[0], stacked[1:], episodes=self.episodes, level=self.limits.confidence)
+        interval = hierarchical_bootstrap(
+            stacked[0], stacked[1:], episodes=self.episodes[measure], level=self.limits.confidence
+        )
         by_seed = {str(seed): float(values[seed][0]) for seed in sorted(values)}
         return {**dataclasses.asdict(interval), "by_seed": by_seed}
 
@@ -190,6 +216,7 @@ def _strategy(arm: Arm, reference: Arm, joint: Arm | None, combine: _Combined, l
         "stages": list(_stages(next(iter(arm.runs.values())))),
         "metrics": named,
         "tasks": [_task(arm, task["name"], combine, limits) for task in next(iter(arm.runs.values())).tasks],
+        "closed_loop": [_success(arm, task["name"], combine) for task in next(iter(arm.runs.values())).tasks],
         "exposure": _exposure(arm),
     }
     return {**entry, "outcome": _outcome(entry), "evidence": _evidence(entry, reference, combine)}
@@ -221,11 +248,11 @@ def _metrics(arm: Arm, reference: Arm, joint: Arm | None, measure: str, combine:
         entry: Record = {"definition": definition, "value": None, "reason": None, "difference": None}
         try:
             values = statistic(arm)
-            entry["value"] = combine(values)
+            entry["value"] = combine(values, measure)
             if arm is not reference and not (arm.partial or reference.partial):
                 others = statistic(reference)
                 common = {seed: values[seed] - others[seed] for seed in values if seed in others}
-                entry["difference"] = combine(common) if common else None
+                entry["difference"] = combine(common, measure) if common else None
         except ValueError as error:  # a missing cell, or a metric that is not defined for so few tasks
             entry["reason"] = None if entry["value"] else str(error)
         found[name] = entry
@@ -264,6 +291,21 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
         "settled": verdict.settled,
         "relative_change": change,
     }
+
+
+def _success(arm: Arm, task: str, combine: _Combined) -> Record:
+    """A task's success in closed loop when learnt and now, over the seeds of a strategy; None where not played."""
+    entry: Record = {"task": task, "when_learnt": None, "now": None}
+    moments = {
+        "when_learnt": lambda m: m.value(m.stage_of(task), task),
+        "now": lambda m: m.value(m.last_stage, task),
+    }
+    for moment, statistic in moments.items():
+        with contextlib.suppress(ValueError):  # not learnt yet, or not rolled out then
+            found = combine(arm.per_seed("success", statistic), "success")
+            ends = {end: None if found[end] is None else min(max(found[end], 0.0), 1.0) for end in ("low", "high")}
+            entry[moment] = found | ends  # widened for few seeds, an interval may reach beyond what a share can be
+    return entry
 
 
 def _exposure(arm: Arm) -> Record:
@@ -327,7 +369,7 @@ def _outcome(entry: Record) -> str:
 def _evidence(entry: Record, reference: Arm, combine: _Combined) -> str:
     """The sentence at the top of the page."""
     count = len(entry["seeds"])
-    seeds = f"{count} seed{'s' if count > 1 else ''}, {combine.episodes} held-out episodes a task"
+    seeds = f"{count} seed{'s' if count > 1 else ''}, {combine.episodes['loss']} held-out episodes a task"
     start = f"Partial: {len(entry['stages'])} stages finished. " if entry["partial"] else ""
     average = entry["metrics"]["loss"]["average"]["value"]
     if average is None:
@@ -374,6 +416,9 @@ def comparison_rows(comparison: Record) -> list[Record]:
         for task in entry["tasks"]:
             for key in ("when_learnt", "now", "relative_change"):
                 add(key, task[key], strategy=strategy, measure="loss", task=task["task"])
+        for task in entry["closed_loop"]:
+            for key in ("when_learnt", "now"):
+                add(key, task[key], strategy=strategy, measure="success", task=task["task"])
         for what in ("own_frames", "own_passes"):
             rows.extend(
                 {"what": what, "strategy": strategy, "task": task, "estimate": value}

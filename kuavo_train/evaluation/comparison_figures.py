@@ -17,6 +17,7 @@ def comparison_figures(comparison: Record) -> dict[str, Callable[[], Figure | No
     return {
         "stability_plasticity": lambda: stability_plasticity(comparison),
         "forgetting": lambda: forgetting_by_strategy(comparison),
+        "success": lambda: success_by_strategy(comparison),
         **{f"matrix_{place}": partial(heat_map, run, "loss") for place, run in enumerate(runs)},
     }
 
@@ -57,6 +58,36 @@ def stability_plasticity(comparison: Record) -> Figure | None:
     axes.invert_xaxis()
     axes.invert_yaxis()
     axes.set(xlabel="held-out loss when learnt (right is better)", ylabel="rise since learnt (up is better)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def success_by_strategy(comparison: Record) -> Figure | None:
+    """For each task a bar per strategy: success in closed loop now, with its interval; a tick where it was learnt."""
+    strategies = comparison["strategies"]
+    tasks = [task["name"] for task in comparison["tasks"]]
+    if not any(task["now"] for entry in strategies for task in entry["closed_loop"]):
+        return None
+    height = 0.8 / len(strategies)
+    figure = Figure(figsize=(WIDTH, len(tasks) * (0.35 + 0.27 * len(strategies)) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (colour, entry) in enumerate(zip(cycle(TASK_COLOURS), strategies, strict=False)):
+        axes.plot([], [], color=colour, linewidth=8, label=entry["strategy"])
+        for y, task in enumerate(entry["closed_loop"]):
+            at, now, learnt = y - 0.4 + height * (number + 0.5), task["now"], task["when_learnt"]
+            if now is None:
+                continue
+            axes.barh(at, 100 * now["estimate"], height=0.86 * height, color=colour)
+            if now["low"] is not None:
+                axes.plot([100 * now["low"], 100 * now["high"]], [at, at], color=INK, linewidth=1.3)
+            if learnt is not None:
+                tick = [at - 0.43 * height, at + 0.43 * height]
+                axes.plot([100 * learnt["estimate"]] * 2, tick, color=INK, linewidth=2.5)
+    axes.plot([], [], color=INK, linewidth=2.5, label="when learnt")
+    axes.set_yticks(range(len(tasks)), [short_name(name) for name in tasks], color=INK)
+    axes.set(ylim=(len(tasks) - 0.5, -0.5), xlim=(0, 100), xlabel="success in closed loop, in the end (%)")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -16,6 +16,8 @@ from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
 
 MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
 """What R is made of, and whether higher is better."""
+CLOSED_LOOP = ("success", "progress")
+"""Those of episodes that the policy played itself; the others are of held-out demonstrations."""
 
 
 def cell(line: Record, measure: str) -> float | None:
@@ -79,7 +81,9 @@ def end_line(run: StoredRun, stage_index: int, task: str) -> Record | None:
 
 
 def episode_scores(line: Record, measure: str) -> dict[int, float]:
-    """Episode id → mean loss or action error of that held-out episode."""
+    """Held-out episode → its mean loss or action error; in closed loop, seed of a layout → how the episode ended."""
+    if measure in CLOSED_LOOP:
+        return {e["seed"]: float(e[measure]) for e in line.get("played") or () if e.get("error") is None}
     return {e["episode"]: e[measure] for e in line.get("episodes") or () if e.get(measure) is not None}
 
 

@@ -25,7 +25,10 @@ class RunFolderError(ValueError):
 
 @dataclass(frozen=True)
 class StoredStage:
-    """One `stage<index>_<name>` folder. `replay`, `parameters`, `merge`: None where not written."""
+    """One `stage<index>_<name>` folder. `replay`, `parameters`, `merge`: None where not written.
+
+    The lines of `validations` have the episodes that were rolled out beside them as `played`.
+    """
 
     folder: Path
     index: int
@@ -190,6 +193,8 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
     _require(record, ("status",), path)
     metrics = _read_lines(folder / "metrics.jsonl", ("step",))
     validations = _read_lines(folder / "validation.jsonl", ("kind", "step", "task", "loss"))
+    rollouts = _read_lines(folder / "rollouts.jsonl", ("kind", "step", "task", "episodes"))
+    played = {(line["kind"], line["step"], line["task"]): line["episodes"] for line in rollouts}
     for line in validations:
         if line["task"] not in tasks:
             raise RunFolderError(
@@ -210,7 +215,10 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
         name=name,
         record=record,
         metrics=_last_of_each(metrics, ("step",)),
-        validations=_last_of_each(validations, ("kind", "step", "task")),
+        validations=tuple(
+            line | {"played": played.get((line["kind"], line["step"], line["task"]), [])}
+            for line in _last_of_each(validations, ("kind", "step", "task"))
+        ),
         replay=_read_json(replay) if replay.is_file() else None,
         parameters=tuple(_read_json(parameters)["groups"]) if parameters.is_file() else None,
         gate=tuple(_read_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),

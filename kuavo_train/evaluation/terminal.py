@@ -55,6 +55,9 @@ def comparison_lines(comparison: Record) -> str:
         cells = [_interval(named[metric]["value"], "number") if metric in named else "" for metric in columns]
         name = entry["strategy"] + (" (partial)" if entry["partial"] else "")
         rows.append((name, str(len(entry["seeds"])), *cells))
+    played = [("success in closed loop", *(task["name"] for task in comparison["tasks"]))]
+    for entry in comparison["strategies"]:
+        played.append((entry["strategy"], *(_interval(task["now"], "share") for task in entry["closed_loop"])))
     differences = [
         f"{entry['strategy']}: backward transfer {_interval(found['difference'], 'number')} against {reference}"
         for entry in comparison["strategies"]
@@ -66,6 +69,7 @@ def comparison_lines(comparison: Record) -> str:
             "",
             *_table(rows, right=(1,)),
             "",
+            *([*_table(played, right=()), ""] if comparison["layouts"] else []),
             *differences,
             comparison["intervals"],
             *(f"partial: {text}" for text in comparison["missing"]),

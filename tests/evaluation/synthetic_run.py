@@ -251,6 +251,26 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+def roll_out(folder: Path, outcome, *, trials: int = 20) -> None:
+    """Give a run closed-loop results at the end of its stages.
+
+    Args:
+        outcome: (task, place in the order of stages, layout) → whether the episode succeeds.
+    """
+    for place, stage in enumerate(sorted(folder.glob("stage*"))):
+        lines = [json.loads(line) for line in (stage / "validation.jsonl").read_text().splitlines()]
+        rolled = []
+        for line in lines:
+            if line["kind"] == "end" and line["seen"]:
+                played = [{"seed": 10**9 + n, "success": bool(outcome(line["task"], place, n))} for n in range(trials)]
+                played = [episode | {"progress": float(episode["success"]), "error": None} for episode in played]
+                line["success"] = {"successes": sum(e["success"] for e in played), "trials": trials}
+                about = {key: line[key] for key in ("kind", "step", "task")}
+                rolled.append(about | {"episodes": played})
+        _write_lines(stage / "validation.jsonl", lines)
+        _write_lines(stage / "rollouts.jsonl", rolled)
+
+
 def edit(path: Path, change) -> None:
     record = json.loads(path.read_text())
     change(record)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reading import QUICK, Page
-from synthetic_run import TASKS, edit, edit_lines, write_run
+from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.evaluation.comparison import compare
 from kuavo_train.evaluation.numbers import FORMATS
@@ -89,6 +89,42 @@ def test_a_difference_is_paired_by_seed_and_tells_the_strategies_apart(compared)
     assert 0 < difference["low"] < difference["high"]
     assert replay["difference"] is None
     assert comparison["reference"] == "replay"
+
+
+def test_success_in_closed_loop_is_compared_on_the_layouts_that_all_runs_played(tmp_path):
+    keeps = {"replay": 18, "sequential": 4}  # of 20 layouts, the earlier tasks once another was learnt; 18 at first
+    folders, order = [], list(TASKS.values())
+    for name, kept in keeps.items():
+        for seed in (0, 1):
+            folders.append(write_run(tmp_path / f"{name}{seed}", strategy=name, seed=seed))
+            roll_out(folders[-1], lambda task, place, n, kept=kept: n < (18 if order[place] == task else kept))
+    edit_lines(
+        folders[0] / "stage4_sorting" / "rollouts.jsonl",
+        lambda line: (
+            line | {"episodes": [e | {"error": "fell" if e["seed"] == 10**9 else None} for e in line["episodes"]]}
+        ),
+    )
+    page = write_comparison(folders, tmp_path / "comparison", limits=QUICK)
+    comparison = json.loads((page.parent / "comparison.json").read_text())
+    assert comparison["layouts"] == dict.fromkeys(TASKS.values(), 19)  # one failed in one of the runs
+    found = {name: strategy(comparison, name)["closed_loop"][0] for name in keeps}
+    assert found["replay"]["now"]["estimate"] == pytest.approx(17 / 19)
+    assert found["sequential"]["now"]["estimate"] == pytest.approx(3 / 19)
+    assert found["sequential"]["when_learnt"]["by_seed"] == pytest.approx({"0": 17 / 19, "1": 17 / 19})
+    lost = strategy(comparison, "sequential")["metrics"]["success"]["backward transfer"]
+    assert lost["value"]["estimate"] == pytest.approx(-14 / 19)
+    assert lost["difference"]["high"] < 0
+    html = Page(page.read_text(encoding="utf-8"))
+    for pointer, form, text in html.numbers:
+        assert text == FORMATS[form](look_up(comparison, pointer)), pointer
+    assert "Success in closed loop" in html.text
+    assert "success in closed loop" in comparison_table(folders, limits=QUICK)
+
+
+def test_runs_that_were_never_rolled_out_have_no_closed_loop_to_compare(compared):
+    comparison, page = compared
+    assert comparison["layouts"] == {}
+    assert "Closed loop" not in Page(page.read_text(encoding="utf-8")).text
 
 
 def test_intransigence_is_against_the_joint_run_of_the_same_seed(runs, compared):
