@@ -7,7 +7,7 @@ Imports nothing of the project, so that anything may import it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -58,6 +58,17 @@ def require(condition: bool, key: str, rule: str, value: object) -> None:
 def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     require(value in names, key, f"be one of {', '.join(names)}", value)
+
+
+def key_values(words: Iterable[str], keys: Sequence[str]) -> dict[str, str]:
+    """A command's `key=value` arguments. Raises `ConfigError` for another key, and for one given twice."""
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        require(bool(equals) and key in keys, "arguments", f"be key=value with a key of {', '.join(keys)}", word)
+        require(key not in given, key, "be given once", word)
+        given[key] = text
+    return given
 
 
 @dataclass(frozen=True)

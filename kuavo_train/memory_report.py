@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.config import ConfigError, require
+from kuavo_train.config import ConfigError, key_values, require
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.tasks import open_task
 from kuavo_train.evaluation.cues import cues_of, question_of
@@ -151,7 +151,7 @@ def main(words: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        given = dict(_key_value(word) for word in words)
+        given = key_values(words, KEYS)
         for key in ("checkpoint", "task"):
             require(key in given, key, "be given", "nothing")
         episodes = given.get("episodes")
@@ -168,12 +168,6 @@ def main(words: Sequence[str]) -> int:
         return 2
     print(summary(found))
     return 0
-
-
-def _key_value(word: str) -> tuple[str, str]:
-    key, equals, text = word.partition("=")
-    require(bool(equals) and key in KEYS, "arguments", f"be key=value with a key of {', '.join(KEYS)}", word)
-    return key, text
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from kuavo_train.config import ConfigError, one_of, require
+from kuavo_train.config import ConfigError, key_values, one_of, require
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.cues import cues_of, has_cues, question_of
@@ -247,7 +247,7 @@ def main(words: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        given = dict(_key_value(word) for word in words)
+        given = key_values(words, ("run", "probe", "steps"))
         folder = Path(given["run"]) if "run" in given else newest_run(OUTPUTS)
         one_of("probe", given.get("probe", "recovery"), PROBES)
         names = [given["probe"]] if "probe" in given else list(PROBES)
@@ -265,13 +265,6 @@ def main(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _key_value(word: str) -> tuple[str, str]:
-    keys = ("run", "probe", "steps")
-    key, equals, text = word.partition("=")
-    require(bool(equals) and key in keys, "arguments", f"be key=value with a key of {', '.join(keys)}", word)
-    return key, text
 
 
 def _whole(key: str, text: str) -> int:

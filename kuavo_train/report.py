@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kuavo_train.config import key_values
 from kuavo_train.evaluation.comparison import CSV_COLUMNS, compare, comparison_rows
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import analyse, stored_limits, write_matrix
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     settings = {field.name: field for field in dataclasses.fields(RetentionLimits)}
     try:
-        given = dict(_key_value(argument, ["run", "joint", "runs", "output", *settings]) for argument in arguments)
+        given = key_values(arguments, ["run", "joint", "runs", "output", *settings])
         wanted = {key: _parse(key, text) for key, text in given.items() if key in settings}
         if "runs" in given:
             _report_several(given, wanted)
@@ -166,13 +167,6 @@ def run_folders(text: str) -> tuple[list[Path], Path]:
     if output is None:
         raise RunFolderError("runs must name at least two run folders, got none: give runs=outputs/<a>,outputs/<b>")
     return runs, output
-
-
-def _key_value(argument: str, known: Sequence[str]) -> tuple[str, str]:
-    key, equals, text = argument.partition("=")
-    if not equals or key not in known:
-        raise ValueError(f"{argument!r} is not understood: give key=value with a key of {', '.join(known)}")
-    return key, text
 
 
 def _refuse_together(given: dict[str, str], key: str, with_key: str) -> None:
