@@ -1,7 +1,7 @@
 """The tasks as gymnasium environments: `gymnasium.make("kuavo_sim/Weighing-v0")`.
 
 Observations follow LeRobot's convention for environments:
-`{"pixels": {camera: [size, size, 3] uint8}, "agent_pos": [16] float32}`.
+`{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [16] float32}`.
 """
 
 from typing import Any
@@ -9,8 +9,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from kuavo_sim.render import RENDERERS, Renderer, make_renderer
-from kuavo_sim.robot import CAMERAS, STATE_NAMES, action_limits
+from kuavo_sim.render import (
+    RENDERERS,
+    ImageSize,
+    RayRenderer,
+    Renderer,
+    depth_picture,
+    height_and_width,
+    make_renderer,
+)
+from kuavo_sim.robot import CAMERAS, DEPTHS, STATE_NAMES, action_limits
 from kuavo_sim.scene import FPS
 from kuavo_sim.tasks import TASKS
 from kuavo_sim.tasks.task import Task
@@ -34,9 +42,11 @@ class KuavoEnv(gymnasium.Env):
 
     Args:
         task: name, one of `TASKS`.
-        image_size: side of the square pictures in pixels.
+        image_size: side of square pictures in pixels, or (height, width).
         renderer: "rays", "egl" or "none" (black pictures, physics only).
         phase_visible: whether lamps show which phase the job is in (weighing: the "done" light).
+        depth: whether observations also hold "depth", {name: [H, W] uint8}, in cm along the axis of each camera (255
+            is 2.55 m and farther); needs the renderer "rays".
         max_episode_steps: time limit in steps; the task's own when None.
         render_mode: "rgb_array" or None. `render()` gives an outside view.
     """
@@ -47,36 +57,43 @@ class KuavoEnv(gymnasium.Env):
         self,
         task: str,
         *,
-        image_size: int = 64,
+        image_size: ImageSize = 64,
         renderer: str = "rays",
         phase_visible: bool = True,
+        depth: bool = False,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
     ):
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-        if not 8 <= image_size <= 1024:
+        height, width = height_and_width(image_size)
+        if not 8 <= min(height, width) <= max(height, width) <= 1024:
             raise ValueError(f"image_size must be in [8, 1024] pixels, got {image_size}")
         if renderer not in RENDERERS:
             raise ValueError(f"renderer must be one of {', '.join(RENDERERS)}, got {renderer!r}")
+        if depth and renderer != "rays":
+            raise ValueError(f"renderer must be rays with depth=True, got {renderer!r}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f'render_mode must be "rgb_array" or None, got {render_mode!r}')
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
         self.task: Task = TASKS[task](phase_visible=phase_visible)
         self.image_size, self.renderer, self.render_mode = image_size, renderer, render_mode
+        self.depth = depth
         self._max_episode_steps = max_episode_steps or self.task.time_limit  # LeRobot's evaluator reads this name
         self.task_description = self.task.instruction  # and this one
         self._renderer: Renderer | None = None
         self._low, self._high = low, high = action_limits(mobile=self.task.mobile)
         self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(
-            {
-                "pixels": gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, picture)),
-                "agent_pos": gymnasium.spaces.Box(-np.pi, np.pi, (len(STATE_NAMES),), np.float32),
-            }
-        )
+        picture = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
+        observed: dict[str, gymnasium.Space] = {
+            "pixels": gymnasium.spaces.Dict(dict.fromkeys(CAMERAS, picture)),
+            "agent_pos": gymnasium.spaces.Box(-np.pi, np.pi, (len(STATE_NAMES),), np.float32),
+        }
+        if depth:
+            grey = gymnasium.spaces.Box(0, 255, (height, width), np.uint8)
+            observed["depth"] = gymnasium.spaces.Dict(dict.fromkeys(DEPTHS, grey))
+        self.observation_space = gymnasium.spaces.Dict(observed)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Begin an episode; `options={"cue": i}` demands a cue, with everything else as the seed would have it."""
@@ -136,8 +153,17 @@ class KuavoEnv(gymnasium.Env):
     def _observation(self) -> dict:
         assert self._renderer is not None
         world = self.task.world
-        pixels = {camera: self._renderer.render(world.data, camera) for camera in CAMERAS}
-        return {"pixels": pixels, "agent_pos": np.clip(world.state(), -np.pi, np.pi).astype(np.float32)}
+        agent_pos = np.clip(world.state(), -np.pi, np.pi).astype(np.float32)
+        if not self.depth:
+            pixels = {camera: self._renderer.render(world.data, camera) for camera in CAMERAS}
+            return {"pixels": pixels, "agent_pos": agent_pos}
+        assert isinstance(self._renderer, RayRenderer)
+        seen = {camera: self._renderer.render_with_depth(world.data, camera) for camera in CAMERAS}
+        return {
+            "pixels": {camera: picture for camera, (picture, _) in seen.items()},
+            "agent_pos": agent_pos,
+            "depth": {name: depth_picture(seen[camera][1]) for name, camera in DEPTHS.items()},
+        }
 
     def _info(self) -> dict[str, Any]:
         task = self.task

@@ -242,9 +242,10 @@ class Demonstration:
     success: bool
     states: np.ndarray  # [T, 16] float32
     actions: np.ndarray  # [T, A] float32, clean
-    pictures: dict[str, np.ndarray]  # camera → [T, size, size, 3] uint8
+    pictures: dict[str, np.ndarray]  # camera → [T, H, W, 3] uint8
     decision_frames: list[int]
     subgoal_frames: dict[str, int]  # sub-goal → first frame that shows it; T if only the state after the last does
+    depths: dict[str, np.ndarray] = field(default_factory=dict)  # name → [T, H, W] uint8, of an environment with depth
 
 
 def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_noise: float = 0.025) -> Demonstration:
@@ -253,7 +254,7 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
     observation, info = env.reset(seed=seed, options=options)
     noise_rng = np.random.default_rng([seed, 1])
     noise = np.zeros(16)
-    states, actions, pictures = [], [], []
+    states, actions, pictures, depths = [], [], [], []
     decisions: list[int] = []
     subgoals: dict[str, int] = {}
 
@@ -276,6 +277,7 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
                 executed[arm] += command.noise * noise[arm]
             states.append(observation["agent_pos"])
             pictures.append(observation["pixels"])
+            depths.append(observation.get("depth", {}))
             actions.append(command.action.astype(np.float32))
             observation, _, terminated, truncated, info = env.step(np.clip(executed.astype(np.float32), low, high))
             note(len(actions))
@@ -290,10 +292,16 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
         success=info["success"],
         states=np.array(states, np.float32),
         actions=np.array(actions, np.float32),
-        pictures={camera: np.stack([p[camera] for p in pictures]) for camera in pictures[0]} if pictures else {},
+        pictures=_stacked(pictures),
         decision_frames=decisions,
         subgoal_frames=subgoals,
+        depths=_stacked(depths),
     )
+
+
+def _stacked(frames: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """T of name → […] become name → [T, …]; nothing of nothing."""
+    return {name: np.stack([frame[name] for frame in frames]) for name in (frames[0] if frames else ())}
 
 
 def success_rate(

@@ -20,6 +20,7 @@ from lerobot.processor import (
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from kuavo_sim import ENVIRONMENT_IDS, TASKS
+from kuavo_sim.render import height_and_width
 from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
 from kuavo_sim.scene import FPS
 
@@ -36,14 +37,15 @@ class KuavoSimEnvConfig(EnvConfig):
 
     Args:
         task: one of kuavo_sim's `TASKS`.
-        image_size, action_dim: of the policy; by default those of the one named by `--policy.path`.
+        image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is the side
+            of square pictures, or [height, width].
         renderer, phase_visible: of the environment.
         episode_length: time limit in steps; the job's own when None.
     """
 
     task: str | None = "weighing"
     fps: int = FPS
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
     action_dim: int | None = None
     renderer: str = "rays"
     phase_visible: bool = True
@@ -55,7 +57,7 @@ class KuavoSimEnvConfig(EnvConfig):
         policy = _policy_on_the_command_line()
         cameras = policy.image_features if policy is not None else {}
         if self.image_size is None:
-            self.image_size = next((feature.shape[-1] for feature in cameras.values()), 64)
+            self.image_size = next((list(feature.shape[-2:]) for feature in cameras.values()), 64)
         if self.action_dim is None:
             self.action_dim = self._own_dimensions if policy is None else policy.action_feature.shape[0]
         if self.action_dim < self._own_dimensions:
@@ -63,8 +65,8 @@ class KuavoSimEnvConfig(EnvConfig):
                 f"env.action_dim must be at least the {self._own_dimensions} of {self.task}, got {self.action_dim}: a "
                 "policy of fewer dimensions has not learnt to do it"
             )
-        size = self.image_size
-        pictures = {f"{OBS_IMAGES}.{c}": PolicyFeature(FeatureType.VISUAL, (size, size, 3)) for c in CAMERAS}
+        shape = (*height_and_width(self.image_size), 3)
+        pictures = {f"{OBS_IMAGES}.{c}": PolicyFeature(FeatureType.VISUAL, shape) for c in CAMERAS}
         self.features = {
             **pictures,
             OBS_STATE: PolicyFeature(FeatureType.STATE, (len(STATE_NAMES),)),

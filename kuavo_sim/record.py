@@ -1,6 +1,7 @@
 """Record demonstrations of the scripted expert as LeRobot datasets (v3, video).
 
     python -m kuavo_sim.record task=all episodes=40 root=outputs/data
+    python -m kuavo_sim.record task=weighing episodes=2 image_size=480x640 depth=true root=outputs/kuavo   # as on the robot
 
 writes one dataset per task to <root>/<task>, and nothing where the same one is already there. Beside LeRobot's own
 files a dataset holds
@@ -20,6 +21,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,18 +29,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import kuavo_sim
 from kuavo_sim.arguments import boolean, parse_arguments
+from kuavo_sim.cpus import usable_cpus
 from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
 from kuavo_sim.expert import Demonstration, demonstrate
-from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
+from kuavo_sim.render import ImageSize, height_and_width
+from kuavo_sim.robot import BASE_NAMES, CAMERAS, DEPTHS, STATE_NAMES
 from kuavo_sim.scene import FPS
 from kuavo_sim.sheet import contact_sheet
 from kuavo_sim.tasks import TASKS
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
 _SEEDS_PER_RECORDING = 100_000
 _MAX_SEED = EVALUATION_SEED_START // _SEEDS_PER_RECORDING - 1
 _RECORDING, _EPISODES, _SHEET = "recording.json", "kuavo_sim_episodes.jsonl", "contact_sheet.png"
+_STATISTICS = Path("meta/stats.json")
 _NOT_CONTENT = {_RECORDING, _SHEET}
 
 
@@ -57,26 +63,30 @@ class RecordSettings:
     """All that a dataset depends on.
 
     `action_noise` is the standard deviation in rad of the joint noise under which the expert acts (the recorded
-    actions are without it). Episode k is drawn from the seed `100_000 * seed + k`.
+    actions are without it). Episode k is drawn from the seed `100_000 * seed + k`. `depth` adds what Kuavo recordings
+    call observation.depth_h, _l and _r: videos of grey pictures, in cm (255: 2.55 m and farther).
     """
 
     task: str
     episodes: int
     seed: int = 0
-    image_size: int = 64
+    image_size: ImageSize = 64
     renderer: str = "rays"
     phase_visible: bool = True
     action_noise: float = 0.025
     fps: int = FPS
+    depth: bool = False
 
     def __post_init__(self) -> None:
+        sides = height_and_width(self.image_size)
         rules = (
             ("task", self.task in TASKS, f"be one of {', '.join(TASKS)}"),
             ("episodes", 1 <= self.episodes <= _SEEDS_PER_RECORDING // 2, f"be in [1, {_SEEDS_PER_RECORDING // 2}]"),
             ("seed", 0 <= self.seed <= _MAX_SEED, f"be in [0, {_MAX_SEED}]"),
             # Video in yuv420p needs even sides.
-            ("image_size", 16 <= self.image_size <= 1024 and self.image_size % 2 == 0, "be even and in [16, 1024]"),
+            ("image_size", all(16 <= side <= 1024 and side % 2 == 0 for side in sides), "be even and in [16, 1024]"),
             ("renderer", self.renderer in ("rays", "egl"), "be rays or egl"),
+            ("renderer", not self.depth or self.renderer == "rays", "be rays with depth=true"),
             ("action_noise", 0 <= self.action_noise <= 0.1, "be in [0, 0.1] rad"),
             ("fps", self.fps == FPS, f"be {FPS}, at which the simulation is stepped"),
         )
@@ -146,10 +156,12 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
     av.logging.set_libav_level(av.logging.ERROR)  # x264 reports every episode otherwise
     datasets.disable_progress_bars()
     task = TASKS[settings.task]
-    size = settings.image_size
-    picture = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    shape = (*height_and_width(settings.image_size), 3)
+    picture = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
     actions = STATE_NAMES + BASE_NAMES if task.mobile else STATE_NAMES
     features = {f"observation.images.{camera}": dict(picture) for camera in CAMERAS}
+    if settings.depth:
+        features |= {f"observation.{name}": dict(picture) for name in DEPTHS}
     features["observation.state"] = {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)}
     features["action"] = {"dtype": "float32", "shape": (len(actions),), "names": list(actions)}
     dataset = LeRobotDataset.create(
@@ -175,6 +187,9 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
         raise
     finally:
         dataset.finalize()
+    # LeRobot leaves the order of its keys to the interpreter's hash seed; a recording is the same every time.
+    statistics = json.loads((folder / _STATISTICS).read_text())
+    (folder / _STATISTICS).write_text(json.dumps(statistics, indent=4, sort_keys=True))
     (folder / _EPISODES).write_text("".join(json.dumps(line) + "\n" for line in side_data))
     sheet.save(folder / _SHEET, optimize=True)
 
@@ -190,6 +205,8 @@ def _write_episodes(
         for demonstration in demonstrations:
             for t in range(len(demonstration.actions)):
                 frame = {f"observation.images.{c}": p[t] for c, p in demonstration.pictures.items()}
+                for name, depths in demonstration.depths.items():
+                    frame[f"observation.{name}"] = np.repeat(depths[t][..., None], 3, axis=-1)
                 frame["observation.state"] = demonstration.states[t]
                 frame["action"] = demonstration.actions[t]
                 dataset.add_frame({**frame, "task": task.instruction})
@@ -215,7 +232,7 @@ def _demonstrations(settings: RecordSettings, workers: int | None) -> Generator[
     """The first `settings.episodes` successful demonstrations in the order of their seeds."""
     first = settings.seed * _SEEDS_PER_RECORDING
     done = 0
-    with contextlib.closing(_in_seed_order(settings, first, workers or _cpus())) as attempts:
+    with contextlib.closing(_in_seed_order(settings, first, workers or usable_cpus())) as attempts:
         for attempted, demonstration in enumerate(attempts, start=1):
             if demonstration.success:
                 yield demonstration
@@ -244,11 +261,6 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _follow_parent() -> None:
     """Leave Ctrl-C, which reaches the whole process group, to the parent, and do not outlive it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -269,6 +281,7 @@ def _demonstrate_seed(settings: RecordSettings, seed: int) -> Demonstration:
         image_size=settings.image_size,
         renderer=settings.renderer,
         phase_visible=settings.phase_visible,
+        depth=settings.depth,
     )
     try:
         # Cues take turns, so that a small dataset holds as many of one as of the other.
@@ -294,9 +307,11 @@ def _check_same(settings: RecordSettings, root: Path) -> None:
         recorded, version, content = recording["settings"], recording["kuavo_sim"], recording["content"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileExistsError(f"{root} holds no recording of kuavo_sim ({error!r}). {remedy}") from error
-    for key, wanted in asdict(settings).items():
-        if recorded.get(key) != wanted:
-            raise ValueError(f"{root} was recorded with {key}={recorded.get(key)!r}, wanted is {wanted!r}. {remedy}")
+    for field in fields(settings):
+        # A setting that is newer than the recording had its default then.
+        found, wanted = recorded.get(field.name, field.default), getattr(settings, field.name)
+        if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
+            raise ValueError(f"{root} was recorded with {field.name}={found!r}, wanted is {wanted!r}. {remedy}")
     if version != kuavo_sim.__version__:
         raise ValueError(f"{root} was recorded by kuavo_sim {version}, this is {kuavo_sim.__version__}. {remedy}")
     if (found := content_hash(root)) != content:
@@ -325,16 +340,25 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
+def _image_size(text: str) -> ImageSize:
+    """64, or 480x640: height and width."""
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise ValueError("must be a number of pixels, or HEIGHTxWIDTH as in 480x640")
+    sides = tuple(int(side) for side in text.split("x"))
+    return sides[0] if len(sides) == 1 else sides
+
+
 def main(words: list[str]) -> int:
     types: dict[str, Callable[[str], Any]] = {
         "task": str,
         "episodes": int,
         "root": Path,
         "seed": int,
-        "image_size": int,
+        "image_size": _image_size,
         "renderer": str,
         "phase_visible": boolean,
         "action_noise": float,
+        "depth": boolean,
         "workers": int,
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -14,6 +14,7 @@ import numpy as np
 
 SIDES = ("left", "right")
 CAMERAS = ("head_cam_h", "wrist_cam_l", "wrist_cam_r")
+DEPTHS = dict(zip(("depth_h", "depth_l", "depth_r"), CAMERAS, strict=True))  # as Kuavo recordings name them
 JOINT_NAMES = {side: tuple(f"zarm_{side[0]}{i}_link" for i in range(1, 8)) for side in SIDES}
 CLAW_NAMES = {side: f"{side}_claw" for side in SIDES}
 STATE_NAMES = (*JOINT_NAMES["left"], CLAW_NAMES["left"], *JOINT_NAMES["right"], CLAW_NAMES["right"])

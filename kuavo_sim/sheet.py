@@ -11,17 +11,16 @@ from kuavo_sim.scene import FPS
 from kuavo_sim.tasks.task import Task
 
 _COLUMNS = 9
-_MIN_CELL = 128  # pixels; smaller pictures are enlarged without smoothing
+_MIN_CELL, _MAX_CELL = 128, 256  # pixels high; smaller pictures are enlarged without smoothing, larger ones reduced
 _GAP, _HEADER, _CAPTION = 4, 64, 34
 
 
 def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image:
     """Rows are cameras, columns are moments: evenly spread, moved where needed to show the cue's decision point."""
     frames = _moments(demonstration)
-    size = demonstration.pictures[CAMERAS[0]].shape[1]
-    cell = size * max(1, -(-_MIN_CELL // size))
-    width = len(frames) * (cell + _GAP) + _GAP
-    height = _HEADER + len(CAMERAS) * (cell + _GAP) + _CAPTION
+    cell = _cell(*demonstration.pictures[CAMERAS[0]].shape[1:3])
+    width = len(frames) * (cell[0] + _GAP) + _GAP
+    height = _HEADER + len(CAMERAS) * (cell[1] + _GAP) + _CAPTION
     sheet = Image.new("RGB", (width, height), (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
     cue = "none" if demonstration.cue is None else task.cues[demonstration.cue]
@@ -30,13 +29,22 @@ def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image
     lines = textwrap.wrap(task.instruction, width // 7)[:2]
     draw.text((_GAP, 26), "\n".join(lines), fill=(70, 70, 70), font=ImageFont.load_default(12))
     for column, frame in enumerate(frames):
-        x = _GAP + column * (cell + _GAP)
+        x = _GAP + column * (cell[0] + _GAP)
         for row, camera in enumerate(CAMERAS):
             picture = Image.fromarray(demonstration.pictures[camera][frame])
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x, _HEADER + row * (cell + _GAP)))
+            smoothing = Image.Resampling.BOX if picture.height > cell[1] else Image.Resampling.NEAREST
+            sheet.paste(picture.resize(cell, smoothing), (x, _HEADER + row * (cell[1] + _GAP)))
         caption = _caption(demonstration, frame)
         draw.text((x, height - _CAPTION), caption, fill=(0, 0, 0), font=ImageFont.load_default(12))
     return sheet
+
+
+def _cell(height: int, width: int) -> tuple[int, int]:
+    """Width and height on the sheet of pictures of this size."""
+    if height > _MAX_CELL:
+        return round(width * _MAX_CELL / height), _MAX_CELL
+    factor = max(1, -(-_MIN_CELL // height))
+    return width * factor, height * factor
 
 
 def _moments(demonstration: Demonstration) -> list[int]:

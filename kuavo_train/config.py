@@ -77,14 +77,17 @@ class SimulationConfig:
 
     episodes: int = 60
     seed: int = 0
-    image_size: int = 64
+    image_size: int | list[int] = 64  # the side of square pictures, or [height, width]
     renderer: str = "rays"
     phase_visible: bool = True
     action_noise: float = 0.025  # rad, the joint noise that makes recovery demonstrations
+    depth: bool = False  # record depth too, as Kuavo recordings have it
 
     def __post_init__(self) -> None:
         require(self.episodes >= 2, "simulation.episodes", "be at least 2 (one is held out)", self.episodes)
-        require(self.image_size >= 16, "simulation.image_size", "be at least 16 pixels", self.image_size)
+        sides = [self.image_size] if isinstance(self.image_size, int) else self.image_size
+        valid = len(sides) <= 2 and min(sides, default=0) >= 16
+        require(valid, "simulation.image_size", "be at least 16 pixels, or [height, width] of those", self.image_size)
         require(self.action_noise >= 0, "simulation.action_noise", "not be negative", self.action_noise)
         one_of("simulation.renderer", self.renderer, ("rays", "egl"))
 

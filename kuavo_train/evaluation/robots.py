@@ -9,7 +9,6 @@ seen; a process that dies or hangs fails at all its places, and is replaced.
 """
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from typing import Any, Self
 
 import gymnasium
 import numpy as np
+
+from kuavo_sim.cpus import usable_cpus
 
 STEP_TIMEOUT = 120.0  # seconds until a process that does not answer is given up
 
@@ -86,7 +87,7 @@ class Robots:
         self, environment: Environment, *, places: int, workers: int | None = None, timeout: float = STEP_TIMEOUT
     ):
         self._environment, self._timeout = environment, timeout
-        count = min(places, workers or _cpus())
+        count = min(places, workers or usable_cpus())
         self._hosts = [_Process(environment) for _ in range(count)]
         self._host_of = [place % count for place in range(places)]
 
@@ -181,8 +182,3 @@ def seen_in(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any
         )
     pictures = {camera: np.asarray(picture) for camera, picture in pixels.items()}
     return Seen(pictures, np.asarray(observation["agent_pos"], np.float32), dict(info), **more)
-
-
-def _cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
