@@ -37,8 +37,8 @@ class KuavoSimEnvConfig(EnvConfig):
 
     Args:
         task: one of kuavo_sim's `TASKS`.
-        image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is the side
-            of square pictures, or [height, width].
+        image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is
+            the side of square pictures, or [height, width].
         renderer, phase_visible: of the environment.
         episode_length: time limit in steps; the job's own when None.
     """

@@ -1,7 +1,7 @@
 """Record demonstrations of the scripted expert as LeRobot datasets (v3, video).
 
     python -m kuavo_sim.record task=all episodes=40 root=outputs/data
-    python -m kuavo_sim.record task=weighing episodes=2 image_size=480x640 depth=true root=outputs/kuavo   # as on the robot
+    python -m kuavo_sim.record task=weighing image_size=480x640 depth=true root=outputs/kuavo  # as on the robot
 
 writes one dataset per task to <root>/<task>, and nothing where the same one is already there. Beside LeRobot's own
 files a dataset holds

@@ -54,7 +54,9 @@ class RayRenderer:
         self._model, self._size = model, height_and_width(size)
         self._groups = np.ones(6, np.uint8)
         self._groups[_HIDDEN_GROUP] = 0
-        self._rays = {model.camera(i).name: _pixel_rays(float(model.cam_fovy[i]), *self._size) for i in range(model.ncam)}
+        self._rays = {
+            model.camera(i).name: _pixel_rays(float(model.cam_fovy[i]), *self._size) for i in range(model.ncam)
+        }
         n = self._size[0] * self._size[1]
         self._geoms = np.empty(n, np.int32)
         self._distances = np.empty(n)
@@ -136,7 +138,7 @@ def make_renderer(name: str, model: mujoco.MjModel, size: ImageSize) -> Renderer
 
     Raises ValueError for an unknown name and RuntimeError where EGL is asked for and cannot be had.
     """
-    makers: dict[str, Callable[[mujoco.MjModel, int], Renderer]] = dict(
+    makers: dict[str, Callable[[mujoco.MjModel, ImageSize], Renderer]] = dict(
         zip(RENDERERS, (RayRenderer, EglRenderer, NoRenderer), strict=True)
     )
     if name not in makers:

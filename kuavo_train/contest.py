@@ -81,14 +81,16 @@ class Contestant:
         one_of(f"{task}: without environment=MODULE:ID the task", simulated, ENVIRONMENT_IDS)
         settings = {**known, **settings}
         if "image_size" not in settings:
-            settings["image_size"] = self._picture_side()
+            settings["image_size"] = self._picture_size()
         return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[simulated]}", instruction, settings, request.max_steps)
 
-    def _picture_side(self) -> int:
-        sides = {side for size in self.known.camera_sizes.values() for side in size}
-        rule = f"be given, a side of the pictures that {self.name} was trained with"
-        require(len(sides) == 1, "environment.image_size", rule, self.known.camera_sizes)
-        return sides.pop()
+    def _picture_size(self) -> int | list[int]:
+        """The side of square pictures, or [height, width], as kuavo_sim takes it."""
+        sizes = set(self.known.camera_sizes.values())
+        rule = f"be given, the size of the pictures that {self.name} was trained with"
+        require(len(sizes) == 1, "environment.image_size", rule, self.known.camera_sizes)
+        height, width = sizes.pop()
+        return height if height == width else [height, width]
 
     def demonstrations(self, task: str, data: Path) -> Task:
         """The dataset `data`, or the task's own in that folder; as its run read it, where it lies in one.

@@ -18,13 +18,12 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from transformers import AutoTokenizer
 
-from kuavo_train.config import ConfigError, Problems, RunConfig
-from kuavo_train.data.images import Images
+from kuavo_train.config import ConfigError, Problems, RunConfig, StageConfig
+from kuavo_train.data.images import GIB, Images, size_text
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import Task, columns_by_group
+from kuavo_train.data.tasks import Task, columns_by_group, recorded_fps
 from kuavo_train.learning.freezing import parameter_counts
 
-GIB = 2**30
 ADAM_MOMENTS = 2
 CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
 
@@ -48,6 +47,12 @@ class Findings:
         if self.problems:
             raise ConfigError(f"preflight found problems\n{listed(self.problems)}")
 
+    def look_at_datasets(self, curriculum: Sequence[StageConfig]) -> None:
+        """What can be said of all of them, those too that do not open."""
+        rates = {stage.name: fps for stage in curriculum if (fps := recorded_fps(stage)) is not None}
+        if len(set(rates.values())) > 1:
+            self.problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
+
     def look_at_tasks(self, tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
         """
         Args:
@@ -58,6 +63,7 @@ class Findings:
         self.problems += _agreement_problems(tasks, image_shapes)
         for task in tasks:
             self.notes += _task_notes(task)
+            self.notes += _naming_notes(tasks[0], task)
 
     def look_at_policy_config(
         self, policy_config: PreTrainedConfig, tasks: Sequence[Task], normalization: Normalization
@@ -161,13 +167,17 @@ def _instruction_problems(limit: int | None, tasks: Sequence[Task], lengths: Seq
 
 def _agreement_problems(tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
     problems = []
-    rates = {task.name: task.meta.fps for task in tasks}
-    if len(set(rates.values())) > 1:
-        problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
+    cameras_of: dict[tuple[tuple[str, tuple[int, ...]], ...], list[str]] = {}  # sizes by task → cameras of these
     for camera in tasks[0].cameras if tasks else ():
-        sizes = {task: shapes[camera][1:] for task, shapes in image_shapes.items() if camera in shapes}
-        if len(set(sizes.values())) > 1:
-            problems.append(f"{camera} must have one size in all tasks, got {sizes}; set data.image_size=[H,W]")
+        sizes = tuple((task, shapes[camera][1:]) for task, shapes in image_shapes.items() if camera in shapes)
+        cameras_of.setdefault(sizes, []).append(camera)
+    for sizes, cameras in cameras_of.items():
+        if len({size for _, size in sizes}) > 1:
+            height, width = min(size for _, size in sizes)
+            problems.append(
+                f"{', '.join(cameras)} must have one size (height, width) in all tasks, got {dict(sizes)}; bring them "
+                f"to one, such as data.image_size=[{height},{width}]"
+            )
     instructions = [task.instruction for task in tasks]
     for task in tasks:
         if instructions.count(task.instruction) > 1:
@@ -209,10 +219,27 @@ def _task_notes(task: Task) -> list[str]:
         ("state", task.state_names, task.state),
         ("action", task.action_names, task.action),
     ):
-        moves = np.ptp(values[task.train_rows], axis=0) > 0
-        constant = [name for name, moved in zip(names, moves, strict=True) if not moved]
+        still = np.ptp(values[task.train_rows], axis=0) == 0
+        constant = [name for name, stays in zip(names, still, strict=True) if stays]
         if constant:
             notes.append(f"{task.name}: {kind} never changes in {', '.join(constant)}")
+    return notes
+
+
+def _naming_notes(first: Task, task: Task) -> list[str]:
+    """One joint under two names would be learnt as two dimensions, each by a part of the tasks."""
+    notes = []
+    for kind, names, others in (
+        ("state", first.state_names, task.state_names),
+        ("action", first.action_names, task.action_names),
+    ):
+        pairs = zip(names, others, strict=False)
+        renamed = {other: name for name, other in pairs if name not in others and other not in names}
+        if renamed:
+            notes.append(
+                f"{task.name}: {kind} has {', '.join(renamed)} where {first.name} has {', '.join(renamed.values())}; "
+                f"if they are the same, give them one name with {kind}_names in the task's file"
+            )
     return notes
 
 
@@ -302,11 +329,11 @@ def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:
-    parts = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in ("weights", "gradients", "optimizer"))
+    needed, free = size_text(disk["checkpoints"]), size_text(disk["free"])
+    parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("weights", "gradients", "optimizer"))
     return (
-        f"  memory: {parts} GiB, and activations, of {memory['there'] / GIB:.1f} GiB\n"
-        f"  disk: {disk['checkpoints'] / GIB:.2f} GiB for {CHECKPOINTS_AT_ONCE} checkpoints, "
-        f"{disk['free'] / GIB:.1f} GiB free"
+        f"  memory: {parts}, and activations, of {size_text(memory['there'])}\n"
+        f"  disk: {needed} for {CHECKPOINTS_AT_ONCE} checkpoints, {free} free"
     )
 
 

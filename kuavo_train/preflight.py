@@ -7,6 +7,7 @@ Nothing is recorded and nothing is written into the run's folder; the exit statu
 same is looked at before every training.
 """
 
+import contextlib
 import sys
 
 from omegaconf import DictConfig
@@ -20,7 +21,8 @@ def main(composed: DictConfig, overrides: list[str], *, as_json: bool = False) -
     from kuavo_train.findings import listed
     from kuavo_train.stage import examine_stage
 
-    findings = examine_stage(config, curriculum)
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print on the way is not for machines
+        findings = examine_stage(config, curriculum)
     if as_json:
         print(findings.for_machines())
         return int(bool(findings.problems))

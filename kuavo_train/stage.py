@@ -31,7 +31,7 @@ from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
-from kuavo_train.data.tasks import FeatureSpace, Task, instruction_text, open_task
+from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
@@ -205,7 +205,8 @@ def open_stage(
     there are problems.
     """
     attempt = findings.problems.attempt
-    tasks = [task for stage in curriculum if (task := attempt(open_task, stage, config.data))]
+    findings.look_at_datasets(curriculum)
+    tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
     data, training = config.data, config.training
     decoded = {
         task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks

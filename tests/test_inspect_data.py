@@ -10,7 +10,7 @@ from PIL import Image
 from test_command_line import call, outputs_of
 
 from kuavo_train.compose import compose_run
-from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics
+from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics, overview
 from kuavo_train.data.tasks import Task, open_task
 
 
@@ -32,11 +32,26 @@ def test_a_jump_is_counted_within_an_episode_and_not_between_two(task: Task) -> 
     jumping = task.action.copy()
     jumping[task.bounds[1, 0] + 3 :, 4] += 50  # the rest of the recording is elsewhere: one step of 50 in episode 1
     rows = joint_statistics(replace(task, action=jumping), task.action_names, jumping)
-    assert rows[4].jumps == 1
+    assert rows[4].jumps == [(1, 3)]
     assert rows[4].largest_step == pytest.approx(50, abs=1)
     jumping = task.action.copy()
     jumping[task.bounds[1, 0] :, 4] += 50
-    assert joint_statistics(replace(task, action=jumping), task.action_names, jumping)[4].jumps == 0
+    assert joint_statistics(replace(task, action=jumping), task.action_names, jumping)[4].jumps == []
+
+
+def test_the_overview_says_where_a_jump_is(task: Task) -> None:
+    assert "5 rad/s: none" in overview(task)
+    jumping = task.action.copy()
+    jumping[task.bounds[1, 0] + 3, 2:5] += 50  # there and back again, in three joints
+    text = overview(replace(task, action=jumping))
+    assert "5 rad/s: action zarm_l3_link in episode 1, frame 3; action zarm_l3_link in episode 1, frame 4;" in text
+    assert "; and 1 more" in text
+
+
+def test_a_joint_that_hardly_moves_does_not_jump(task: Task) -> None:
+    trembling = task.action.copy()
+    trembling[:, 4] = np.resize([0.0, 0.01], len(trembling))
+    assert joint_statistics(task, task.action_names, trembling)[4].jumps == []
 
 
 def test_idle_frames_are_counted_and_placed(task: Task) -> None:

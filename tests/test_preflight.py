@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from small_datasets import write_dataset
+from small_datasets import CAMERAS, write_dataset
 from test_command_line import call
 
 from kuavo_train.compose import compose_run
@@ -30,7 +32,7 @@ def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> N
         "moving_grasp           3         2        42      0.00        10",
         "cameras  head_cam_h 32×32, wrist_cam_l 32×32, wrist_cam_r 32×32",
         "state    16 = 7 left_arm + 2 claws + 7 right_arm",
-        "action   20 = 7 left_arm + 2 claws + 7 right_arm + 4 base   (sorting)",
+        "action   20 = 7 left_arm + 2 claws + 7 right_arm + 2 base_position + 1 base_yaw + 1 base_mode   (sorting)",
         "  weighing       Pick up the package from the conveyor belt",
         "trained",
         "in trained groups",
@@ -65,13 +67,56 @@ def test_all_problems_are_told_at_once_each_with_its_fix(small_run: Overrides, d
         "must follow a finished stage 1",
         "stage 2 (weighing): dataset",
         "fps must be equal for all tasks, got {'moving_grasp': 10, 'placement': 20, 'sorting': 10}",
-        "observation.images.head_cam_h must have one size in all tasks",
+        "observation.images.wrist_cam_r must have one size (height, width) in all tasks",
+        "data.image_size=[32,32]",
         "instruction of sorting must fit policy.tokenizer_max_length=20 tokens",
         "policy.max_action_dim must be at least 20",
         "policy.pretrained_path must be an existing folder or a hub id",
         "training.device must be available, got mps",
     ):
         assert problem in said, problem
+
+
+def test_what_is_wrong_with_a_dataset_does_not_hide_what_else_is(
+    small_run: Overrides, datasets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    for name, about in (
+        ("weighing", {"claw_scale": 100, "fps": 15}),
+        ("placement", {"cameras": CAMERAS[1:], "fps": 15}),
+    ):
+        shutil.rmtree(tmp_path / "data" / name)
+        write_dataset(tmp_path / "data" / name, episodes=4, length=4, size=24, **about)
+    overrides = small_run(f"data.root={tmp_path / 'data'}", "policy.tokenizer_max_length=20")
+    problems = examine(overrides).problems
+    for begin, words in (
+        ("stage 2 (weighing)", "claws must be in"),
+        ("stage 3 (placement)", "cameras must include observation.images.head_cam_h"),
+        ("fps must be equal", "{'moving_grasp': 10, 'weighing': 15, 'placement': 15, 'sorting': 10}"),
+        ("observation.images.head_cam_h, ", "'weighing': (24, 24)"),
+        ("instruction of weighing", "20 tokens"),
+    ):
+        assert [words in problem for problem in problems if problem.startswith(begin)] == [True], begin
+
+
+def test_one_joint_under_two_names_and_one_that_never_moves_are_noted(
+    small_run: Overrides, datasets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    info = tmp_path / "data" / "weighing" / "meta" / "info.json"
+    info.write_text(info.read_text().replace("left_claw", "gripper_l").replace("right_claw", "gripper_r"))
+    table = tmp_path / "data" / "placement" / "data" / "chunk-000" / "file-000.parquet"
+    frames = pd.read_parquet(table)
+    frames["action"] = [np.concatenate([[0.25], action[1:]]).astype(np.float32) for action in frames["action"]]
+    frames.to_parquet(table)
+    said = examine(small_run(f"data.root={tmp_path / 'data'}"))
+    assert said.problems == []
+    names = "has gripper_l, gripper_r where moving_grasp has left_claw, right_claw; if they are the same"
+    assert [note.partition(names)[0] for note in said.notes if names in note] == [
+        "weighing: state ",
+        "weighing: action ",
+    ]
+    assert "placement: action never changes in zarm_l1_link" in said.notes
 
 
 def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, datasets: Path, tmp_path: Path) -> None:
@@ -92,7 +137,7 @@ def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, 
 def test_the_command_prints_json_and_exits_by_the_problems(small_run: Overrides, override: str, status: int) -> None:
     done = call("kuavo_train.preflight", *small_run(override), "--json")
     assert done.returncode == status, done.stderr
-    said = json.loads(done.stdout[done.stdout.index("{") :])
+    said = json.loads(done.stdout)
     assert bool(said["problems"]) == bool(status)
     assert [task["name"] for task in said["tasks"]] == ["moving_grasp", "weighing", "placement", "sorting"]
     assert {"parameters", "memory_bytes", "disk_bytes", "training", "notes"} <= said.keys()

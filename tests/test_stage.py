@@ -128,9 +128,9 @@ def test_every_task_is_validated_on_the_same_questions_at_every_stage(four_stage
         assert {record["task"] for record in records(folder, "epoch")} == {
             each.stage.name for each in four_stages[: place + 1]
         }
-    base = end[0]["action_error_by_group"]
-    assert base["base"] is None
-    assert end[3]["action_error_by_group"]["base"] > 0
+    for group in ("base_position", "base_yaw", "base_mode"):
+        assert end[0]["action_error_by_group"][group] is None
+        assert end[3]["action_error_by_group"][group] > 0
 
 
 def test_all_stages_share_one_normalization(four_stages: list[RunConfig]) -> None:

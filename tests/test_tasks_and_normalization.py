@@ -1,6 +1,8 @@
 """Opening datasets: splits, features by name, shared statistics, and what is refused."""
 
 import json
+import runpy
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,7 +99,9 @@ def test_features_meet_by_name_not_by_place(tasks: list[Task]) -> None:
         "left_arm": 7,
         "claws": 2,
         "right_arm": 7,
-        "base": 4,
+        "base_position": 2,
+        "base_yaw": 1,
+        "base_mode": 1,
     }
 
 
@@ -121,7 +125,7 @@ def spoil_action(root: Path) -> None:
 
 
 BAD_DATASETS: list[tuple[str, Callable[[Path], None], str]] = [
-    ("no folder", shutil.rmtree, r"dataset .* does not exist; record it, or set stage.root or data.root"),
+    ("no folder", shutil.rmtree, r"dataset .* does not exist; record it .*, or set stage.root or data.root"),
     (
         "20 names for 16 dimensions",
         edit_info(lambda info: info["features"]["observation.state"].update(names=[*ARM_NAMES, "a", "b", "c", "d"])),
@@ -145,7 +149,7 @@ BAD_DATASETS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "a value that is no number",
         spoil_action,
-        r"action must be finite, got nan for zarm_l4_link in episode 1, frame 3",
+        r"action must be finite, got nan for zarm_l4_link in episode 1, frame 3 .*episodes: \[first, last\] in",
     ),
 ]
 
@@ -166,12 +170,67 @@ def test_a_missing_camera_is_named_and_may_be_mapped(tmp_path: Path) -> None:
     write_dataset(tmp_path / "moving_grasp", cameras=("front", "wrist_cam_l", "wrist_cam_r"), episodes=3)
     given = ["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=1"]
     config = compose_run(given)[0]
-    with pytest.raises(ConfigError, match=r"cameras must include observation.images.head_cam_h, got .*front"):
+    fix = r"cameras: \{observation.images.front: observation.images.head_cam_h\} in the task's file"
+    with pytest.raises(ConfigError, match=rf"cameras must include observation.images.head_cam_h, got .*front.*{fix}"):
         open_task(config.stage, config.data)
     mapped = replace(config.stage, cameras={"observation.images.front": "observation.images.head_cam_h"})
     task = open_task(mapped, config.data)
     assert list(task.cameras) == config.data.cameras
     assert task.cameras["observation.images.head_cam_h"] == "observation.images.front"
+
+
+def test_a_camera_mapped_to_one_that_the_policy_does_not_have_is_refused(configs: list[RunConfig]) -> None:
+    typo = replace(configs[0].stage, cameras={"observation.images.head_cam_h": "observation.images.head_cam"})
+    with pytest.raises(
+        ConfigError, match=r"cameras must map to data.cameras \(.*\), got 'observation.images.head_cam'"
+    ):
+        open_task(typo, configs[0].data)
+
+
+def test_the_command_named_for_an_older_dataset_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_v21_dataset(tmp_path / "moving_grasp")
+    with pytest.raises(ConfigError, match=r"must be of LeRobot's format v3\.0, got v2\.1") as refused:
+        kuavo_task(tmp_path)
+    command = str(refused.value).partition("python -m ")[2].partition(" (")[0]
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    runpy.run_module(shlex.split(command)[0], run_name="__main__")
+    task = kuavo_task(tmp_path)
+    assert np.diff(task.bounds).tolist() == [[4], [4], [4]]
+    shapes = DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
+    assert list(shapes.values()) == [(3, 32, 32)] * 3
+
+
+def write_v21_dataset(root: Path, *, episodes: int = 3, length: int = 4) -> None:
+    """As LeRobot 0.1 to 0.3 wrote it, and Kuavo's earlier converters: a table and a video per episode."""
+    (root / "meta").mkdir(parents=True)
+    (root / "data" / "chunk-000").mkdir(parents=True)
+    about: dict[str, list[dict[str, Any]]] = {"episodes": [], "episodes_stats": []}
+    for episode in range(episodes):
+        single = write_dataset(root.parent / f"single{episode}", episodes=1, length=length, seed=episode)
+        table = pd.read_parquet(single / "data" / "chunk-000" / "file-000.parquet")
+        table["episode_index"], table["index"] = episode, table["index"] + episode * length
+        table.to_parquet(root / "data" / "chunk-000" / f"episode_{episode:06d}.parquet")
+        for video in (single / "videos").rglob("*.mp4"):
+            folder = root / "videos" / "chunk-000" / video.relative_to(single / "videos").parts[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(video, folder / f"episode_{episode:06d}.mp4")
+        statistics = json.loads((single / "meta" / "stats.json").read_text())
+        about["episodes"].append({"episode_index": episode, "tasks": [single.name], "length": length})
+        about["episodes_stats"].append({"episode_index": episode, "stats": statistics})
+        info = json.loads((single / "meta" / "info.json").read_text())
+    about["tasks"] = [{"task_index": 0, "task": root.name}]
+    for name, lines in about.items():
+        (root / "meta" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    info |= {
+        "codebase_version": "v2.1",
+        "total_episodes": episodes,
+        "total_frames": episodes * length,
+        "total_chunks": 1,
+        "total_videos": 3 * episodes,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }
+    (root / "meta" / "info.json").write_text(json.dumps(info))
 
 
 def test_a_part_of_the_episodes_may_be_used(configs: list[RunConfig]) -> None:
@@ -227,12 +286,42 @@ def test_claws_of_another_scale_are_refused_until_they_are_scaled(tmp_path: Path
         kuavo_task(tmp_path, {"scale": {"action.middle_claw": 0.1}})
 
 
+def test_joints_in_degrees_are_refused_until_they_are_scaled(tmp_path: Path) -> None:
+    degrees = {f"action.{name}": 57.3 for name in ARM_NAMES[:7]}
+    with pytest.raises(
+        ConfigError, match=r"must be in rad.* got action.zarm_l1_link .*: 0.0174533.*, action.zarm_l7_link"
+    ):
+        kuavo_task(tmp_path, {"scale": degrees})
+    assert abs(kuavo_task(tmp_path).action[:, :7]).max() <= 1
+
+
+def test_the_claws_of_a_converter_that_calls_them_grippers_are_claws(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, claw_scale=255)
+    edit_info(
+        lambda info: info["features"]["action"].update(
+            names={"action_names": [*ARM_NAMES[:7], "gripper_l", *ARM_NAMES[8:15], "gripper_r"]}
+        )
+    )(tmp_path / "moving_grasp")
+    with pytest.raises(ConfigError, match=r"claws must be in .* got action.gripper_l from .*, action.gripper_r from"):
+        kuavo_task(tmp_path)
+
+
+def test_what_is_wrong_with_episodes_that_are_not_used_does_not_matter(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    root = shutil.copytree(configs[0].stage.root, tmp_path / "moving_grasp")
+    spoil_action(root)  # in episode 1
+    part = replace(configs[0].stage, root=str(root), episodes=[2, 4])
+    assert set(open_task(part, configs[0].data).train_episodes) <= {2, 3, 4}
+
+
 def test_twenty_names_for_sixteen_dimensions_can_be_put_right_in_the_task_file(tmp_path: Path) -> None:
     write_dataset(tmp_path / "moving_grasp", episodes=3, length=4)
     edit_info(lambda info: info["features"]["observation.state"].update(names=[*ARM_NAMES, "a", "b", "c", "d"]))(
         tmp_path / "moving_grasp"
     )
-    with pytest.raises(ConfigError, match=r"got 20 names: .*; correct .* or set state_names: \[…\] in the task's file"):
+    fix = rf"set state_names: \[{', '.join(ARM_NAMES)}\] in the task's file if the first 16 are those"
+    with pytest.raises(ConfigError, match=rf"got 20 names: .*, right_claw, a, b, c, d; correct .* or {fix}"):
         kuavo_task(tmp_path)
     assert kuavo_task(tmp_path, {"state_names": ARM_NAMES}).state_names == tuple(ARM_NAMES)
 

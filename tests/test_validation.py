@@ -17,7 +17,14 @@ from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.tasks import open_task
 from kuavo_train.evaluation.validation import Validator, stratified_time
 
-OFF_BY = {"left_arm": 0.5, "right_arm": 0.25, "claws": 1.0, "base": 2.0}  # normalised
+OFF_BY = {
+    "left_arm": 0.5,
+    "right_arm": 0.25,
+    "claws": 1.0,
+    "base_position": 2.0,
+    "base_yaw": 3.0,
+    "base_mode": 4.0,
+}  # normalised
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,9 @@ def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(
     groups = validator.normalization.space.action_groups()
     for task in validator.dataset.tasks:
         told = found[task.name]["action_error_by_group"]
-        assert list(told) == ["left_arm", "claws", "right_arm", "base"]
+        assert list(told) == ["left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
         for group, columns in groups.items():
-            absent = group == "base" and task.name != "sorting"
+            absent = group.startswith("base") and task.name != "sorting"
             assert told[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
     arms_and_claws = (7 * 0.5 + 7 * 0.25 + 2 * 1.0) / 16
     assert found["weighing"]["action_error"] == pytest.approx(arms_and_claws, rel=1e-4)

@@ -199,6 +199,12 @@ MISUSES: list[tuple[str, Callable[[Observation], Any], str]] = [
     ("no camera", without(HEAD), rf"must hold {HEAD}; the policy was trained with"),
     ("no state", without("observation.state"), r"must hold observation\.state"),
     ("no task", without("task"), r"task must be an instruction, or a list of them, got None"),
+    ("two tasks", lambda o: o.update(task=["weighing", "sorting"]), r"task must be one instruction, or 1 .*, got 2"),
+    (
+        "two heads",
+        lambda o: o.update({HEAD: np.zeros((2, 32, 32, 3), np.uint8)}),
+        r"must be \[H, W, 3\] uint8 .* \[2, 32",
+    ),
     ("empty task", lambda o: o.update(task=" "), r"task must be an instruction"),
     ("17 joints", lambda o: o.update({"observation.state": np.zeros(17)}), r"16 dimensions of weighing .* got 17"),
     ("nan", lambda o: o.update({"observation.state": np.full(16, np.nan)}), r"observation.state must be finite"),

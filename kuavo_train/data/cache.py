@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kuavo_sim.cpus import usable_cpus
 from kuavo_train.config import ConfigError
 from kuavo_train.data.tasks import Task
 
@@ -159,7 +160,7 @@ def fill(
         return
     cache.create()
     pieces = {episode: list(_pieces(cache, *cache.task.bounds[episode].tolist())) for episode in missing}
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     with (
         ThreadPoolExecutor(cores) as pool,
         tqdm(

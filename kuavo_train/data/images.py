@@ -61,7 +61,9 @@ def plan_images(
     caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
     size = sum(cache.size(episodes[name]) for name, cache in caches.items())
     if size > config.feature_cache_limit_gib * GIB:
-        over = f"they would take {_size(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
+        over = (
+            f"they would take {size_text(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
+        )
         return _frames(config, decoded, episodes, over)
 
     def fill(**how: object) -> None:
@@ -110,14 +112,14 @@ def _frames(
 def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
     missing = _missing_bytes(caches, episodes)
     folder = next(iter(caches.values())).path.parent
-    there = f"{_size(missing)} of it to be computed now" if missing else "all of it there"
-    lines = [f"  images: {what}; {_size(_bytes(caches, episodes))} in {folder}, {there}"]
+    there = f"{size_text(missing)} of it to be computed now" if missing else "all of it there"
+    lines = [f"  images: {what}; {size_text(_bytes(caches, episodes))} in {folder}, {there}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
         lines.append(
-            f"  beside them {_size(sum(others.values()))} of other weights or settings, to be deleted if no other run "
-            f"needs them: {names}"
+            f"  beside them {size_text(sum(others.values()))} of other weights or settings, to be deleted if no other "
+            f"run needs them: {names}"
         )
     return "\n".join(lines)
 
@@ -131,7 +133,7 @@ def _disk_problems(
     if needed <= free:
         return []
     return [
-        f"data.{key} needs {_size(needed)} below {config.cache_folder}, {_size(free)} are free; free some, set "
+        f"data.{key} needs {size_text(needed)} below {config.cache_folder}, {size_text(free)} are free; free some, set "
         f"data.cache_root to another disk, or data.{key}=false"
     ]
 
@@ -144,5 +146,6 @@ def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Se
     return sum(cache.size(cache.missing(episodes[name])) for name, cache in caches.items())
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes, to be read."""
     return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

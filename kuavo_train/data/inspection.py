@@ -12,11 +12,14 @@ import numpy as np
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.tasks import Task, columns_by_group, joint_group
 
+UNITS = {"left_arm": "rad", "right_arm": "rad", "base_position": "m", "base_yaw": "rad"}
 MOMENTS = 6
 """Pictures of each camera on the sheet of an episode."""
 
-JUMP_OF_RANGE = 0.2
-"""A step between two frames is a jump when it is more than this part of the joint's own range."""
+JUMP_OF_RANGE, JUMP_SPEED = 0.2, 5.0
+"""A step between two frames is a jump when it is more than this part of the joint's own range and faster, in rad/s."""
+SAID_JUMPS = 5
+"""Jumps whose places are told; all are counted."""
 STILL = 1e-3
 """A dimension stands still while it changes by no more than this between two frames, in rad, m or claw units."""
 
@@ -27,7 +30,7 @@ class JointStatistics:
 
     Attributes:
         largest_step: between two frames of an episode.
-        jumps: steps of more than `JUMP_OF_RANGE` of the range; None for claws, which may open at once, and switches.
+        jumps: (episode, frame) that a jump leads to; None for claws, which may open at once, and the base.
     """
 
     name: str
@@ -36,7 +39,7 @@ class JointStatistics:
     min: float
     max: float
     largest_step: float
-    jumps: int | None
+    jumps: list[tuple[int, int]] | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,11 @@ def joint_statistics(task: Task, names: Sequence[str], values: np.ndarray) -> li
     """`values` [N, D] are the task's state or action, `names` its dimensions."""
     episodes = episodes_in_use(task)
     used = values[task.rows_of(episodes)].astype(np.float64)
-    steps = np.concatenate([np.abs(np.diff(values[slice(*task.bounds[episode])], axis=0)) for episode in episodes])
+    rows = np.concatenate([np.arange(*task.bounds[episode])[1:] for episode in episodes])  # that have one before
+    steps = np.abs(values[rows].astype(np.float64) - values[rows - 1])
     least, most = used.min(axis=0), used.max(axis=0)
-    jumps = (steps > JUMP_OF_RANGE * (most - least)).sum(axis=0)
+    jumps = steps > np.maximum(JUMP_OF_RANGE * (most - least), JUMP_SPEED / task.meta.fps)
+    places = np.stack([task.episode[rows], task.frame[rows]], axis=1)
     return [
         JointStatistics(
             name=name,
@@ -73,7 +78,9 @@ def joint_statistics(task: Task, names: Sequence[str], values: np.ndarray) -> li
             min=float(least[column]),
             max=float(most[column]),
             largest_step=float(steps[:, column].max(initial=0)),
-            jumps=int(jumps[column]) if joint_group(name) in ("left_arm", "right_arm") else None,
+            jumps=[(int(episode), int(frame)) for episode, frame in places[jumps[:, column]]]
+            if joint_group(name) in ("left_arm", "right_arm")
+            else None,
         )
         for column, name in enumerate(names)
     ]
@@ -110,12 +117,15 @@ def overview(task: Task) -> str:
     episodes = episodes_in_use(task)
     seconds = np.diff(task.bounds[episodes], axis=1) / task.meta.fps
     idle, twice = idle_frames(task), duplicate_episodes(task)
+    states = joint_statistics(task, task.state_names, task.state)
+    actions = joint_statistics(task, task.action_names, task.action)
     lines = [
         f"{task.name}: {len(episodes)} episodes of {seconds.min():.1f} to {seconds.max():.1f} s, median "
         f"{np.median(seconds):.1f} s, {task.meta.fps} Hz",
-        *_table("state", joint_statistics(task, task.state_names, task.state)),
-        *_table("action", joint_statistics(task, task.action_names, task.action)),
-        f"jumps: steps of more than {JUMP_OF_RANGE:.0%} of a joint's range",
+        *_table("state", states),
+        *_table("action", actions),
+        f"jumps, steps of more than {JUMP_OF_RANGE:.0%} of a joint's range and {JUMP_SPEED:g} rad/s: "
+        + (_jumps_text({"state": states, "action": actions}) or "none"),
         f"idle: {idle.total:,} of {idle.frames:,} frames ({idle.total / idle.frames:.1%}) do not differ from the one "
         f"before; {idle.leading:.1f} of them before an episode's first movement, {idle.trailing:.1f} after its last",
         "episodes recorded twice: " + ("; ".join(" = ".join(map(str, group)) for group in twice) or "none"),
@@ -130,10 +140,22 @@ def _table(kind: str, rows: Sequence[JointStatistics]) -> list[str]:
         *(
             f"  {row.name:<18}"
             + "".join(f"{value:>10.3f}" for value in (row.mean, row.std, row.min, row.max, row.largest_step))
-            + f"{'–' if row.jumps is None else row.jumps:>10}"
+            + f"{'–' if row.jumps is None else len(row.jumps):>10}"
             for row in rows
         ),
     ]
+
+
+def _jumps_text(of_kinds: dict[str, list[JointStatistics]]) -> str:
+    """Where to look: the first few."""
+    told = [
+        f"{kind} {row.name} in episode {episode}, frame {frame}"
+        for kind, rows in of_kinds.items()
+        for row in rows
+        for episode, frame in row.jumps or ()
+    ]
+    more = f"; and {len(told) - SAID_JUMPS} more" if len(told) > SAID_JUMPS else ""
+    return "; ".join(told[:SAID_JUMPS]) + more
 
 
 def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> Path:
@@ -146,7 +168,8 @@ def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> P
     groups = columns_by_group(task.action_names)
     heights = [1.0] * len(task.cameras) + [1.4] * len(groups)
     figure = plt.figure(figsize=(13, 1.7 * sum(heights)), layout="constrained")
-    figure.suptitle(f"{task.name}, episode {episode}: {task.instruction}", fontsize=9, wrap=True)
+    title = f"{task.name}, episode {episode}: {task.instruction}\nstates drawn through, actions dashed"
+    figure.suptitle(title, fontsize=9, wrap=True)
     grid = figure.add_gridspec(len(heights), len(moments), height_ratios=heights)
     for place, camera in enumerate(task.cameras):
         for column, picture in enumerate(frames(camera, moments)):
@@ -167,7 +190,7 @@ def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> P
             if name in task.state_names:
                 axes.plot(times, task.state[rows, task.state_names.index(name)], color=colour, linewidth=1.2)
             axes.plot([], [], color=colour, label=name)
-        axes.set_ylabel(group, fontsize=8)
+        axes.set_ylabel(f"{group} [{UNITS[group]}]" if group in UNITS else group, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("s", fontsize=8)

@@ -16,13 +16,20 @@ import numpy as np
 from datasets import Dataset
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_STATE
+from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
-from kuavo_train.config import ConfigError, DataConfig, Problems, StageConfig
+from kuavo_train.config import ConfigError, DataConfig, Problems, StageConfig, require
 
+FULL_TURN = 2 * np.pi  # rad; no joint of an arm turns so far
+DEGREE = np.pi / 180
 CLAW_MARGIN = 0.05  # of the limits' distance: sensors overshoot
 CLAW_SCALES = (1, 100, 140, 255)  # what converters of Kuavo recordings are known to scale the claws to
-BASE_NAMES = ("cmd_pos_x", "cmd_pos_y", "cmd_pos_yaw", "ctrl_change_cmd")
+BASE_GROUPS = {  # each of one unit
+    "cmd_pos_x": "base_position",  # m
+    "cmd_pos_y": "base_position",
+    "cmd_pos_yaw": "base_yaw",  # rad
+    "ctrl_change_cmd": "base_mode",  # a switch, 0 or 1
+}
 
 
 @dataclass(frozen=True)
@@ -92,27 +99,43 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
 
     Raises:
         ConfigError: no dataset there, or one of an older format; else all at once: features or cameras missing, names
-            that do not fit shapes, values that are not finite, claws of another scale, too few episodes.
+            that do not fit shapes, values that are not finite or of another scale, too few episodes.
+    """
+    problems = Problems()
+    task = examine_task(stage, config, problems)
+    problems.raise_all()
+    assert task is not None, "what cannot be opened is a problem"
+    return task
+
+
+def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> Task | None:
+    """As `open_task`, with what is wrong added to `problems`.
+
+    A task of which only values are wrong is returned all the same, so that the rest can be looked at; None where there
+    is nothing to look at.
     """
     root = Path(stage.root)
     where = f"stage {stage.index} ({stage.name}): dataset {root}"
-    dataset = _open_dataset(stage, config, where)
+    dataset = problems.attempt(_open_dataset, stage, config, where)
+    if dataset is None:
+        return None
     meta, table = dataset.meta, dataset.hf_dataset.with_format("numpy")
     places = table.select_columns(["episode_index", "frame_index"])[:]
     episode, frame = (np.asarray(places[key], dtype=np.int64) for key in ("episode_index", "frame_index"))
-    problems = Problems()
+    bounds = np.stack([meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"]], axis=1).astype(np.int64)
+    split = problems.attempt(_split_usable, stage, len(bounds), config, where)
+    used = np.full(len(episode), True) if split is None else np.isin(episode, [*split[0], *split[1]])
     features = {key: problems.attempt(_read_feature, stage, key, table, meta, where) for key in (OBS_STATE, ACTION)}
     for key, feature in features.items():
         if feature is not None:
-            problems.attempt(_check_finite, key, *feature, episode, frame, where)
-            problems.attempt(_check_claws, key, *feature, config.claw_limits, where)
+            names, values = feature[0], feature[1][used]
+            problems.attempt(_check_finite, key, names, values, episode[used], frame[used], where)
+            problems.attempt(_check_arms, key, names, values, where)
+            problems.attempt(_check_claws, key, names, values, config.claw_limits, where)
     cameras = problems.attempt(_map_cameras, stage, meta, config.cameras, where)
-    bounds = np.stack([meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"]], axis=1).astype(np.int64)
-    split = problems.attempt(_split_usable, stage, len(bounds), config, where)
-    problems.raise_all()
     state, action = features[OBS_STATE], features[ACTION]
     if state is None or action is None or cameras is None or split is None:
-        raise AssertionError("what is missing must have been a problem")
+        return None
     return Task(
         name=stage.name,
         index=stage.index,
@@ -132,18 +155,31 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
     )
 
 
+def recorded_fps(stage: StageConfig) -> int | None:
+    """Of the dataset, whatever else is wrong with it; None where it does not say."""
+    try:
+        return json.loads((Path(stage.root) / "meta" / "info.json").read_text()).get("fps")
+    except (OSError, ValueError):
+        return None
+
+
 def _open_dataset(stage: StageConfig, config: DataConfig, where: str) -> LeRobotDataset:
     root = Path(stage.root)
     info = root / "meta" / "info.json"
     if not info.is_file() and stage.repo_id is None:
-        raise ConfigError(f"{where} does not exist; record it, or set stage.root or data.root to its folder")
+        raise ConfigError(
+            f"{where} does not exist; record it (simulated ones: make data), or set stage.root or data.root to its folder"
+        )
     if info.is_file():
-        version = json.loads(info.read_text()).get("codebase_version")
+        try:
+            version = json.loads(info.read_text()).get("codebase_version")
+        except ValueError as error:
+            raise ConfigError(f"{where} must have a meta/info.json that can be read, got {error}") from error
         if str(version).split(".")[0] != CODEBASE_VERSION.split(".")[0]:
             raise ConfigError(
                 f"{where} must be of LeRobot's format {CODEBASE_VERSION}, got {version}; convert it where it lies: "
                 f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{stage.name} --root={root} "
-                "--push-to-hub=false"
+                f"--push-to-hub=false (the old one is kept as {root}_old)"
             )
     try:
         return LeRobotDataset(
@@ -185,7 +221,26 @@ def _check_finite(
         row, column = bad[0]
         raise ConfigError(
             f"{where}: {key} must be finite, got {values[row, column]} for {names[column]} in episode "
-            f"{episode[row]}, frame {frame[row]} ({len(bad)} such values)"
+            f"{episode[row]}, frame {frame[row]} ({len(bad):,} in episodes "
+            f"{', '.join(map(str, np.unique(episode[bad[:, 0]])))}); correct the recording, or use a part of it, "
+            "episodes: [first, last] in the task's file"
+        )
+
+
+def _check_arms(key: str, names: Sequence[str], values: np.ndarray, where: str) -> None:
+    """Degrees, or a number that some recorder writes for "nothing", would stretch the scale of a joint."""
+    kind, groups = key.removeprefix("observation."), columns_by_group(names)
+    wrong = []
+    for column in np.concatenate([groups.get(group, []) for group in ("left_arm", "right_arm")]).astype(int):
+        least, most = np.nanmin(values[:, column]), np.nanmax(values[:, column])
+        if max(-least, most) > FULL_TURN:
+            wrong.append((f"{kind}.{names[column]}", float(least), float(most)))
+    if wrong:
+        found = ", ".join(f"{name} from {least:g} to {most:g}" for name, least, most in wrong)
+        fix = ", ".join(f"{name}: {DEGREE:.6g}" for name, *_ in wrong)
+        raise ConfigError(
+            f"{where}: joints of the arms must be in rad, within a full turn, got {found}; if these are degrees, set "
+            f"scale: {{{fix}}} in the task's file, else correct the recording"
         )
 
 
@@ -248,14 +303,15 @@ def _split_usable(
 def _feature_names(
     meta: LeRobotDatasetMetadata, own: Sequence[str] | None, key: str, width: int, where: str
 ) -> tuple[str, ...]:
-    names: Any = own or meta.features[key].get("names")
-    if isinstance(names, dict):  # older converters write {"motors": [...]}
+    names: Any = own or meta.features[key].get("names") or []
+    if isinstance(names, dict):  # Kuavo's converters write {"motors": [...]} or {"state_names": [...]}
         names = [name for group in names.values() for name in group]
-    if not names or len(names) != width or len(set(names)) != width:
-        kind = key.removeprefix("observation.")
+    if len(names) != width or len(set(names)) != width:
+        kind, first = key.removeprefix("observation."), ", ".join(map(str, names[:width])) or "…"
         raise ConfigError(
-            f"{where}: {key} must name each of its {width} dimensions once, got {len(names or [])} names: {names}; "
-            f"correct `names` in meta/info.json, or set {kind}_names: […] in the task's file"
+            f"{where}: {key} must name each of its {width} dimensions once, got {len(names)} names: "
+            f"{', '.join(map(str, names)) or 'none'}; correct `names` in meta/info.json, or set {kind}_names: "
+            f"[{first}] in the task's file" + (f" if the first {width} are those" if len(names) > width else "")
         )
     return tuple(names)
 
@@ -263,13 +319,20 @@ def _feature_names(
 def _map_cameras(
     stage: StageConfig, meta: LeRobotDatasetMetadata, cameras: Sequence[str], where: str
 ) -> dict[str, str]:
+    for policy in stage.cameras.values():
+        require(policy in cameras, f"{where}: cameras", f"map to data.cameras ({', '.join(cameras)})", policy)
     in_policy = {policy: dataset for dataset, policy in stage.cameras.items()}
     mapped = {camera: in_policy.get(camera, camera) for camera in cameras}
-    missing = [name for name in mapped.values() if name not in meta.camera_keys]
+    missing = {camera: name for camera, name in mapped.items() if name not in meta.camera_keys}
     if missing:
+        spare = [key for key in meta.camera_keys if key not in mapped.values()]
+        spare.sort(key=lambda key: not key.startswith(OBS_IMAGES))  # rather a picture than depth
+        fix = ", ".join(
+            f"{name}: {camera}" for name, camera in zip(spare or ["NAME IN THE DATASET"], missing, strict=False)
+        )
         raise ConfigError(
-            f"{where}: cameras must include {', '.join(missing)}, got {', '.join(meta.camera_keys)}; "
-            "correct data.cameras or map them with stage.cameras"
+            f"{where}: cameras must include {', '.join(missing.values())}, got {', '.join(meta.camera_keys)}; name the "
+            f"one it is in the dataset, as cameras: {{{fix}}} in the task's file, or leave it out of data.cameras"
         )
     depth = [name for name in mapped.values() if name in meta.depth_keys]
     if depth:
@@ -302,7 +365,7 @@ class FeatureSpace:
         return np.array([self.action_names.index(name) for name in task.action_names])
 
     def action_groups(self) -> dict[str, np.ndarray]:
-        """Columns of each joint group that is there: left_arm, right_arm, claws, base, other."""
+        """Columns of each joint group that is there; what is in a group has one unit."""
         return columns_by_group(self.action_names)
 
 
@@ -315,10 +378,11 @@ def columns_by_group(names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def joint_group(name: str) -> str:
+    """left_arm, right_arm (rad), claws, base_position (m), base_yaw (rad), base_mode (a switch), or other."""
     if name.startswith("zarm_l"):
         return "left_arm"
     if name.startswith("zarm_r"):
         return "right_arm"
-    if name.endswith("_claw"):
+    if name.endswith("_claw") or name.startswith("gripper_"):  # a converter calls the claws' state gripper_l, gripper_r
         return "claws"
-    return "base" if name in BASE_NAMES else "other"
+    return BASE_GROUPS.get(name, "other")

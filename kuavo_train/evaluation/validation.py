@@ -43,7 +43,7 @@ class Validator:
 
         The loss of a task is the mean over its held-out episodes of their mean over queries and draws; the
         action error is the mean absolute difference of the denoised chunk and the demonstrated one, normalized
-        and, per joint group, in robot units (rad; m for the base).
+        and, per joint group, in robot units (rad, m).
         """
         was_training = policy.training
         policy.eval()

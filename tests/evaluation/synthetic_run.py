@@ -88,9 +88,9 @@ def write_run(
                 for episode, one, error in zip(episodes[name], losses, errors, strict=True)
             ]
             error = float(errors.mean())
-            groups = {"left_arm": 0.21 * error, "right_arm": 0.34 * error, "claws": 0.18 * error, "base": None}
+            groups = {"left_arm": 0.21 * error, "right_arm": 0.34 * error, "claws": 0.18 * error, "base_yaw": None}
             if name == "sorting":
-                groups["base"] = 0.08 * error
+                groups["base_yaw"] = 0.08 * error
             lines.append(
                 {
                     "stage": stage,

@@ -71,7 +71,7 @@ def test_errors_are_told_over_the_horizon_and_by_joint_group(task: Task) -> None
         e: -(-n // STRIDE) for e, n in lengths.items()
     }
     told = {group["name"]: group for group in judge_errors(errors, task.action_names, None)["groups"]}
-    assert list(told) == ["all", "left_arm", "claws", "right_arm", "base"]
+    assert list(told) == ["all", "left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
     assert told["left_arm"]["error"]["estimate"] == pytest.approx(0, abs=1e-6)
     assert told["claws"]["horizon"] == pytest.approx([0.25 * step for step in range(HORIZON)], abs=1e-6)
     assert told["claws"]["difference"] is None

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -11,6 +12,7 @@ from gymnasium.utils.env_checker import check_env
 import kuavo_sim
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import demonstrate
+from kuavo_sim.render import RayRenderer
 from kuavo_sim.robot import CAMERAS
 from kuavo_sim.scene import DARK
 
@@ -52,6 +54,35 @@ def test_observations_and_actions_have_kuavos_shapes(task, actions):
     assert env.task_description == env.task.instruction
 
 
+def test_depth_is_seen_beside_the_pictures_and_changes_nothing_in_them():
+    plain, _ = KuavoEnv("weighing", image_size=(24, 32)).reset(seed=3)
+    env = KuavoEnv("weighing", image_size=(24, 32), depth=True)
+    observation, _ = env.reset(seed=3)
+    assert observation in env.observation_space
+    assert tuple(observation["depth"]) == ("depth_h", "depth_l", "depth_r")
+    for camera in CAMERAS:
+        assert observation["pixels"][camera].shape == (24, 32, 3)
+        np.testing.assert_array_equal(observation["pixels"][camera], plain["pixels"][camera])
+    table = observation["depth"]["depth_h"][12, 16] / 100
+    assert 0.5 < table < 1.5
+
+
+def test_depth_is_the_distance_along_the_cameras_axis():
+    """So that a plane held in front of a camera is equally far everywhere, as a depth camera has it."""
+    env = KuavoEnv("weighing", renderer="none", image_size=8)
+    env.reset(seed=0)
+    model, data = env.task.world.model, env.task.world.data
+    _, depth = RayRenderer(model, (24, 32)).render_with_depth(data, "head_cam_h")
+    camera = data.cam("head_cam_h")
+    half = np.tan(np.deg2rad(model.cam("head_cam_h").fovy[0]) / 2)
+    for row, column in ((0, 0), (12, 16), (20, 5), (23, 31)):
+        across, down = (column + 0.5 - 16) / 12 * half, (row + 0.5 - 12) / 12 * half
+        to_pixel = camera.xmat.reshape(3, 3) @ [across, -down, -1.0]
+        shown = np.array([1, 1, 1, 0, 1, 1], np.uint8)  # group 3 collides but is not drawn
+        distance = mujoco.mj_ray(model, data, camera.xpos, to_pixel, shown, 1, -1, np.zeros(1, np.int32), None)
+        assert depth[row, column] == pytest.approx(distance, abs=1e-6)  # mj_ray counts in lengths of its vector
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_fixes_the_episode_and_another_seed_changes_it(task):
     env = KuavoEnv(task)
@@ -63,10 +94,11 @@ def test_a_seed_fixes_the_episode_and_another_seed_changes_it(task):
     assert (first["pixels"]["head_cam_h"] != other["pixels"]["head_cam_h"]).any()
 
 
+@pytest.mark.parametrize("image_size", [64, (48, 64)], ids=["square", "wide"])  # which sees more to its sides
 @pytest.mark.parametrize("task", WITH_CUE)
-def test_at_the_decision_point_two_cues_look_the_same(task):
+def test_at_the_decision_point_two_cues_look_the_same(task, image_size):
     """So a policy without memory is at chance there; the cue was shown before, for longer than a chunk of 8."""
-    env = KuavoEnv(task)
+    env = KuavoEnv(task, image_size=image_size)
     one, other = (demonstrate(env, 21, cue=cue) for cue in (0, 1))
     assert one.success
     assert other.success
@@ -176,6 +208,12 @@ def test_environments_run_side_by_side_in_a_gymnasium_vector():
     [
         ({"task": "juggling"}, "task must be one of moving_grasp, weighing, placement, sorting, got 'juggling'"),
         ({"task": "weighing", "image_size": 4}, "image_size must be in"),
+        ({"task": "weighing", "image_size": (64, 4)}, r"image_size must be in .* got \(64, 4\)"),
+        (
+            {"task": "weighing", "image_size": (64, 64, 3)},
+            r"image_size must be a number of pixels, or \(height, width\)",
+        ),
+        ({"task": "weighing", "renderer": "none", "depth": True}, "renderer must be rays with depth=True, got 'none'"),
         ({"task": "weighing", "renderer": "crayons"}, "renderer must be one of rays, egl, none, got 'crayons'"),
         ({"task": "weighing", "render_mode": "human"}, "render_mode must be"),
         ({"task": "weighing", "max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +44,22 @@ def test_lerobot_opens_the_recording_and_finds_kuavos_features(dataset):
         assert np.abs(seen - pictures[-1]).mean() < 12  # h264 halves the resolution of colours
 
 
+def test_a_recording_as_on_the_robot_is_wide_and_has_depth_columns(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    settings = RecordSettings(task="placement", episodes=1, image_size=(48, 64), depth=True)
+    root = record(settings, tmp_path / "placement", workers=1, progress=False)
+    opened = LeRobotDataset("kuavo_sim/placement", root=root, video_backend="pyav")
+    demonstration = record_module._demonstrate_seed(settings, seed=0)
+    frame = opened[40]
+    assert frame["observation.images.wrist_cam_l"].shape == (3, 48, 64)
+    for name, depths in demonstration.depths.items():
+        recorded = frame[f"observation.{name}"].numpy() * 255
+        assert recorded.shape == (3, 48, 64)
+        assert np.abs(recorded - depths[40]).mean() < 3  # cm
+    assert ensure_recorded(settings, root) is False
+
+
 def test_every_video_frame_stands_alone(dataset):
     """Otherwise the compression could carry a cue over to frames that no longer show it."""
     import av
@@ -65,6 +83,21 @@ def test_a_recording_does_not_depend_on_the_number_of_workers(dataset, tmp_path)
     assert content_hash(parallel) == content_hash(dataset)
 
 
+def test_statistics_do_not_depend_on_the_interpreters_hash_seed(dataset):
+    statistics = json.loads((dataset / "meta" / "stats.json").read_text())
+    assert list(statistics) == sorted(statistics)
+
+
+def test_a_recording_from_before_a_setting_came_is_kept(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    recording = json.loads((copy / "recording.json").read_text())
+    del recording["settings"]["depth"]
+    (copy / "recording.json").write_text(json.dumps(recording))
+    assert ensure_recorded(SETTINGS, copy) is False
+    with pytest.raises(ValueError, match="recorded with depth=False, wanted is True"):
+        ensure_recorded(dataclasses.replace(SETTINGS, depth=True), copy)
+
+
 def test_a_complete_recording_is_kept(dataset):
     before = (dataset / "recording.json").stat().st_mtime_ns
     assert ensure_recorded(SETTINGS, dataset, progress=False) is False
@@ -84,8 +117,6 @@ def test_a_recording_under_other_settings_is_refused(dataset, key, value):
 
 
 def test_a_changed_or_foreign_folder_is_refused(dataset, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     next((copy / "data").rglob("*.parquet")).write_bytes(b"")
@@ -146,14 +177,21 @@ def test_an_expert_that_keeps_failing_stops_the_recording(tmp_path, monkeypatch)
         ("episodes", 0),
         ("seed", -1),
         ("image_size", 33),
+        ("image_size", (48, 33)),
+        ("image_size", (48, 64, 3)),
         ("renderer", "none"),
         ("action_noise", 0.5),
         ("fps", 30),
     ],
 )
 def test_impossible_settings_name_key_rule_and_value(key, value):
-    with pytest.raises(ValueError, match=f"{key} must .*got {value!r}"):
+    with pytest.raises(ValueError, match=f"{key} must .*got {re.escape(repr(value))}"):
         dataclasses.replace(SETTINGS, **{key: value})
+
+
+def test_depth_needs_rays():
+    with pytest.raises(ValueError, match="renderer must be rays with depth=true, got 'egl'"):
+        dataclasses.replace(SETTINGS, depth=True, renderer="egl")
 
 
 def test_no_setting_lets_demonstrations_run_into_evaluation_seeds():
@@ -169,6 +207,7 @@ def test_no_setting_lets_demonstrations_run_into_evaluation_seeds():
         (["episodes=1", "episodes=2"], "given twice"),
         (["workers=0"], "workers must be at least 1, got 0"),
         (["task=juggling"], "task must be one of"),
+        (["image_size=480*640"], "image_size='480*640' cannot be read: must be a number of pixels, or HEIGHTxWIDTH"),
     ],
 )
 def test_the_command_refuses_bad_arguments(words, message, capsys, tmp_path):

@@ -1,0 +1,50 @@
+"""Kuavo's data as it is, cameras of 480×640 and depth columns: preflight, caching, training and inspection take it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kuavo_sim.record import RecordSettings, record
+from kuavo_train.compose import compose_run
+from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.inspection import save_sheet
+from kuavo_train.data.tasks import open_task
+from kuavo_train.run_folder import stage_folder
+from kuavo_train.stage import examine_stage, run_stage
+
+HEAD = "observation.images.head_cam_h"
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a dataset as the robot records it; sorting, which moves its base."""
+    root = tmp_path_factory.mktemp("kuavo")
+    record(RecordSettings("sorting", 2, image_size=(480, 640), depth=True), root / "sorting", progress=False)
+    return root
+
+
+@pytest.mark.slow  # the rays of 800 pictures
+@pytest.mark.parametrize("cameras", [{}, {"observation.depth_h": HEAD}], ids=["pictures", "depth as a camera"])
+def test_a_recording_as_on_the_robot_goes_all_the_way(
+    recording: Path, small_run: Callable[..., list[str]], tmp_path: Path, cameras: dict[str, str]
+) -> None:
+    learn = ["learn=[sorting]", "stage.replay={sorting:1.0,moving_grasp:0,weighing:0,placement:0}"]
+    mapped = [f"+stage.cameras.{name.replace('.', r'\.')}={camera}" for name, camera in cameras.items()]
+    overrides = small_run(f"data.root={recording}", "data.held_out_episodes=1", "training.max_steps=2", *learn, *mapped)
+    (config,) = [each for each in compose_run(overrides) if each.stage.name == "sorting"]
+    findings = examine_stage(config, [config.stage])
+    assert findings.problems == []
+    assert "head_cam_h" in findings.table
+    assert findings.table.count("480×640") == 3
+    unused = {"observation.depth_h", "observation.depth_l", "observation.depth_r", HEAD} - {cameras.get(HEAD, HEAD)}
+    assert all(key in findings.table for key in unused - set(cameras))
+    assert run_stage(config, [config.stage]) == 0
+    assert len(stage_folder(config).validations.read()) > 0
+    assert json.loads((stage_folder(config).path / "stage.json").read_text())["status"] == "finished"
+    task = open_task(config.stage, config.data)
+    sheet = save_sheet(task, DecodedFrames(task, image_size=None, video_backend="pyav"), 0, tmp_path / "sheet.png")
+    with Image.open(sheet) as picture:
+        assert min(picture.size) > 500
