@@ -168,7 +168,8 @@ def _open_dataset(stage: StageConfig, config: DataConfig, where: str) -> LeRobot
     info = root / "meta" / "info.json"
     if not info.is_file() and stage.repo_id is None:
         raise ConfigError(
-            f"{where} does not exist; record it (simulated ones: make data), or set stage.root or data.root to its folder"
+            f"{where} does not exist; record it (simulated ones: make data), or set stage.root or data.root to its "
+            "folder"
         )
     if info.is_file():
         try:
