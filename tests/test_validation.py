@@ -135,7 +135,7 @@ def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(
             assert told[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
     arms_and_claws = (7 * 0.5 + 7 * 0.25 + 2 * 1.0) / 16
     assert found["weighing"]["action_error"] == pytest.approx(arms_and_claws, rel=1e-4)
-    assert found["sorting"]["action_error"] == pytest.approx((16 * arms_and_claws + 4 * 2.0) / 20, rel=1e-4)
+    assert found["sorting"]["action_error"] == pytest.approx((16 * arms_and_claws + 11.0) / 20, rel=1e-4)
 
 
 def test_times_divide_the_training_distribution_into_equal_parts() -> None:
