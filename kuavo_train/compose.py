@@ -4,6 +4,7 @@
 adding a task is adding a file.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -162,6 +163,7 @@ def errors_in_one_line(function: Callable[[], int]) -> int:
 
 def set_hub(config: RunConfig) -> None:
     """Where the hub is asked, and whether. The hub's library reads both once, when it is imported, which is later."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line on stdout for each of its requests otherwise
     if config.hf_endpoint is not None:
         os.environ["HF_ENDPOINT"] = config.hf_endpoint
     if config.offline:

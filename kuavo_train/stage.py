@@ -705,7 +705,7 @@ class Stage:
             batches_per_step=config.training.gradient_accumulation_steps,
         )
         write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
-        card = model_card.model_card(config, self._learnt, self.order.shares, records)
+        card = model_card.model_card(config, self._learnt, self.order.shares, records, steps=progress.step)
         write_text(result.pretrained_model / model_card.FILE_NAME, card)
         folder.tell(
             status="finished",

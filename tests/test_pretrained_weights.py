@@ -75,6 +75,11 @@ def test_a_vlm_that_cannot_be_had_is_not_replaced_by_a_random_one(small_run: Ove
     _, problems = open_first_stage(small_run("tiny_vlm=null", "policy.vlm_model_name=nobody/no-vlm"))
     assert "policy.vlm_model_name must be a folder, or a hub id that can be had, got nobody/no-vlm" in problems
     assert "give the folder: policy.vlm_model_name=/path/to/no-vlm" in problems
+    nowhere = ("policy.vlm_model_name=/nowhere/no-vlm", "policy.pretrained_path=/nowhere/no-policy")
+    _, problems = open_first_stage(small_run("tiny_vlm=null", *nowhere))
+    for folder in nowhere:
+        key, path = folder.split("=")
+        assert f"{key} must be an existing folder or a hub id, got '{path}'" in problems
     vlm = make_tiny_vlm(tmp_path / "vlm", image_size=32)
     given = small_run("tiny_vlm=null", f"policy.vlm_model_name={vlm}", "policy.load_vlm_weights=true")
     weights = load_file(vlm / "model.safetensors")
@@ -142,7 +147,7 @@ def test_a_mirror_is_asked_in_place_of_the_hub_and_offline_nobody(
             check=False,
         )
         assert done.returncode == 1, done.stderr
-        problems = json.loads(done.stdout[done.stdout.index("{") :])["problems"]
+        problems = json.loads(done.stdout)["problems"]
         assert any(f"got nobody/nothing, {reason}" in problem for problem in problems), problems
         assert bool(asked) == (more == [])
     assert any(path.startswith("/nobody/nothing/resolve/main/") for path in asked), asked

@@ -160,6 +160,8 @@ def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_ru
     assert matrix["matrices"]["progress"]["rows"][2]["values"] == {"moving_grasp": 0.6, "weighing": 0.6}
     stage = StageFolder(config.run_folder / "stage2_weighing")
     assert [line["task"] for line in stage.rollouts.read()] == ["moving_grasp", "weighing"]
+    card = (stage.checkpoints.at("best").pretrained_model / "README.md").read_text()
+    assert card.count(" | 3 of 5 |\n") == 2
     line = stage.rollouts.read()[1]
     assert [episode["seed"] for episode in line["episodes"]] == evaluation_seeds(5)
     assert line["n_action_steps"] == 4

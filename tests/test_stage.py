@@ -185,6 +185,7 @@ def test_the_result_of_every_stage_has_a_model_card(four_stages: list[RunConfig]
         header = yaml.safe_load(header)
         assert (header["license"], header["library_name"]) == ("apache-2.0", "lerobot")
         assert "smolvla_memory" in header["tags"]
+        assert f"The last stage: {folder.about['steps']} steps" in text
         losses = {record["task"]: record["loss"] for record in records(folder, "end")}
         for number, other in enumerate(four_stages):
             name, learnt = other.stage.name, number <= place

@@ -13,13 +13,19 @@ FILE_NAME = "README.md"
 
 
 def model_card(
-    config: RunConfig, learnt: Sequence[Task], shares: Mapping[str, float], records: Sequence[Mapping[str, Any]]
+    config: RunConfig,
+    learnt: Sequence[Task],
+    shares: Mapping[str, float],
+    records: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
 ) -> str:
     """
     Args:
-        shares: task → its part of the stage's samples.
         learnt: tasks up to and including the stage's.
+        shares: task → its part of the stage's samples.
         records: validation at the stage's end, a record per task; those of other tasks are left out.
+        steps: that the stage took.
     """
     policy, training = config.policy, config.training
     by_task = {record["task"]: record for record in records}
@@ -28,12 +34,14 @@ def model_card(
         for name in (policy.get("pretrained_path"), policy.get("vlm_model_name"))
         if config.tiny_vlm is None and name and re.fullmatch(r"[\w-]+/[\w.-]+", str(name))
     ]
+    on_the_hub = [task.meta.repo_id for task in learnt if not task.meta.repo_id.startswith("local/")]
     header = {
         "license": config.licence,
         "library_name": "lerobot",
         "pipeline_tag": "robotics",
         "tags": ["lerobot", "robotics", policy["type"], "continual-learning"],
         **({"base_model": base[0]} if base else {}),
+        **({"datasets": on_the_hub} if on_the_hub else {}),
     }
     data = [
         f"| {task.name} | {len(task.train_episodes)} | {len(task.held_out_episodes)} | {len(task.train_rows):,} "
@@ -42,16 +50,19 @@ def model_card(
     ]
     metrics = [
         f"| {task.name} | {by_task[task.name]['loss']:.4f} | {by_task[task.name]['action_error']:.4f} "
-        f"| {by_task[task.name]['constant_error']:.4f} |"
+        f"| {by_task[task.name]['constant_error']:.4f} | {_success(by_task[task.name])} |"
         for task in learnt
     ]
+    claws = "as recorded" if config.data.claw_limits is None else "in [{:g}, {:g}]".format(*config.data.claw_limits)
+    how = "at once" if config.mixture == "all_tasks" else "one after another"
+    origin = " The demonstrations are a script's, in simulation (kuavo_sim)." if config.simulation else ""
     memory = policy.get("num_mem_tokens", 0)
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---\n",
             f"# {config.run}, stage {config.stage.index}: {config.stage.name}\n",
             f"A language-conditioned robot policy ({policy['type']}, {memory} memory tokens) that has learnt "
-            f"{len(learnt)} task{'s' * (len(learnt) != 1)} one after another with kuavo_train "
+            f"{len(learnt)} task{'s' * (len(learnt) != 1)} {how} with kuavo_train "
             f"(strategy {config.strategy}, seed {config.seed}).\n",
             "## Instructions\n",
             *(f"- **{task.name}**: {task.instruction}" for task in learnt),
@@ -59,14 +70,14 @@ def model_card(
             "| task | training episodes | held-out episodes | training frames | Hz | state / action dimensions |",
             "|---|---|---|---|---|---|",
             *data,
-            f"\nCameras: {', '.join(config.data.cameras)}. Joint positions in radians, claws in [0, 1].\n",
-            f"The last stage: {training.epochs} epochs, batches of {training.batch_size}, learning rate "
+            f"\nCameras: {', '.join(config.data.cameras)}. Joint positions in radians, claws {claws}.{origin}\n",
+            f"The last stage: {steps:,} steps, batches of {training.batch_size}, learning rate "
             f"{training.lr:g}, shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}.\n",
             "## Held-out metrics\n",
             "Flow-matching loss, and mean absolute error of the denoised actions, normalised, beside that of the best "
-            "constant.\n",
-            "| task | loss | action error | constant |",
-            "|---|---|---|---|",
+            "constant; success in closed loop, where it was rolled out, in episodes that no demonstration shows.\n",
+            "| task | loss | action error | constant | success |",
+            "|---|---|---|---|---|",
             *metrics,
             "\n## Use\n",
             "```python\nfrom kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper\n\n"
@@ -75,3 +86,8 @@ def model_card(
             f"## Licence\n\n{config.licence}. Demonstrations and pretrained models may have licences of their own.\n",
         ]
     )
+
+
+def _success(record: Mapping[str, Any]) -> str:
+    success = record.get("success")
+    return "–" if success is None else f"{success['successes']} of {success['trials']}"

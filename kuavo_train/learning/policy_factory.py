@@ -27,6 +27,7 @@ from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 VLM_GROUPS = ("vision", "connector", "vlm_text")
 
 NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
@@ -59,8 +60,8 @@ def configure_policy(
         checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
     Raises:
-        ConfigError: a policy that is not there, a field it does not have, or a vision-language model whose config and
-            tokenizer cannot be had.
+        ConfigError: a policy that is not there, a field it does not have, weights named by a path at which there are
+            none, or a vision-language model whose config and tokenizer cannot be had.
     """
     values = {key: value for key, value in config.policy.items() if key not in ("type", "pretrained_path")}
     source = _source(config, checkpoint)
@@ -82,6 +83,7 @@ def configure_policy(
         normalization=normalization,
         image_shapes=image_shapes,
     )
+    _check_names(source, getattr(policy_config, "vlm_model_name", None))
     _check_vlm_description(policy_config)
     return policy_config
 
@@ -181,6 +183,18 @@ def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str])
     return {name: value for name, value in flags.items() if name in known}
 
 
+def _check_names(source: str | Path | None, vlm_model_name: str | None) -> None:
+    """Raises `ConfigError` for a path at which there is nothing, which the hub's library would take for a hub id."""
+    named = {"policy.pretrained_path": source, "policy.vlm_model_name": vlm_model_name}
+    problems = [
+        f"{key} must be an existing folder or a hub id, got {str(name)!r}"
+        for key, name in named.items()
+        if name is not None and not Path(name).is_dir() and not HUB_ID.fullmatch(str(name))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def _check_vlm_description(policy_config: PreTrainedConfig) -> None:
     """Raises `ConfigError` when the vision-language model's config or tokenizer cannot be had."""
     name = getattr(policy_config, "vlm_model_name", None)
@@ -202,8 +216,6 @@ def _with_weights(
             return policy_class(config)
         except (OSError, UnfitWeights, *NOT_LOADED) as error:  # of a VLM with its own weights
             raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
-    if not Path(source).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise ConfigError(f"policy.pretrained_path must be an existing folder or a hub id, got {str(source)!r}")
     try:
         return policy_class.from_pretrained(str(source), config=config, strict=True)
     except (OSError, ValueError, RuntimeError, *NOT_LOADED) as error:

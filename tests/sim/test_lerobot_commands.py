@@ -1,6 +1,8 @@
-"""LeRobot's own evaluator on our checkpoints and environments: its command works, and it finds what we find."""
+"""LeRobot's own commands on our checkpoints and simulation: they work, and its evaluator finds what we find."""
 
+import importlib
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,27 @@ import torch
 from lerobot.envs import make_env
 from lerobot.envs.configs import EnvConfig
 from lerobot.policies import make_policy, make_pre_post_processors
-from lerobot.scripts import lerobot_eval
+from lerobot.scripts import lerobot_eval, lerobot_rollout, lerobot_train
+from lerobot.utils.import_utils import register_third_party_plugins
+from lerobot.utils.process import ProcessSignalHandler
+from safetensors.torch import load_file
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers policy and environment
 from kuavo_sim import EVALUATION_SEED_START
-from kuavo_sim.lerobot import KuavoSimEnvConfig
+from kuavo_sim.lerobot import KuavoSimEnvConfig, KuavoSimRobot, KuavoSimRobotConfig
+from kuavo_sim.robot import BASE_NAMES
 from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.trained_run import PreTrainedConfig
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 STEPS = 12
+
+
+def test_lerobots_commands_find_the_policy_and_the_simulation_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(importlib, "import_module", imported.append)
+    register_third_party_plugins()  # what each of them begins with
+    assert "lerobot_policy_smolvla_memory" in imported
 
 
 def command(checkpoint: Path, *more: str) -> list[str]:
@@ -30,7 +43,7 @@ def command(checkpoint: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("task", "dimensions"), [("weighing", 16), ("sorting", 20)])
-def test_the_command_works_without_further_flags(
+def test_the_evaluator_works_without_further_flags(
     small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, dimensions: int
 ) -> None:
     monkeypatch.setattr(sys, "argv", command(small_checkpoint, f"--env.task={task}", f"--output_dir={tmp_path}"))
@@ -38,6 +51,62 @@ def test_the_command_works_without_further_flags(
     found = json.loads((tmp_path / "eval_info.json").read_text())
     assert found["overall"]["n_episodes"] == 2
     assert found["overall"]["pc_success"] == 0.0  # it has been trained for one step
+
+
+@pytest.mark.parametrize("task", ["weighing", "sorting"])
+def test_the_rollout_command_drives_the_simulated_robot(
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, task: str
+) -> None:
+    robot = ["--robot.type=kuavo_sim", f"--robot.task={task}", "--robot.renderer=none"]
+    short = ["--task=do it", "--fps=100", "--duration=0.5", "--return_to_initial_position=false"]
+    policy = [f"--policy.path={small_checkpoint / 'pretrained_model'}", "--policy.device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["lerobot-rollout", *policy, *robot, *short])
+    monkeypatch.setattr(ProcessSignalHandler, "_register_handlers", lambda _self: None)
+    monkeypatch.setattr(lerobot_rollout, "init_logging", lambda: None)
+    with caplog.at_level(logging.INFO):
+        lerobot_rollout.main()
+    assert f"{task}: not done, sub-goals reached: none" in caplog.messages  # it has been trained for one step
+
+
+def test_the_robot_does_what_it_is_sent() -> None:
+    robot = KuavoSimRobot(KuavoSimRobotConfig(task="sorting", renderer="none", image_size=16))
+    robot.connect()
+    assert list(robot.get_observation()) == list(robot.observation_features)
+    before = robot.get_observation()
+    sent = robot.send_action({**before, "zarm_l4_link.pos": before["zarm_l4_link.pos"] + 0.2})
+    assert list(sent) == list(robot.action_features)
+    assert [sent[f"{name}.pos"] for name in BASE_NAMES] == [0, 0, 0, 0]
+    moved = {name: abs(robot.get_observation()[name] - before[name]) for name in sent if name in before}
+    assert max(moved, key=moved.__getitem__) == "zarm_l4_link.pos"
+    robot.disconnect()
+    assert not robot.is_connected
+
+
+def test_lerobot_trains_on_from_a_checkpoint(
+    small_checkpoint: Path, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {
+        "policy.path": small_checkpoint / "pretrained_model",
+        "policy.device": "cpu",
+        "policy.push_to_hub": "false",
+        "dataset.repo_id": "local/sorting",
+        "dataset.root": datasets / "sorting",
+        "dataset.video_backend": "pyav",
+        "batch_size": 2,
+        "num_workers": 0,
+        "persistent_workers": "false",
+        "steps": 2,
+        "save_freq": 2,
+        "output_dir": tmp_path / "trained",
+    }
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", *(f"--{key}={value}" for key, value in arguments.items())])
+    lerobot_train.main()
+    before = load_file(small_checkpoint / "pretrained_model" / "model.safetensors")
+    trained = tmp_path / "trained" / "checkpoints" / "last" / "pretrained_model"
+    after = load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["model.action_out_proj.weight"], after["model.action_out_proj.weight"])
+    assert PreTrainedConfig.from_pretrained(trained).num_mem_tokens > 0
 
 
 class Recorded:
@@ -88,7 +157,7 @@ def test_the_environment_is_found_by_its_name_and_refuses_what_it_does_not_know(
     assert EnvConfig.get_choice_class("kuavo_sim") is KuavoSimEnvConfig
     assert KuavoSimEnvConfig().action_dim == 16
     assert KuavoSimEnvConfig(task="sorting").action_dim == 20
-    with pytest.raises(ValueError, match=r"env.task must be one of moving_grasp, .*, got 'juggling'"):
+    with pytest.raises(ValueError, match=r"task must be one of moving_grasp, .*, got 'juggling'"):
         KuavoSimEnvConfig(task="juggling")
-    with pytest.raises(ValueError, match=r"env.action_dim must be at least the 20 of sorting, got 16"):
+    with pytest.raises(ValueError, match=r"action_dim must be at least the 20 of sorting, got 16"):
         KuavoSimEnvConfig(task="sorting", action_dim=16)

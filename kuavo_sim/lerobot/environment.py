@@ -1,10 +1,4 @@
-"""The four jobs for LeRobot's own commands, under the name `kuavo_sim`; importing this registers them.
-
-    lerobot-eval --policy.path=<checkpoint>/pretrained_model --env.type=kuavo_sim --env.task=weighing \
-        --seed=1000000000 --eval.n_episodes=50
-
-Give a seed of `EVALUATION_SEED_START` or more: LeRobot's default is among those of demonstrations.
-"""
+"""The four jobs as environments of LeRobot's evaluator."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +47,7 @@ class KuavoSimEnvConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"env.task must be one of {', '.join(TASKS)}, got {self.task!r}")
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         policy = _policy_on_the_command_line()
         cameras = policy.image_features if policy is not None else {}
         if self.image_size is None:
@@ -62,7 +56,7 @@ class KuavoSimEnvConfig(EnvConfig):
             self.action_dim = self._own_dimensions if policy is None else policy.action_feature.shape[0]
         if self.action_dim < self._own_dimensions:
             raise ValueError(
-                f"env.action_dim must be at least the {self._own_dimensions} of {self.task}, got {self.action_dim}: a "
+                f"action_dim must be at least the {self._own_dimensions} of {self.task}, got {self.action_dim}: a "
                 "policy of fewer dimensions has not learnt to do it"
             )
         shape = (*height_and_width(self.image_size), 3)
