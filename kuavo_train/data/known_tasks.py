@@ -58,10 +58,13 @@ class KnownTasks:
 
     @classmethod
     def load(cls, folder: Path) -> "KnownTasks":
-        """Raises `FileNotFoundError`: the checkpoint is not from this project."""
+        """Raises `FileNotFoundError`: the checkpoint is of another trainer, or older than the file."""
         path = folder / FILE_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{path} must be there: only checkpoints written by kuavo_train know their tasks")
+            raise FileNotFoundError(
+                f"{path} must be there: a policy alone does not know its tasks. Take it from another checkpoint of the "
+                f"same stage; without one, LeRobot's own commands open the policy (--policy.path={folder})"
+            )
         stored = json.loads(path.read_text())
         names = {key: tuple(stored[key]) for key in ("state_names", "action_names", "absent_state")}
         tasks = tuple(

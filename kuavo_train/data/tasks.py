@@ -169,7 +169,7 @@ def _open_dataset(stage: StageConfig, config: DataConfig, where: str) -> LeRobot
     if not info.is_file() and stage.repo_id is None:
         raise ConfigError(
             f"{where} does not exist; record it (simulated ones: make data), or set stage.root or data.root to its "
-            "folder"
+            "folder (profile=robot takes data.root from $KUAVO_DATA_ROOT)"
         )
     if info.is_file():
         try:
