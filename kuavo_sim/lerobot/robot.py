@@ -13,6 +13,7 @@ from lerobot.robots import Robot, RobotConfig
 
 from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
 from kuavo_sim.lerobot.environment import KuavoSimEnvConfig
+from kuavo_sim.render import height_and_width
 from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
 from kuavo_sim.tasks import TASKS
 
@@ -29,13 +30,14 @@ class KuavoSimRobotConfig(RobotConfig):
 
     Args:
         task: one of kuavo_sim's `TASKS`.
-        image_size: of the policy; by default that of the one named by `--policy.path`.
+        image_size: of the policy; by default that of the one named by `--policy.path`. The side of square pictures,
+            or [height, width].
         renderer, phase_visible: of the environment.
         seed: of the layout; below `EVALUATION_SEED_START` are those of demonstrations.
     """
 
     task: str = "weighing"
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
     renderer: str = "rays"
     phase_visible: bool = True
     seed: int = EVALUATION_SEED_START
@@ -60,7 +62,7 @@ class KuavoSimRobot(Robot):
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        pictures = dict.fromkeys(CAMERAS, (self._size, self._size, 3))
+        pictures = dict.fromkeys(CAMERAS, (*height_and_width(self._size), 3))
         return {**{_feature(name): float for name in STATE_NAMES}, **pictures}
 
     @property
