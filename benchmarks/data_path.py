@@ -31,6 +31,7 @@ from kuavo_train.data.tasks import Task, open_task
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
 CHUNK = 50
+CPU = torch.device("cpu")
 PICTURES = {"96x96": (96, 96), "480x640": (480, 640)}
 
 
@@ -70,7 +71,7 @@ def compare(pictures: str, settings: Settings, root: Path) -> Table:
     normalization = fit_normalization([task], "joint")
 
     def dataset(source: Any, image_key: Callable[[str], str] = str) -> MixedDataset:
-        return MixedDataset([task], [source], normalization, chunk_size=CHUNK, image_key=image_key)
+        return MixedDataset([task], [source], normalization, actions=range(CHUNK), image_key=image_key)
 
     draws = batches(task, settings.batch_size)
     decoding = dataset(decoded)
@@ -79,7 +80,7 @@ def compare(pictures: str, settings: Settings, root: Path) -> Table:
         "LeRobotDataset": partial(next, lerobot_batches(task, settings.batch_size)),
         "ours, decoding": lambda: decoding.__getitems__(next(draws)),
         "ours, frames": lambda: of_frames.__getitems__(next(draws)),
-        "ours, frames, as float": lambda: preprocess(of_frames.__getitems__(next(draws)), dict),
+        "ours, frames, as float": lambda: preprocess(of_frames.__getitems__(next(draws)), dict, CPU),
         "ours, features": lambda: of_features.__getitems__(next(draws)),
     }
     timings = alternate(variants, rounds=settings.rounds)

@@ -112,7 +112,7 @@ class ColourTask:
         return self.pictures[torch.from_numpy(np.asarray(rows))]
 
     def dataset(self) -> MixedDataset:
-        return MixedDataset([self.task], [self.frames], normalization(), chunk_size=1)
+        return MixedDataset([self.task], [self.frames], normalization(), actions=range(1))
 
 
 def colour_task(delays: Sequence[int], layouts: Sequence[int]) -> ColourTask:

@@ -65,7 +65,7 @@ class Fetcher:
             seed=0, stage=1, tasks=tasks, shares=shares, batch_size=batch_size, depth=DEPTH, stride=STRIDE
         )
         self.dataset = MixedDataset(
-            tasks, [_no_image] * len(tasks), fit_normalization(tasks, "joint"), chunk_size=CHUNK
+            tasks, [_no_image] * len(tasks), fit_normalization(tasks, "joint"), actions=range(CHUNK)
         )
         self.number = 0
         self()

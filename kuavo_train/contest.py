@@ -3,12 +3,13 @@
 A row is one way to ask a checkpoint: as it is, at another horizon, or without something it has.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from lerobot.configs import PreTrainedConfig
 
 from kuavo_sim import ENVIRONMENT_IDS, TASKS
 from kuavo_train.config import ConfigError, DataConfig, StageConfig, one_of, require
@@ -26,7 +27,7 @@ from kuavo_train.evaluation.side_by_side import differ, judge
 from kuavo_train.evaluation.videos import Caption, picked, write_video
 from kuavo_train.run_folder import now, write_json
 from kuavo_train.trained_run import TrainedRun, stage_folder_above
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
 
 EPISODES = 50  # per task in simulation, unless said otherwise
 VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here
@@ -39,7 +40,7 @@ class Contestant:
 
     name: str
     folder: Path
-    chunk_size: int
+    planned: int  # actions from a look on
     known: KnownTasks
     run: TrainedRun | None
 
@@ -54,7 +55,7 @@ class Contestant:
         stage = stage_folder_above(folder)
         in_run = stage is not None and (stage.parent / "run.json").is_file()
         run = TrainedRun.open(stage.parent) if stage is not None and in_run else None
-        return cls(name, folder, json.loads((folder / "config.json").read_text())["chunk_size"], known, run)
+        return cls(name, folder, planned_steps(PreTrainedConfig.from_pretrained(folder)), known, run)
 
     def task(self, name: str) -> KnownTask:
         learnt = {task.name: task for task in self.known.tasks}
@@ -183,9 +184,9 @@ def evaluate(request: Request) -> Record:
     contestants = [Contestant.open(name, path) for name, path in request.checkpoints.items()]
     tasks = request.tasks or _learnt_by_all(contestants)
     for contestant in contestants:
-        rule = f"be at most {contestant.chunk_size}, what {contestant.name} plans"
+        rule = f"be at most {contestant.planned}, what {contestant.name} plans"
         longest = max(request.n_action_steps, default=1)
-        require(longest <= contestant.chunk_size, "n_action_steps", rule, longest)
+        require(longest <= contestant.planned, "n_action_steps", rule, longest)
     about = {
         "created": now(),
         "mode": "simulation" if request.data is None else "demonstrations",
@@ -210,7 +211,11 @@ def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], 
                 task = opened[contestant.name, name]
                 frames = DecodedFrames(task, image_size=None, video_backend=VIDEO_BACKEND)
                 chosen = episodes[name][: request.n_episodes]
-                walked[row.name][name] = errors = walk(asked, task, chosen, frames, parallel=request.parallel)
+                try:
+                    errors = walk(asked, task, chosen, frames, parallel=request.parallel)
+                except ValueError as error:  # what the policy is shown does not fit it
+                    raise ConfigError(f"{row.name} on {name}: {error}") from error
+                walked[row.name][name] = errors
                 reference = None if row.against is None else walked[row.against][name]
                 told.append({"task": name, **judge_errors(errors, task.action_names, reference)})
             rows.append({**row.record(), "tasks": told})

@@ -75,6 +75,7 @@ class Findings:
         for facts, length in zip(self.facts["tasks"], lengths, strict=True):
             facts["tokens"] = length
         self.problems += _instruction_problems(limit, tasks, lengths)
+        self.notes += _policy_notes(policy_config.type, tasks, lengths)
         self.problems += _width_problems(policy_config, normalization)
 
     def look_at_policy(self, config: RunConfig, policy: Any) -> None:
@@ -163,6 +164,24 @@ def _instruction_problems(limit: int | None, tasks: Sequence[Task], lengths: Seq
         for task, length in zip(tasks, lengths, strict=True)
         if length is not None and limit is not None and length > limit
     ]
+
+
+def _policy_notes(policy: str, tasks: Sequence[Task], lengths: Sequence[int | None]) -> list[str]:
+    """What a policy cannot do that several tasks would ask of it."""
+    if None not in lengths or len(tasks) < 2:
+        return []
+    notes = [
+        f"policy {policy} reads no instruction: it can tell {len(tasks)} tasks apart by pictures and state alone, and "
+        "nobody can tell it which to do"
+    ]
+    names = dict.fromkeys(name for task in tasks for name in task.action_names)
+    lacking = [task.name for task in tasks if set(names) - set(task.action_names)]
+    if lacking:
+        notes.append(
+            f"policy {policy} cannot mask action dimensions: those that {', '.join(lacking)} lack count in its loss, "
+            "where the mean is learnt for them; action errors leave them out"
+        )
+    return notes
 
 
 def _agreement_problems(tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
@@ -321,11 +340,12 @@ def _instruction_text(task: Mapping[str, Any]) -> str:
 def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
     total = sum(group["parameters"] for group in groups)
     trained = sum(group["parameters"] for group in groups if group["trainable"])
+    width = max(12, *(len(group["group"]) for group in groups))
     lines = [
-        f"  {group['group']:<12} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen'}"
+        f"  {group['group']:<{width}} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen'}"
         for group in groups
     ]
-    return "\n".join([*lines, f"  {'total':<12} {total:>13,}  {trained:,} in trained groups"])
+    return "\n".join([*lines, f"  {'total':<{width}} {total:>13,}  {trained:,} in trained groups"])
 
 
 def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:

@@ -73,7 +73,7 @@ def report(
         numbers = numbers[:episodes]
     run.normalization.check_covers(asked)
     policy, preprocessor = load_policy(folder, torch.device("cpu"))
-    dataset = run.dataset([asked, known], chunk_size=policy.config.chunk_size)
+    dataset = run.dataset([asked, known], policy.config)
     probe = MemoryProbe(policy, dataset, preprocessor)
     cues = cues_of(asked)
     found: dict[str, Any] = {

@@ -105,7 +105,7 @@ def _relearn(
     assert stage is not None
     optimizer, scheduler = build_optimizer(stage.built.policy.parameters(), training, steps=steps)
     policy, optimizer = accelerator.prepare(stage.built.policy, optimizer)
-    dataset = run.dataset(stage.order.tasks, chunk_size=stage.built.policy.config.chunk_size)
+    dataset = run.dataset(stage.order.tasks, stage.built.policy.config)
     validator = Validator(**_validation(run, dataset, stage.built.preprocessor))
     curve: list[tuple[int, Scores]] = []
 
@@ -142,7 +142,14 @@ def _relearn(
 
 
 def instruction_swap(run: TrainedRun) -> Record:
-    """The final policy on held-out frames of every task it has learnt, told to do another of them."""
+    """The final policy on held-out frames of every task it has learnt, told to do another of them.
+
+    Raises:
+        NothingToProbe: the policy reads no instruction.
+    """
+    policy = run.settings.policy
+    if "tokenizer_max_length" not in policy:
+        raise NothingToProbe(f"instruction_swap needs a policy that reads instructions, got {policy['type']}")
     probe = _probe(run, run.stored.finished[-1])
     with run.autocast(), tqdm(desc="instruction swap", unit="query") as bar:
         return {"tasks": swap_instructions(probe, [task.name for task in run.learnt], advance=bar.update)}
@@ -190,7 +197,7 @@ def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Re
 def _probe(run: TrainedRun, stage: StoredStage) -> MemoryProbe:
     """The policy that the stage hands on, with the data to ask it about."""
     policy, preprocessor = run.policy(run.checkpoint(stage))
-    return MemoryProbe(policy, run.dataset(run.tasks, chunk_size=policy.config.chunk_size), preprocessor)
+    return MemoryProbe(policy, run.dataset(run.tasks, policy.config), preprocessor)
 
 
 def _validation(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Record:

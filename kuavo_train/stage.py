@@ -27,7 +27,7 @@ from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_aug
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.images import Images, plan_images
 from kuavo_train.data.lanes import LaneOrder
-from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.data.mixture import MixedDataset, frames_of_sample
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
@@ -69,7 +69,6 @@ from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
-from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
 
 
 def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
@@ -250,8 +249,9 @@ def open_stage(
     encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
     images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
     findings.look_at_plan(config, order.shares, timetable.steps, images)
-    environments = attempt(_environments, config, curriculum, built.policy)
-    if findings.problems or environments is None:
+    environments = attempt(_environments, config, curriculum)
+    augment = attempt(_augmentation, config, order, accelerator.process_index)
+    if findings.problems or environments is None or augment is None:
         return None
     return Stage(
         config=config,
@@ -266,19 +266,15 @@ def open_stage(
         recurrence=recurrence,
         timetable=timetable,
         environments=environments,
+        augment=augment,
         table=findings.table,
     )
 
 
-def _environments(config: RunConfig, curriculum: Sequence[StageConfig], policy: Any) -> dict[str, Environment]:
+def _environments(config: RunConfig, curriculum: Sequence[StageConfig]) -> dict[str, Environment]:
     """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
     if config.rollout.episodes == 0:
         return {}
-    if not isinstance(policy, SmolVLAMemoryPolicy):
-        raise ConfigError(
-            f"rollout.episodes must be 0 with policy.type={config.policy['type']}, got {config.rollout.episodes}; "
-            "evaluate its checkpoints afterwards"
-        )
     seen = _seen(config, curriculum)
     return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
 
@@ -370,6 +366,7 @@ class Stage:
     recurrence: Recurrence
     timetable: Timetable
     environments: dict[str, Environment]
+    augment: Augmentation
     table: str
 
     def run(self, resumed: Checkpoint | None, before: Checkpoint | None) -> int:
@@ -464,7 +461,7 @@ class Stage:
             tasks,
             [self.images.sources[task.name] for task in tasks],
             self.normalization,
-            chunk_size=self.built.policy.config.chunk_size,
+            **frames_of_sample(self.built.policy.config),
             image_key=self.images.image_key,
         )
 
@@ -540,7 +537,7 @@ class Stage:
                 order=self.order,
                 recurrence=self.recurrence,
                 extra_loss=self.extra_loss,
-                augment=_augmentation(config, self.order, self.accelerator.process_index),
+                augment=self.augment,
                 config=config.training,
                 timetable=self.timetable,
                 current=config.learns[0],

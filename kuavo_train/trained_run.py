@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, StageConfig, require, resolve
 from kuavo_train.data.frames import open_frames
-from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.data.mixture import MixedDataset, frames_of_sample
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, open_task
 from kuavo_train.evaluation.stored_run import StoredRun, StoredStage, read_run
@@ -113,9 +113,10 @@ class TrainedRun:
         learnt_in = self.stored.learnt_in()
         return [task for task in self.tasks if learnt_in[task.name] <= self.stored.finished[-1].index]
 
-    def dataset(self, tasks: Sequence[Task], *, chunk_size: int) -> MixedDataset:
+    def dataset(self, tasks: Sequence[Task], policy_config: Any) -> MixedDataset:
+        """Samples as the policy of that LeRobot config takes them."""
         frames = [open_frames(task, self.settings.data) for task in tasks]
-        return MixedDataset(tasks, frames, self.normalization, chunk_size=chunk_size)
+        return MixedDataset(tasks, frames, self.normalization, **frames_of_sample(policy_config))
 
     def checkpoint(self, stage: StoredStage) -> Checkpoint:
         """What the stage hands on. Raises `ConfigError` when it is damaged or gone."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from kuavo_train.compose import compose_run, overrides_for_all_tasks
 from kuavo_train.config import CONFIG_FOLDER, ConfigError
@@ -17,14 +18,66 @@ RECIPES = {  # task → epochs, lr, warm-up, decay, replay
 }
 
 
-@pytest.mark.parametrize("profile", [file.stem for file in (CONFIG_FOLDER / "profile").glob("*.yaml")])
-@pytest.mark.parametrize("strategy", [file.stem for file in (CONFIG_FOLDER / "strategy").glob("*.yaml")])
-@pytest.mark.parametrize("policy", [file.stem for file in (CONFIG_FOLDER / "policy").glob("*.yaml")])
-def test_all_groups_compose_with_each_other(profile: str, strategy: str, policy: str) -> None:
-    configs = compose_run([f"profile={profile}", f"strategy={strategy}", f"policy={policy}"])
-    assert [config.stage.name for config in configs] == list(RECIPES)
-    assert {config.profile for config in configs} == {profile}
-    assert all(sum(config.replay.values()) == pytest.approx(1) for config in configs)
+def choices(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONFIG_FOLDER / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("policy", choices("policy"))
+@pytest.mark.parametrize("profile", choices("profile"))
+def test_every_policy_comes_in_the_size_of_every_profile(profile: str, policy: str) -> None:
+    (config, *_) = configs = compose_run([profile, policy])
+    assert [each.stage.name for each in configs] == list(RECIPES)
+    assert f"profile={config.profile}" == profile
+    name = policy.removeprefix("policy=")
+    assert config.run == (config.profile if name == "smolvla_memory" else f"{config.profile}-{name}")
+    assert config.policy["type"] == ("smolvla_memory" if name == "smolvla" else name)
+    planned = config.policy.get("chunk_size") or config.policy["horizon"]
+    assert (planned >= 50) == (config.profile == "robot")
+    if config.profile != "robot":  # nothing is fetched
+        assert not config.policy.get("load_vlm_weights")
+        assert config.policy.get("pretrained_backbone_weights") is None
+
+
+def test_what_a_profile_changes_of_a_policy_is_in_force() -> None:
+    chosen = {
+        profile: compose_with("task2_weighing", [f"profile={profile}"])[0].policy
+        for profile in ("embedded", "smoke", "study", "robot")
+    }
+    changed = {name: (p["num_steps"], p["mem_backprop_depth"], p["sampling_temperature"]) for name, p in chosen.items()}
+    assert changed == {"embedded": (10, 4, 1), "smoke": (2, 4, 1), "study": (10, 8, 0), "robot": (10, 4, 1)}
+
+
+def test_no_key_of_a_policy_stands_where_a_profile_cannot_change_it() -> None:
+    """A policy's own file comes after the profile, and would win."""
+    folder = CONFIG_FOLDER / "policy"
+    for file in folder.glob("*/*.yaml"):
+        own, of_profile = (OmegaConf.load(path).get("policy", {}) for path in (folder / file.name, file))
+        assert not set(own) & set(of_profile), file
+
+
+OTHER_GROUPS = [choice for group in ("strategy", "memory", "finetune", "recipe") for choice in choices(group)]
+
+
+@pytest.mark.parametrize("choice", OTHER_GROUPS)
+def test_every_group_composes_with_the_robots_profile(choice: str) -> None:
+    (config,) = compose_with("task2_weighing", ["profile=robot", choice])
+    if config.mixture != "all_tasks":
+        assert sum(config.replay.values()) == pytest.approx(1)
+
+
+def test_the_presets_say_what_they_are_named_for() -> None:
+    presets = {
+        choice: compose_with("task2_weighing", ["profile=robot", choice])[0]
+        for group in ("memory", "finetune", "recipe")
+        for choice in choices(group)
+    }
+    tokens = {name.split("=")[1]: preset.policy["num_mem_tokens"] for name, preset in presets.items()}
+    assert (tokens["light"], tokens["standard"], tokens["strong"], tokens["max"]) == (2, 4, 8, 16)
+    assert presets["finetune=expert_only"].training.freeze == ["vision", "connector", "vlm_text"]
+    assert presets["finetune=end_to_end"].training.freeze == []
+    recipes = [presets[f"recipe={size}_data"].training for size in ("small", "default", "large")]
+    assert [recipe.epochs for recipe in recipes] == [85, 25, 10]
+    assert {recipe.lr for recipe in recipes} == {7e-5}  # 1e-4, and the stage's decay
 
 
 def test_the_task_files_carry_the_exact_recipes() -> None:

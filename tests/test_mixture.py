@@ -103,7 +103,7 @@ def test_several_processes_share_the_order_of_one(tasks: list[Task]) -> None:
 def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], normalization: Normalization) -> None:
     order = order_of(tasks, STAGE_SHARES[3], batch_size=4)
     frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in order.tasks]
-    dataset = MixedDataset(order.tasks, frames, normalization, chunk_size=4)
+    dataset = MixedDataset(order.tasks, frames, normalization, actions=range(4))
     batches = []
     for workers in (0, 2):
         sampler = StepSampler(order, start=0, stop=3)
@@ -114,21 +114,25 @@ def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], no
         assert torch.equal(alone["observation.images.head_cam_h"], parallel["observation.images.head_cam_h"])
 
 
-def test_a_batch_holds_what_the_dataset_holds(tasks: list[Task], normalization: Normalization) -> None:
+@pytest.mark.parametrize(("actions", "observations"), [(range(6), (0,)), (range(-1, 5), (-1, 0))])
+def test_a_batch_holds_what_the_dataset_holds(
+    tasks: list[Task], normalization: Normalization, actions: range, observations: tuple[int, ...]
+) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     task = tasks[3]
-    fps = task.meta.fps
+    seen = dict.fromkeys(["observation.state", *task.cameras], observations) if len(observations) > 1 else {}
+    steps = {"action": actions, **seen}
     reference = LeRobotDataset(
         "local/x",
         root=task.root,
         video_backend="pyav",
         return_uint8=True,
-        delta_timestamps={"action": [step / fps for step in range(6)]},
+        delta_timestamps={key: [step / task.meta.fps for step in offsets] for key, offsets in steps.items()},
     )
     frames = [DecodedFrames(each, image_size=None, video_backend="pyav") for each in tasks]
-    dataset = MixedDataset(tasks, frames, normalization, chunk_size=6)
-    rows = [0, 5, 12, 13, 30]
+    dataset = MixedDataset(tasks, frames, normalization, actions=actions, observations=observations)
+    rows = [0, 5, 12, 13, 14, 30]
     batch = dataset.__getitems__([Draw(3, row) for row in rows])
     for place, row in enumerate(rows):
         item = reference[row]
@@ -146,7 +150,7 @@ def test_an_action_chunk_costs_no_image_but_its_first(tasks: list[Task], normali
         asked.append((camera, rows.tolist()))
         return torch.zeros((len(rows), 3, 8, 8), dtype=torch.uint8)
 
-    dataset = MixedDataset(tasks[:2], [pictures] * 2, normalization, chunk_size=6)
+    dataset = MixedDataset(tasks[:2], [pictures] * 2, normalization, actions=range(6))
     batch = dataset.__getitems__([Draw(0, 3), Draw(1, 20), Draw(0, 9)])
     assert batch["action"].shape[1] == 6
     assert asked == [(camera, rows) for rows in ([3, 9], [20]) for camera in tasks[0].cameras]
@@ -154,7 +158,7 @@ def test_an_action_chunk_costs_no_image_but_its_first(tasks: list[Task], normali
 
 def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], normalization: Normalization) -> None:
     frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in tasks]
-    dataset = MixedDataset(tasks, frames, normalization, chunk_size=4)
+    dataset = MixedDataset(tasks, frames, normalization, actions=range(4))
     batch = dataset.__getitems__([Draw(0, 3), Draw(3, 3)])
     assert batch["action"].shape == (2, 4, 20)
     assert batch["action_dim_is_pad"].tolist() == [[False] * 16 + [True] * 4, [False] * 20]

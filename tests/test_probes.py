@@ -107,7 +107,7 @@ def test_the_action_error_with_the_own_instruction_is_the_validations(run: Path)
 def test_the_same_words_move_no_action(run: Path) -> None:
     trained = TrainedRun.open(run)
     policy, preprocessor = trained.policy(trained.checkpoint(trained.stages[-1]))
-    probe = MemoryProbe(policy, trained.dataset(trained.tasks, chunk_size=policy.config.chunk_size), preprocessor)
+    probe = MemoryProbe(policy, trained.dataset(trained.tasks, policy.config), preprocessor)
     weighing, placement = trained.tasks
     object.__setattr__(placement, "instruction", weighing.instruction)
     moved = swap_instructions(probe, ["weighing", "placement"], advance=lambda: None)[0]

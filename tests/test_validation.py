@@ -15,7 +15,8 @@ from kuavo_train.compose import compose_run
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.tasks import open_task
-from kuavo_train.evaluation.validation import Validator, stratified_time
+from kuavo_train.evaluation.answers import stratified_time
+from kuavo_train.evaluation.validation import Validator
 
 OFF_BY = {
     "left_arm": 0.5,
@@ -74,7 +75,7 @@ def validator(datasets: Path) -> Validator:
     def no_picture(_camera: str, rows: np.ndarray) -> torch.Tensor:
         return torch.zeros(len(rows), 3, 2, 2, dtype=torch.uint8)
 
-    dataset = MixedDataset(tasks, [no_picture] * len(tasks), normalization, chunk_size=6)
+    dataset = MixedDataset(tasks, [no_picture] * len(tasks), normalization, actions=range(6))
     return Validator(dataset, normalization, dict, draws=3, batch_size=64, autocast=nullcontext, progress=False)
 
 

@@ -24,6 +24,8 @@ class MixedDataset(Dataset):
 
     Args:
         images: of each task, what its cameras give.
+        actions, observations: the frames a sample is made of, as offsets from its own: LeRobot's delta indices of a
+            policy. Observations of more than one frame have an axis of time.
         image_key: name of a camera → name in a batch of what it gives, where that is not its picture.
     """
 
@@ -33,10 +35,12 @@ class MixedDataset(Dataset):
         images: Sequence[ImageSource],
         normalization: Normalization,
         *,
-        chunk_size: int,
+        actions: Sequence[int],
+        observations: Sequence[int] = (0,),
         image_key: Callable[[str], str] = str,
     ):
-        self.tasks, self.images, self.image_key, self.chunk_size = list(tasks), list(images), image_key, chunk_size
+        self.tasks, self.images, self.image_key = list(tasks), list(images), image_key
+        self.actions, self.observations = np.array(actions), np.array(observations)
         space = normalization.space
         self.columns = [(space.state_columns(task), space.action_columns(task)) for task in self.tasks]
         # A dimension that a task lacks holds the mean, which normalizes to zero.
@@ -50,18 +54,19 @@ class MixedDataset(Dataset):
         return self.__getitems__([draw])
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
-        """One batch of B samples with chunks of C actions:
+        """One batch of B samples with chunks of C actions, observations of T frames:
 
-        observation.images.*: [B, 3, H, W] uint8, or under `image_key` what stands for it; observation.state:
-        [B, S]; action: [B, C, A]; action_is_pad: [B, C], True past the episode's end; action_dim_is_pad: [B, A],
-        True where the task lacks the dimension; observation.memory_reset: [B], True where a memory starts anew;
-        task: B instructions; task_position, episode_index, frame_index, stream: [B].
+        observation.images.*: [B, T, 3, H, W] uint8, or under `image_key` what stands for it; observation.state:
+        [B, T, S], both without the axis of time where T is 1; action: [B, C, A]; action_is_pad: [B, C], True beyond
+        the episode; action_dim_is_pad: [B, A], True where the task lacks the dimension; observation.memory_reset:
+        [B], True where a memory starts anew; task: B instructions; task_position, episode_index, frame_index,
+        stream: [B]. Beyond the episode its first or last frame is repeated.
         """
         places, rows, streams, begins = np.array(draws, dtype=np.int64).T
-        size = len(places)
-        state = np.tile(self.fill_state, (size, 1))
-        action = np.tile(self.fill_action, (size, self.chunk_size, 1))
-        is_pad = np.zeros((size, self.chunk_size), dtype=bool)
+        size, seen, chunk_size = len(places), len(self.observations), len(self.actions)
+        state = np.tile(self.fill_state, (size, seen, 1))
+        action = np.tile(self.fill_action, (size, chunk_size, 1))
+        is_pad = np.zeros((size, chunk_size), dtype=bool)
         dim_is_pad = np.ones((size, len(self.fill_action)), dtype=bool)
         episodes, frame_numbers = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         images: dict[str, torch.Tensor] = {}
@@ -70,22 +75,22 @@ class MixedDataset(Dataset):
             mine = np.flatnonzero(places == place)
             own = rows[mine]
             episodes[mine], frame_numbers[mine] = task.episode[own], task.frame[own]
-            state[np.ix_(mine, state_columns)] = task.state[own]
-            chunk = own[:, None] + np.arange(self.chunk_size)
-            last = task.bounds[task.episode[own], 1][:, None] - 1
-            is_pad[mine] = chunk > last
-            action[mine[:, None, None], np.arange(self.chunk_size)[:, None], action_columns] = task.action[
-                np.minimum(chunk, last)
-            ]
+            first, end = task.bounds[task.episode[own]].T[:, :, None]
+            looks = np.clip(own[:, None] + self.observations, first, end - 1)
+            state[np.ix_(mine, np.arange(seen), state_columns)] = task.state[looks]
+            chunk = own[:, None] + self.actions
+            is_pad[mine] = (chunk < first) | (chunk >= end)
+            action[np.ix_(mine, np.arange(chunk_size), action_columns)] = task.action[np.clip(chunk, first, end - 1)]
             dim_is_pad[np.ix_(mine, action_columns)] = False
             for camera in task.cameras:
-                given, key = self.images[place](camera, own), self.image_key(camera)
+                given, key = self.images[place](camera, looks.ravel()), self.image_key(camera)
                 if key not in images:
-                    images[key] = torch.empty((size, *given.shape[1:]), dtype=given.dtype)
-                images[key][torch.from_numpy(mine)] = given
+                    images[key] = torch.empty((size, seen, *given.shape[1:]), dtype=given.dtype)
+                images[key][torch.from_numpy(mine)] = given.unflatten(0, looks.shape)
+        whole = state[:, 0] if seen == 1 else state
         return {
-            **images,
-            OBS_STATE: torch.from_numpy(state),
+            **{key: given[:, 0] if seen == 1 else given for key, given in images.items()},
+            OBS_STATE: torch.from_numpy(whole),
             ACTION: torch.from_numpy(action),
             "action_is_pad": torch.from_numpy(is_pad),
             "action_dim_is_pad": torch.from_numpy(dim_is_pad),
@@ -114,10 +119,28 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def preprocess(batch: Batch, preprocessor: Any) -> Batch:
-    """Through LeRobot's preprocessor (tokens, device, normalization); images become floats in [0, 1] there."""
-    prepared = preprocessor({key: value for key, value in batch.items() if key not in BOOKKEEPING})
+def frames_of_sample(policy_config: Any) -> dict[str, Any]:
+    """The frames that a policy learns from at once, as `MixedDataset` takes them: LeRobot's delta indices."""
     return {
-        key: value.float() / 255 if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value
-        for key, value in prepared.items()
+        "actions": policy_config.action_delta_indices,
+        "observations": policy_config.observation_delta_indices or (0,),
     }
+
+
+def preprocess(
+    batch: Batch, preprocessor: Any, device: torch.device, change: Callable[[Batch], Batch] = lambda batch: batch
+) -> Batch:
+    """What is not bookkeeping through LeRobot's preprocessor: tokens, device, normalization.
+
+    Args:
+        device: where pictures become floats in [0, 1]; as bytes they are a quarter on the way there.
+        change: what is done to the batch then, before pictures are normalized.
+    """
+    with_floats = {
+        key: value.to(device, non_blocking=True).float() / 255
+        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+        else value
+        for key, value in batch.items()
+        if key not in BOOKKEEPING
+    }
+    return preprocessor(change(with_floats))

@@ -161,7 +161,7 @@ class MemoryProbe:
         batch = self.dataset.__getitems__(list(draws))
         if instruction is not None:
             batch["task"] = [instruction] * len(draws)
-        return preprocess(batch, self.preprocessor)
+        return preprocess(batch, self.preprocessor, next(self.policy.parameters()).device)
 
 
 @dataclass

@@ -1,9 +1,8 @@
 """validate_all_tasks: the same held-out questions at every stage.
 
-Flow-matching loss depends on random noise and time. Here both are fixed: noise by a generator seeded with
-(task, episode, frame, draw), time on a stratified grid of the training distribution, all on the CPU. Frames are
-visited as the robot would: in episode order, one every `n_action_steps`, memory carried from query to query.
-Training's random state is not touched.
+A policy's loss depends on what it draws at random, as noise and time of flow matching. Here that is a function of
+(task, episode, frame, draw); answers.py says how. Frames are visited as the robot would: in episode order, one every
+`n_action_steps`, memory carried from query to query. Training's random state is not touched.
 """
 
 import time
@@ -22,6 +21,7 @@ from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.order import Draw
 from kuavo_train.data.tasks import Task
+from kuavo_train.evaluation.answers import asks
 
 Lane = list[int]  # rows of one episode, in order
 
@@ -42,8 +42,9 @@ class Validator:
         """One record per named task: loss, action error, both per episode, and the constant predictor's error.
 
         The loss of a task is the mean over its held-out episodes of their mean over queries and draws; the
-        action error is the mean absolute difference of the denoised chunk and the demonstrated one, normalized
-        and, per joint group, in robot units (rad, m).
+        action error is the mean absolute difference of the predicted chunk and the demonstrated one, normalized
+        and, per joint group, in robot units (rad, m). A policy that predicts no more than it carries
+        out is judged on that.
         """
         was_training = policy.training
         policy.eval()
@@ -68,19 +69,19 @@ class Validator:
         task = self.dataset.tasks[place]
         by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
         constant = self._constant_prediction(task)
+        key, ask, device = zlib.crc32(task.name.encode()), asks(policy, self.draws), next(policy.parameters()).device
+        now = self.dataset.actions.tolist().index(0)
         for batch, memory, advance in self._queries(policy, place):
-            prepared = preprocess(batch, self.preprocessor)
+            prepared = preprocess(batch, self.preprocessor, device)
+            frames = zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
             with self.autocast():
-                encoded, new_memory = policy.encode(prepared, memory)
-                noise = self._noise(policy, batch, task)
-                times = torch.tensor([stratified_time(draw, self.draws) for draw in range(self.draws)])
-                times = times.repeat(len(noise)).to(noise.device)
-                losses = policy.flow_loss(encoded, prepared, noise.flatten(0, 1), times, "none").float().cpu().numpy()
-                predicted = policy.denoise(encoded, prepared, noise[:, 0])
-            advance(new_memory)
-            target = prepared[ACTION].float()
-            valid = ~(prepared["action_is_pad"][:, :, None] | prepared["action_dim_is_pad"][:, None, :])
-            error = (predicted.float() - target).abs()
+                answers = ask(prepared, [(key, *frame) for frame in frames], memory)
+            advance(answers.memory)
+            losses, predicted = answers.losses.float().cpu().numpy(), answers.actions.float()
+            steps = slice(now, now + predicted.shape[1])
+            target = prepared[ACTION][:, steps].float()
+            valid = ~(prepared["action_is_pad"][:, steps, None] | prepared["action_dim_is_pad"][:, None, :])
+            error = (predicted - target).abs()
             constant_error = (constant.to(target.device) - target).abs()
             for item, episode in enumerate(batch["episode_index"].tolist()):
                 by_episode[episode].append(
@@ -92,19 +93,6 @@ class Validator:
                 )
             bar.update(len(batch["task"]))
         return self._record(task, by_episode, time.perf_counter() - began)
-
-    def _noise(self, policy: Any, batch: Batch, task: Task) -> torch.Tensor:
-        """[B, draws, chunk, max_action_dim] standard normal, the same for a frame and draw wherever it is asked for."""
-        shape = (policy.config.chunk_size, policy.config.max_action_dim)
-        key = zlib.crc32(task.name.encode())
-        noise = [
-            [
-                np.random.default_rng([key, episode, frame, draw]).standard_normal(shape, dtype=np.float32)
-                for draw in range(self.draws)
-            ]
-            for episode, frame in zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
-        ]
-        return torch.from_numpy(np.array(noise)).to(next(policy.parameters()).device)
 
     def _lanes(self, policy: Any, place: int) -> list[Lane]:
         """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""
@@ -168,12 +156,6 @@ class Validator:
             "draws": self.draws,
             "seconds": round(seconds, 3),
         }
-
-
-def stratified_time(draw: int, draws: int) -> float:
-    """Middle of the `draw`-th of `draws` equally likely slices of SmolVLA's Beta(1.5, 1) training distribution."""
-    quantile = (draw + 0.5) / draws
-    return 0.999 * quantile ** (1 / 1.5) + 0.001
 
 
 def _column_means(values: torch.Tensor, valid: torch.Tensor) -> np.ndarray:

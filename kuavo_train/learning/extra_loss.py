@@ -126,14 +126,15 @@ def measure_importance(
     """
     parameters = trainable_parameters(policy)
     fisher = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    was_training, count = policy.training, 0
+    was_training, count, device = policy.training, 0, next(policy.parameters()).device
     policy.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in clips:
             policy.zero_grad(set_to_none=True)
+            prepared = preprocess(batch, preprocessor, device)
             with autocast():
-                loss, outputs = policy(preprocess(batch, preprocessor), **recurrence.before(batch))
+                loss, outputs = policy(prepared, **recurrence.before(batch))
             recurrence.after(batch, outputs)
             loss.backward()
             count += 1

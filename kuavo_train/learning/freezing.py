@@ -30,14 +30,15 @@ class ParameterGroup:
 
 
 def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
-    """Group → parameter names. Policies without groups of their own get one per top-level module."""
+    """Group → parameter names. Policies without groups of their own get one per part of their network."""
     own_groups = getattr(policy, "parameter_groups", None)
     if own_groups is not None:
         return own_groups()
+    paths = {name: name.split(".") for name, _ in policy.named_parameters()}
+    depth = len({path[0] for path in paths.values()}) == 1  # LeRobot's policies hold their network in one module
     groups: dict[str, list[str]] = {}
-    for name, _ in policy.named_parameters():
-        parts = name.split(".")
-        groups.setdefault(parts[1] if parts[0] == "model" and len(parts) > 2 else parts[0], []).append(name)
+    for name, path in paths.items():
+        groups.setdefault(path[min(depth, len(path) - 1)], []).append(name)
     return groups
 
 

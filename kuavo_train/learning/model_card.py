@@ -56,12 +56,13 @@ def model_card(
     claws = "as recorded" if config.data.claw_limits is None else "in [{:g}, {:g}]".format(*config.data.claw_limits)
     how = "at once" if config.mixture == "all_tasks" else "one after another"
     origin = " The demonstrations are a script's, in simulation (kuavo_sim)." if config.simulation else ""
-    memory = policy.get("num_mem_tokens", 0)
+    memory = f", {policy['num_mem_tokens']} memory tokens" if "num_mem_tokens" in policy else ""
+    language = "language-conditioned " if "tokenizer_max_length" in policy else ""
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---\n",
             f"# {config.run}, stage {config.stage.index}: {config.stage.name}\n",
-            f"A language-conditioned robot policy ({policy['type']}, {memory} memory tokens) that has learnt "
+            f"A {language}robot policy ({policy['type']}{memory}) that has learnt "
             f"{len(learnt)} task{'s' * (len(learnt) != 1)} {how} with kuavo_train "
             f"(strategy {config.strategy}, seed {config.seed}).\n",
             "## Instructions\n",
@@ -74,7 +75,7 @@ def model_card(
             f"The last stage: {steps:,} steps, batches of {training.batch_size}, learning rate "
             f"{training.lr:g}, shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}.\n",
             "## Held-out metrics\n",
-            "Flow-matching loss, and mean absolute error of the denoised actions, normalised, beside that of the best "
+            "The policy's own loss, and mean absolute error of the actions, normalised, beside that of the best "
             "constant; success in closed loop, where it was rolled out, in episodes that no demonstration shows.\n",
             "| task | loss | action error | constant | success |",
             "|---|---|---|---|---|",

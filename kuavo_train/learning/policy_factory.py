@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
@@ -29,7 +29,8 @@ from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 VLM_GROUPS = ("vision", "connector", "vlm_text")
-
+WEIGHTS_OF_PARTS = {"load_vlm_weights": False, "pretrained_backbone_weights": None}
+"""Fields of policies that say which weights a part of it starts from, and what says none."""
 NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
 """What the hub and safetensors raise beside OSError when something is missing or damaged."""
 
@@ -69,13 +70,13 @@ def configure_policy(
         # A checkpoint keeps its own: a task added later must not change its tokenizer.
         stored = PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
         values["vlm_model_name"] = vlm_described_in(checkpoint, stored)
-    elif config.tiny_vlm is not None:
+    elif config.tiny_vlm is not None and "vlm_model_name" in values:
         values["vlm_model_name"] = _tiny_vlm(config, instructions)
     elif "vlm_model_name" in values and source is not None and Path(source).is_dir():
         values["vlm_model_name"] = vlm_described_in(source, values["vlm_model_name"])
-    if "load_vlm_weights" in values:
-        # A checkpoint holds the VLM's weights; fetching them twice would only be overwritten.
-        values["load_vlm_weights"] = bool(values["load_vlm_weights"]) and source is None
+    if source is not None:
+        # It holds the weights of the parts as well; fetched once more they would only be overwritten.
+        values |= {key: nothing for key, nothing in WEIGHTS_OF_PARTS.items() if key in values}
     config_class = _policy_class(config.policy["type"]).config_class
     policy_config = _lerobot_config(
         config_class,
@@ -106,8 +107,11 @@ def build_policy(
     source = _source(config, checkpoint)
     _check_frozen_vlm(config, policy_config, frozen, source)
     policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
+    if hasattr(policy_config, "pretrained_backbone_weights"):
+        policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
     freeze(policy, frozen)
-    preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=normalization.for_lerobot())
+    statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
+    preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
 
 
@@ -125,6 +129,14 @@ def _check_frozen_vlm(
         f"{', '.join(held_fixed)} frozen; give pretrained ones, or train it (training.freeze_first_stage=[]), or set "
         "allow_random_frozen_vlm=true"
     )
+
+
+def _picture_statistics(policy_config: PreTrainedConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """ImageNet's for every camera, as in LeRobot's training; none for a policy that takes pictures as they are."""
+    if policy_config.normalization_mapping.get("VISUAL") in (None, NormalizationMode.IDENTITY):
+        return {}
+    imagenet = {kind: torch.tensor(values) for kind, values in IMAGENET_STATS.items()}
+    return dict.fromkeys(policy_config.image_features, imagenet)
 
 
 def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
@@ -157,19 +169,29 @@ def _lerobot_config(
     for name in values:
         if name not in known:
             raise ConfigError(f"policy.{name} must be a field of {config_class.__name__}, got {values[name]!r}")
+    for kind, mode in values.get("normalization_mapping", {}).items():
+        if kind != "VISUAL" and mode != "MEAN_STD":  # action errors of all policies are in the same units
+            raise ConfigError(f"policy.normalization_mapping of {kind} must be MEAN_STD, got {mode}")
     space = normalization.space
     inputs = {camera: PolicyFeature(FeatureType.VISUAL, shape) for camera, shape in image_shapes.items()}
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (len(space.state_names),))
     outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (len(space.action_names),))}
     try:
         return config_class(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()},
+            **{name: _as_field(name, value) for name, value in values.items()},
             input_features=inputs,
             output_features=outputs,
             push_to_hub=False,
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"policy: {error}") from error
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """What LeRobot's config holds for a value of YAML."""
+    if name == "normalization_mapping":
+        return {kind: NormalizationMode(mode) for kind, mode in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str]) -> dict[str, bool]:
@@ -214,8 +236,13 @@ def _with_weights(
     if source is None:
         try:
             return policy_class(config)
-        except (OSError, UnfitWeights, *NOT_LOADED) as error:  # of a VLM with its own weights
-            raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
+        except (OSError, UnfitWeights, *NOT_LOADED) as error:  # of a part with weights of its own
+            if hasattr(config, "vlm_model_name"):
+                raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
+            raise ConfigError(
+                f"policy.pretrained_backbone_weights must be in torchvision's cache (TORCH_HOME) or to be fetched, got "
+                f"{getattr(config, 'pretrained_backbone_weights', None)}: {error}; null begins with new weights"
+            ) from error
     try:
         return policy_class.from_pretrained(str(source), config=config, strict=True)
     except (OSError, ValueError, RuntimeError, *NOT_LOADED) as error:

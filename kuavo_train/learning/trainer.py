@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,8 @@ class Trainer:
         losses = []
         for number, batch in enumerate(batches):
             window.mark("data")
-            prepared = self.augment(preprocess(batch, self.preprocessor), step, number)
+            augment = partial(self.augment, step=step, number=number)
+            prepared = preprocess(batch, self.preprocessor, self.accelerator.device, augment)
             last = number == len(batches) - 1
             with self.accelerator.autocast(), _sync(self.accelerator, self.policy, enabled=last):
                 loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
@@ -262,7 +264,7 @@ class Trainer:
 
 
 STEP_PARTS = ("wait", "data", "forward", "backward", "optimizer")
-"""Waiting for the loader, LeRobot's preprocessor, and what the names say."""
+"""Waiting for the loader, augmentation and LeRobot's preprocessor, and what the names say."""
 
 
 class MetricsWindow:

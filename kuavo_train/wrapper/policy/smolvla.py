@@ -13,7 +13,8 @@
     )                                                   # [16] rad; the sorting task has its 20 dimensions
 
 The wrapper needs nothing but the checkpoint's folder, wherever it was copied, and no network. With a leading batch
-dimension on every observation and a list of instructions it drives several robots, each with its own memory.
+dimension on every observation and a list of instructions it drives several robots, each with its own memory. It takes
+every policy that kuavo_train trains: of ACT and Diffusion, which read no instruction, `task` decides the dimensions.
 
 Threads: one call at a time; a lock holds the others back. The memory is that of the robots in the batch, in their
 order, so processes or threads that drive different robots each need a wrapper of their own.
@@ -30,12 +31,14 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 
 from kuavo_train.data.frames import resized
 from kuavo_train.data.known_tasks import KnownTask, KnownTasks
+from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 
 LIKE_A_TRAINED_ONE = 0.6
@@ -46,7 +49,7 @@ READ_INSTEAD = "instruction"
 
 
 class SmolVLAPolicyWrapper:
-    """SmolVLA, with or without memory, between robot units and robot units.
+    """SmolVLA, with or without memory, or another LeRobot policy, between robot units and robot units.
 
     Attributes:
         known: the tasks the policy has learnt, with their instructions and dimensions.
@@ -54,14 +57,16 @@ class SmolVLAPolicyWrapper:
     """
 
     def __init__(
-        self, policy: SmolVLAMemoryPolicy, processors: tuple[Any, Any], known: KnownTasks, *, seed: int | None = None
+        self, policy: PreTrainedPolicy, processors: tuple[Any, Any], known: KnownTasks, *, seed: int | None = None
     ):
         """
         Args:
             processors: LeRobot's pre- and post-processor, as stored with the policy.
-            seed: of the noise that actions are denoised from; None draws one.
+            seed: of what the policy draws at random, as the noise that actions are denoised from; None draws one.
         """
-        self._policy, (self._preprocess, self._postprocess), self.known = policy.eval(), processors, known
+        policy.eval()
+        self._policy: Any = policy if isinstance(policy, SmolVLAMemoryPolicy) else RobotByRobot(policy)
+        (self._preprocess, self._postprocess), self.known = processors, known
         self.cameras = {camera: tuple(f.shape[1:]) for camera, f in policy.config.image_features.items()}
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._lock = threading.Lock()
@@ -78,17 +83,15 @@ class SmolVLAPolicyWrapper:
 
         Raises:
             FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.
-            ValueError: a policy of another kind, or weights that do not fit it.
+            ValueError: weights that do not fit the policy.
         """
         folder = folder_of(path)
         known = KnownTasks.load(folder)
         config = PreTrainedConfig.from_pretrained(folder)
-        if not isinstance(config, SmolVLAConfig):
-            raise ValueError(f"{folder} must hold a SmolVLA policy, got {config.type}")
         config.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if not isinstance(config, SmolVLAMemoryConfig):
+        if isinstance(config, SmolVLAConfig) and not isinstance(config, SmolVLAMemoryConfig):
             config = SmolVLAMemoryConfig.from_smolvla(config, num_mem_tokens=0)
-        policy = SmolVLAMemoryPolicy.from_pretrained(folder, config=config)
+        policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
         processors = make_pre_post_processors(
             config,
             pretrained_path=str(folder),
@@ -106,25 +109,29 @@ class SmolVLAPolicyWrapper:
 
     @n_action_steps.setter
     def n_action_steps(self, steps: int) -> None:
-        if not 1 <= steps <= self._policy.config.chunk_size:
-            raise ValueError(f"n_action_steps must be in [1, {self._policy.config.chunk_size}], got {steps}")
+        longest = planned_steps(self._policy.config)
+        if not 1 <= steps <= longest:
+            raise ValueError(f"n_action_steps must be in [1, {longest}], got {steps}")
         self._policy.config.n_action_steps = steps
         self.reset()
 
     @property
     def sampling_temperature(self) -> float:
-        """Standard deviation of the noise that actions are denoised from, in [0, 1]; with 0, no noise."""
-        return self._policy.config.sampling_temperature
+        """Standard deviation of the noise that SmolVLA's actions are denoised from, in [0, 1]; with 0, no noise."""
+        return getattr(self._policy.config, "sampling_temperature", 1.0)
 
     @sampling_temperature.setter
     def sampling_temperature(self, temperature: float) -> None:
         if not 0 <= temperature <= 1:
             raise ValueError(f"sampling_temperature must be in [0, 1], got {temperature}")
-        self._policy.config.sampling_temperature = temperature
+        if temperature != self.sampling_temperature:
+            if not hasattr(self._policy.config, "sampling_temperature"):
+                raise ValueError(f"sampling_temperature of {self._policy.config.type} must be 1, got {temperature}")
+            self._policy.config.sampling_temperature = temperature
 
     @property
     def has_memory(self) -> bool:
-        return bool(self._policy.config.num_mem_tokens)
+        return bool(getattr(self._policy.config, "num_mem_tokens", 0))
 
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
@@ -214,7 +221,7 @@ class SmolVLAPolicyWrapper:
     ) -> np.ndarray | list[np.ndarray]:
         """What `policy`, one of the policy's own methods, answers, in robot units and the dimensions of each task."""
         ready, columns, batched = self._prepare(observation)
-        actions = self._postprocess(policy(ready, noise=self._noise()))
+        actions = self._postprocess(policy(ready, self._randomness()))
         self._calls = [calls + 1 for calls in self._calls]
         chosen = [row[..., own].numpy().astype(np.float32) for row, own in zip(actions, columns, strict=True)]
         if not batched:
@@ -236,7 +243,8 @@ class SmolVLAPolicyWrapper:
         read = observation.get(READ_INSTEAD)
         texts = instructions if read is None else [read] * size
         ready = self._preprocess({**batch, "action_dim_is_pad": absent, "task": texts})
-        self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], texts)
+        if OBS_LANGUAGE_ATTENTION_MASK in ready:
+            self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], texts)
         self._begin_new_tasks(instructions)
         return ready, columns, batched
 
@@ -347,14 +355,23 @@ class SmolVLAPolicyWrapper:
             self._reset([index for index, (before, now) in enumerate(pairs) if before != now])
         self._instructions = instructions
 
-    def _noise(self) -> torch.Tensor:
-        """[B, T, max_action_dim], of each robot a function of the seed, its episode and its calls since reset."""
-        config = self._policy.config
-        rows = []
-        for episode, calls in zip(self._episodes, self._calls, strict=True):
-            generator = np.random.default_rng([self._seed, episode, calls])
-            rows.append(generator.standard_normal((config.chunk_size, config.max_action_dim), dtype=np.float32))
-        return torch.from_numpy(np.stack(rows)).to(config.device)
+    def _randomness(self) -> torch.Tensor | list[int]:
+        """What each robot draws, a function of the seed, its episode and its calls since reset.
+
+        [B, T, max_action_dim] SmolVLA's noise; of another policy, B seeds.
+        """
+        config, keys = self._policy.config, zip(self._episodes, self._calls, strict=True)
+        generators = [np.random.default_rng([self._seed, episode, calls]) for episode, calls in keys]
+        if isinstance(self._policy, RobotByRobot):
+            return [int(generator.integers(2**63)) for generator in generators]
+        shape = (config.chunk_size, config.max_action_dim)
+        noise = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
+        return torch.from_numpy(noise).to(config.device)
+
+
+def planned_steps(config: PreTrainedConfig) -> int:
+    """How many actions a policy plans, from the frame that it looks at on."""
+    return sum(offset >= 0 for offset in config.action_delta_indices)
 
 
 def _array(value: Any) -> np.ndarray:

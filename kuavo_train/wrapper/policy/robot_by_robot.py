@@ -1,0 +1,84 @@
+"""Any policy of LeRobot's for several robots at once, each with a plan, a history and randomness of its own.
+
+LeRobot's policies keep one queue for their whole batch: robots that begin their episodes at different times would carry
+out each other's plans. Here every robot is asked for alone.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+
+class RobotByRobot:
+    """Asked like `SmolVLAMemoryPolicy`, but for `seeds`, one of each robot, in place of noise. It remembers nothing."""
+
+    def __init__(self, policy: Any):
+        self.policy, self.config = policy, policy.config
+        self.frames = len(policy.config.observation_delta_indices or (0,))
+        self.reset()
+
+    def reset(self, indices: Sequence[int] | None = None) -> None:
+        """A new episode begins, for all robots or for some: nothing planned, nothing seen before."""
+        if indices is None:
+            self._seen: list[deque[Batch]] = []  # of each robot, the frames that the policy looks at
+            self._planned: list[list[Tensor]] = []
+            return
+        for index in indices if self._seen else ():
+            self._seen[index].clear()
+            self._planned[index].clear()
+
+    def forget(self) -> None:
+        """There is no memory."""
+
+    def get_memory(self) -> None:
+        return None
+
+    def select_action(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
+        """The next action [B, A], normalized, of a plan made every `n_action_steps` calls."""
+        self._look(batch, len(seeds))
+        for robot, (planned, seed) in enumerate(zip(self._planned, seeds, strict=True)):
+            if not planned:
+                planned += self._plan(robot, seed)[: self.config.n_action_steps]
+        return torch.stack([planned.pop(0) for planned in self._planned])
+
+    def predict_action_chunk(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
+        """All that is planned from this look, [B, T, A], normalized.
+
+        Raises:
+            ValueError: the policy looks at frames that such a walk does not show.
+        """
+        if self.frames > 1:
+            raise ValueError(
+                f"policy {self.config.type} looks at {self.frames} frames in a row: it can be asked for single "
+                "actions, not for what it plans at one frame"
+            )
+        self._look(batch, len(seeds))
+        return torch.stack([self._plan(robot, seed) for robot, seed in enumerate(seeds)])
+
+    def _look(self, batch: Batch, robots: int) -> None:
+        if not self._seen:
+            self._seen = [deque(maxlen=self.frames) for _ in range(robots)]
+            self._planned = [[] for _ in range(robots)]
+        for robot, seen in enumerate(self._seen):
+            row = {name: batch[name][robot : robot + 1] for name in self.config.input_features}
+            seen.extend([row] * (1 if seen else self.frames))  # before an episode its first frame is repeated
+
+    @torch.no_grad()
+    def _plan(self, robot: int, seed: int) -> Tensor:
+        """[T, A]"""
+        seen = self._seen[robot]
+        row = {
+            name: torch.stack([each[name] for each in seen], dim=1) if self.frames > 1 else value
+            for name, value in seen[-1].items()
+        }
+        self.policy.eval()
+        self.policy.reset()  # of the robot before
+        device = next(self.policy.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return self.policy.predict_action_chunk(row)[0]
