@@ -155,20 +155,15 @@ def check_shares(shares: Mapping[str, float], key: str) -> None:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How far training pictures may be changed; 0 leaves them as they are."""
+    """LeRobot's random transforms of training pictures, with its names and defaults."""
 
-    brightness: float = 0.0  # factors in [1 − b, 1 + b]; likewise contrast and saturation
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # turns of the colour circle, either way
-    shift: float = 0.0  # of the picture's side, each way
-    crop: float = 0.0  # of the picture's side, cut off at most
+    max_num_transforms: int = 3  # applied to a clip, of those in `tfs`
+    random_order: bool = False
+    tfs: dict[str, Any] | None = None  # name → {weight, type, kwargs}; None: LeRobot's own, of colour, sharpness, place
 
     def __post_init__(self) -> None:
-        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5), ("shift", 0.5)):
-            value = getattr(self, name)
-            require(0 <= value <= most, f"data.augmentation.{name}", f"be in [0, {most}]", value)
-        require(0 <= self.crop < 1, "data.augmentation.crop", "be in [0, 1)", self.crop)
+        key, count = "data.augmentation.max_num_transforms", self.max_num_transforms
+        require(count >= 1, key, "be at least 1 (no augmentation: data.augmentation=null)", count)
 
 
 @dataclass(frozen=True)
