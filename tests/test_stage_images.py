@@ -34,7 +34,8 @@ def embedded(small_run: Overrides, tmp_path: Path) -> Callable[..., list[RunConf
 
     def configs(*more: str) -> list[RunConfig]:
         sizes = [item for item in small_run() if not item.startswith("profile=")]
-        return compose_run(["profile=embedded", *sizes, "validation.draws=1", f"data.cache_root={tmp_path}", *more])
+        given = ["validation.draws=1", f"data.cache_root={tmp_path}", "allow_random_frozen_vlm=true"]
+        return compose_run(["profile=embedded", *sizes, *given, *more])
 
     return configs
 
