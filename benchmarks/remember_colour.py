@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ TARGETS = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]], dtype=np.float32)  # ac
 PICTURE_NOISE = 12  # of 255, standard deviation
 LAYOUTS = {"start": (True, False), "both": (True, True), "end": (False, True)}  # mem_at_start, mem_at_end
 SHORT_DELAY = 2  # queries
+ASK_EVERY = 25  # steps
 FROZEN = ["vision", "connector", "vlm_text"]
 
 
@@ -64,6 +66,8 @@ FROZEN = ["vision", "connector", "vlm_text"]
 class Settings:
     """One run. `depth` 0 is the classic recipe, `tokens` 0 the twin without memory.
 
+    twin_steps: of training without memory, before it is switched on and the run begins.
+    stop_at: training ends once this share of the held-out decisions is right, asked every `ASK_EVERY` steps.
     frozen_vlm: the (random) vision-language model learns nothing, as in later stages; else all of it learns.
     """
 
@@ -71,6 +75,9 @@ class Settings:
     depth: int = 8
     layout: str = "end"
     update: str = "gated"
+    twin_steps: int = 0
+    weight: float = 2.0  # mem_weight, of a memory that joins a twin
+    stop_at: float | None = None
     steps: int = 1500
     short_steps: int = 600  # of them, the first with delays of 1 and 2 only
     seed: int = 0
@@ -159,7 +166,7 @@ def normalization() -> Normalization:
 
 
 def build(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any]:
-    """The policy with seeded new weights, and its preprocessor. `folder` keeps the tiny VLM."""
+    """The policy with seeded new weights, or those of its twin, and its preprocessor. `folder` keeps both."""
     vlm = make_tiny_vlm(
         folder / f"vlm_{settings.hidden}_{settings.layers}_{settings.seed}",
         text_hidden=settings.hidden,
@@ -199,13 +206,27 @@ def build(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any]:
         mem_backprop_depth=settings.depth,
     )
     policy = SmolVLAMemoryPolicy(config)
+    if settings.twin_steps:
+        policy.load_state_dict(_twin(settings, folder), strict=False)  # all but the memory
+        if policy.model.memory is not None:
+            policy.model.memory.weigh_as(settings.weight / (at_start + at_end))
     freeze(policy, FROZEN if settings.frozen_vlm else [])
     preprocessor, _ = make_pre_post_processors(config, dataset_stats=normalization().for_lerobot())
     return policy, preprocessor
 
 
-def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, float]:
-    """Policy, preprocessor, and the CPU seconds that training took."""
+def _twin(settings: Settings, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a policy of these settings, trained without memory: now, unless `folder` has them."""
+    path = folder / f"twin_{settings.hidden}_{settings.layers}_{settings.seed}_{settings.twin_steps}.pt"
+    if not path.exists():
+        steps = settings.twin_steps
+        twin = replace(settings, tokens=0, steps=steps, short_steps=0, twin_steps=0, stop_at=None)
+        torch.save(train(twin, folder)[0].state_dict(), path)
+    return torch.load(path)
+
+
+def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, float, int]:
+    """Policy, preprocessor, and the CPU seconds and steps that training took."""
     policy, preprocessor = build(settings, folder)
     training = TrainingConfig(
         epochs=1,
@@ -219,9 +240,18 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
     )
     optimizer, scheduler = build_optimizer(policy.parameters(), training, steps=settings.steps)
     progress = Progress()
+
+    def validate(delays: Sequence[int], step: int, epoch: int) -> Validated:
+        if settings.stop_at is None:
+            return Validated(loss=0.0)
+        asked = decide(settings, policy, preprocessor, delays)
+        return Validated(loss=0.0, stop="learnt" if asked["on"] >= settings.stop_at * asked["n"] else None)
+
+    every = settings.steps if settings.stop_at is None else ASK_EVERY
     began = time.process_time()
     for longest, until in ((SHORT_DELAY, settings.short_steps), (settings.longest_delay, settings.steps)):
-        data = colour_task(range(1, min(longest, settings.longest_delay) + 1), range(settings.training_layouts))
+        delays = range(1, min(longest, settings.longest_delay) + 1)
+        data = colour_task(delays, range(settings.training_layouts))
         order, recurrence = _order(settings, data.task, policy)
         progress = Trainer(
             accelerator=Accelerator(cpu=True),
@@ -234,18 +264,18 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
             recurrence=recurrence,
             config=training,
             extra_loss=NoExtraLoss(),
-            timetable=Timetable(epochs=1, steps_per_epoch=settings.steps, max_steps=until),
+            timetable=Timetable(epochs=settings.steps // every + 1, steps_per_epoch=every, max_steps=until),
             current=data.task.name,
             validate_every=1,
             result="last",
             num_workers=0,
             log=lambda values, step: None,
-            validate=lambda step, epoch: Validated(loss=0.0),
+            validate=partial(validate, delays),
             save=lambda progress: None,
             stop_signal=lambda: None,
             description=_name(settings),
         ).run(progress)
-    return policy, preprocessor, time.process_time() - began
+    return policy, preprocessor, time.process_time() - began, progress.step
 
 
 def _order(settings: Settings, task: Task, policy: SmolVLAMemoryPolicy) -> tuple[Order, Recurrence]:
@@ -292,11 +322,12 @@ def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, d
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
     """Train and ask: a record for the JSON file."""
-    policy, preprocessor, seconds = train(settings, folder)
+    policy, preprocessor, seconds, steps = train(settings, folder)
     longest = settings.longest_delay
     return {
         "settings": asdict(settings),
         "cpu_seconds": round(seconds, 1),
+        "steps": steps,
         "trained_delays": decide(settings, policy, preprocessor, range(1, longest + 1)),
         "longer_delays": decide(settings, policy, preprocessor, range(longest + 1, 2 * longest + 1)),
     }
@@ -308,13 +339,14 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         groups.setdefault(_name(replace(Settings(**record["settings"]), seed=0)), []).append(record)
     columns = ("on", "reset", "frozen", "swapped", "probe")
-    head = ["run", "seeds", "CPU s", "trained delays", "longer delays", *columns[1:]]
+    head = ["run", "seeds", "steps", "CPU s", "trained delays", "longer delays", *columns[1:]]
     rows = [head]
     for name, runs in groups.items():
         seeds = ",".join(str(record["settings"]["seed"]) for record in runs)
         seconds = f"{np.mean([record['cpu_seconds'] for record in runs]):.0f}"
+        steps = ",".join(str(record["steps"]) for record in runs)
         rows.append(
-            [name, seeds, seconds, *(_pooled(runs, part, "on") for part in ("trained_delays", "longer_delays"))]
+            [name, seeds, steps, seconds, *(_pooled(runs, part, "on") for part in ("trained_delays", "longer_delays"))]
         )
         rows[-1] += [_pooled(runs, "trained_delays", column) for column in columns[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(head), *rows[1:]])
@@ -345,7 +377,7 @@ def _name(settings: Settings) -> str:
 
 def parse(words: Sequence[str]) -> tuple[list[Settings], Path]:
     """Every combination of the values given, and where the JSON goes. Raises ValueError naming key and value."""
-    known = {field.name: type(field.default) for field in fields(Settings)}
+    known = {field.name: float if field.name == "stop_at" else type(field.default) for field in fields(Settings)}
     given: dict[str, list[Any]] = {}
     output = Path("outputs/benchmarks/remember_colour.json")
     for word in words:

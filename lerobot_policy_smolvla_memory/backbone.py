@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lerobot_policy_smolvla_memory.memory import RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
 
 ROPE_MAX_WAVELENGTH = 10_000
+UNSEEN = torch.finfo(torch.float32).min  # as LeRobot
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,20 @@ class Encoded:
 
     Args:
         keys, values: of each layer, [B, L, G, D]; positions are rotated into the keys.
-        valid: [B, L] bool.
+        bias: [B, L] what attention adds to a token's scores, whoever looks; see `attention_bias`.
         next_position: [B] position of the token that comes next.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    valid: Tensor
+    bias: Tensor
     next_position: Tensor
 
     def followed_by(self, block: "Encoded") -> "Encoded":
         return Encoded(
             [torch.cat(pair, dim=1) for pair in zip(self.keys, block.keys, strict=True)],
             [torch.cat(pair, dim=1) for pair in zip(self.values, block.values, strict=True)],
-            torch.cat([self.valid, block.valid], dim=1),
+            torch.cat([self.bias, block.bias], dim=1),
             block.next_position,
         )
 
@@ -68,7 +70,7 @@ class Encoded:
         return Encoded(
             [function(layer) for layer in zip(*(each.keys for each in encoded), strict=True)],
             [function(layer) for layer in zip(*(each.values for each in encoded), strict=True)],
-            function([each.valid for each in encoded]),
+            function([each.bias for each in encoded]),
             function([each.next_position for each in encoded]),
         )
 
@@ -79,7 +81,7 @@ class ExpertPrefix:
 
     Args:
         keys, values: of each expert layer, [B, L, G, D].
-        bias: [B, 1, L] of cross-attention: every valid token is seen. See `attention_bias`.
+        bias: [B, 1, L] of cross-attention: every valid token is seen, the memory more faintly.
         causal_bias: [B, T, L + T] of self-attention: that, and the actions so far.
         rotation: of the actions' positions behind the prefix.
     """
@@ -133,45 +135,63 @@ class FastForward:
 
     # ------------------------------------------------------------------ prefix
 
-    def begin(self, prefix: Prefix, queries: int) -> "Encoding":
+    def begin(self, prefix: Prefix, queries: int, memory: RecurrentMemory | None = None) -> "Encoding":
         """Start encoding the prefixes of K consecutive queries; see `Encoding`."""
-        return Encoding(self, prefix, queries)
+        return Encoding(self, prefix, queries, memory)
 
-    def append(self, tokens: Tensor, valid: Tensor, before: Encoded | None = None) -> Encoded:
+    def append(
+        self, tokens: Tensor, bias: Tensor, before: Encoded | None = None, *, first_position: Tensor | int = 0
+    ) -> Encoded:
         """A block of tokens through the vision-language model.
 
         Args:
             tokens: [B, N, H] embeddings.
-            valid: [B, N] bool.
+            bias: [B, N] what attention adds to their scores; `UNSEEN` for padding, which takes no position either.
             before: the blocks before; None for the first block.
+            first_position: of the first block.
 
         Returns:
             The block's keys and values.
         """
-        return self._run(tokens, valid, before)[1]
+        return self._run(tokens, bias, before, first_position=first_position)[1]
 
     def append_and_read(
-        self, tokens: Tensor, valid: Tensor, before: Encoded | None = None, *, moves_on: bool = True
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        before: Encoded | None = None,
+        *,
+        first_position: Tensor | int = 0,
+        moves_on: bool = True,
     ) -> tuple[Tensor, Encoded]:
         """As `append`, with the model's final-norm output [B, N, H] before the block's keys and values.
 
         A block that does not move on takes no place in the count of positions: what comes next stands where it
         would without it.
         """
-        output, block = self._run(tokens, valid, before, moves_on=moves_on, read=True)
+        output, block = self._run(tokens, bias, before, first_position=first_position, moves_on=moves_on, read=True)
         assert output is not None
         return output, block
 
     def _run(
-        self, tokens: Tensor, valid: Tensor, before: Encoded | None, *, moves_on: bool = True, read: bool = False
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        before: Encoded | None,
+        *,
+        first_position: Tensor | int = 0,
+        moves_on: bool = True,
+        read: bool = False,
     ) -> tuple[Tensor | None, Encoded]:
         text_model = self.model.get_vlm_model().text_model
         *first, last = text_model.layers
-        positions, sees = valid.cumsum(dim=1), valid
-        if before is not None:
-            positions, sees = positions + before.next_position[:, None], torch.cat([before.valid, valid], dim=1)
+        positions, biases = (bias > UNSEEN).cumsum(dim=1), bias
+        if before is None:
+            positions = positions + first_position
+        else:
+            positions, biases = positions + before.next_position[:, None], torch.cat([before.bias, bias], dim=1)
         next_position = positions[:, -1] if moves_on or before is None else before.next_position
-        rotation, bias = rotation_at(positions - 1, last.self_attn.head_dim), attention_bias(sees[:, None])
+        rotation = rotation_at(positions - 1, last.self_attn.head_dim)
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
         keys, values = [], []
         for index, layer in enumerate([*first, last]):
@@ -180,13 +200,13 @@ class FastForward:
             keys.append(key)
             values.append(value)
             if layer is last and not read:
-                return None, Encoded(keys, values, valid, next_position)
+                return None, Encoded(keys, values, bias, next_position)
             if before is not None:
                 key = torch.cat([before.keys[index], key], dim=1)
                 value = torch.cat([before.values[index], value], dim=1)
             query = rotate(_heads(layer, "q_proj", normed), rotation)
-            hidden = _finish_layer(layer, hidden, self.attend(query, key, value, bias))
-        return _rms_norm(text_model.norm, hidden), Encoded(keys, values, valid, next_position)
+            hidden = _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
+        return _rms_norm(text_model.norm, hidden), Encoded(keys, values, bias, next_position)
 
     # ------------------------------------------------------------------ expert
 
@@ -201,14 +221,14 @@ class FastForward:
                 )
             keys.append(key)
             values.append(value)
-        steps = torch.arange(self.chunk_size, device=encoded.valid.device)
-        sees = encoded.valid[:, None]
-        causal = (steps[:, None] >= steps).expand(len(sees), -1, -1)
+        bias = encoded.bias[:, None]
+        steps = torch.arange(self.chunk_size, device=bias.device)
+        causal = attention_bias(steps[:, None] >= steps).expand(len(bias), -1, -1)
         return ExpertPrefix(
             keys,
             values,
-            attention_bias(sees),
-            attention_bias(torch.cat([sees.expand(-1, self.chunk_size, -1), causal], dim=2)),
+            bias,
+            torch.cat([bias.expand(-1, self.chunk_size, -1), causal], dim=2),
             rotation_at(encoded.next_position[:, None] + steps, self._head_dim),
         )
 
@@ -250,38 +270,40 @@ class Encoding:
     Without memory only `finish` is called.
     """
 
-    def __init__(self, forward: FastForward, prefix: Prefix, queries: int):
-        self.forward, self.prefix, self.queries = forward, prefix, queries
+    def __init__(self, forward: FastForward, prefix: Prefix, queries: int, memory: RecurrentMemory | None):
+        self.forward, self.prefix, self.queries, self.memory = forward, prefix, queries, memory
         self.remembered: list[Encoded] = []  # per query: the memory's block, or all blocks where it stands in front
         self.shared = None if forward.mem_at_start else self._without_memory()
 
     def _without_memory(self) -> Encoded:
         """Context and state of all queries at once: what does not depend on memory."""
-        context = self.forward.append(self.prefix.context, self.prefix.valid)
+        context = self.forward.append(self.prefix.context, attention_bias(self.prefix.valid))
         return context.followed_by(self._state(self.prefix.state, context))
 
     def _state(self, state: Tensor, before: Encoded) -> Encoded:
-        return self.forward.append(state, _all_valid(state), before)
+        return self.forward.append(state, _unbiased(state), before)
 
-    def query(self, number: int, memory: Tensor) -> Tensor:
+    def query(self, number: int, tokens: Tensor) -> Tensor:
         """Memory tokens [lanes, M, H] through the model in query `number`: their output [lanes, M, H]."""
-        forward = self.forward
+        assert self.memory is not None
+        forward, bias = self.forward, self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
             before = self.shared.query(number, self.queries)
-            output, block = forward.append_and_read(memory, _all_valid(memory), before, moves_on=False)
-            self.remembered.append(block)
+            output, last = forward.append_and_read(tokens, bias, before, moves_on=False)
+            self.remembered.append(last)
             return output
         prefix = self.prefix.query(number, self.queries)
-        tokens = torch.cat([memory.to(prefix.context.dtype), prefix.context], dim=1)
-        valid = torch.cat([_all_valid(memory), prefix.valid], dim=1)
+        block = torch.cat([tokens.to(prefix.context.dtype), prefix.context], dim=1)
+        biases = torch.cat([bias, attention_bias(prefix.valid)], dim=1)
+        first_position = self.memory.first_position
         if not forward.mem_at_end:
-            output, blocks = forward.append_and_read(tokens, valid)
+            output, blocks = forward.append_and_read(block, biases, first_position=first_position)
             self.remembered.append(blocks.followed_by(self._state(prefix.state, blocks)))
-            return output[:, : memory.shape[1]]
-        blocks = forward.append(tokens, valid)
+            return output[:, : tokens.shape[1]]
+        blocks = forward.append(block, biases, first_position=first_position)
         blocks = blocks.followed_by(self._state(prefix.state, blocks))
-        output, block = forward.append_and_read(memory, _all_valid(memory), blocks, moves_on=False)
-        self.remembered.append(blocks.followed_by(block))
+        output, last = forward.append_and_read(tokens, bias, blocks, moves_on=False)
+        self.remembered.append(blocks.followed_by(last))
         return output
 
     def finish(self) -> ExpertPrefix:
@@ -292,8 +314,8 @@ class Encoding:
 
 
 def attention_bias(sees: Tensor) -> Tensor:
-    """What attention adds to its scores: 0 where a token is seen, else the least number there is (as LeRobot)."""
-    return torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, torch.finfo(torch.float32).min)
+    """What attention adds to its scores: 0 where a token is seen, else `UNSEEN`."""
+    return torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, UNSEEN)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -302,7 +324,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     Args:
         query: [B, N, heads, D]. The heads of a group are neighbours.
         key, value: [B, L, G, D].
-        bias: [B, N, L] from `attention_bias`, or [B, 1, L] when all queries see the same.
+        bias: [B, N, L] what is added to the scores, or [B, 1, L] when it is the same for all queries.
 
     Returns:
         [B, N, heads × D].
@@ -370,6 +392,6 @@ def _rms_norm(norm: Any, hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.variance_epsilon)
 
 
-def _all_valid(tokens: Tensor) -> Tensor:
-    """[B, N, H] → [B, N] bool."""
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+def _unbiased(tokens: Tensor) -> Tensor:
+    """[B, N, H] → [B, N] zeros."""
+    return torch.zeros(tokens.shape[:2], device=tokens.device)

@@ -1,5 +1,6 @@
 """Configuration of SmolVLA with a recurrent memory."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -45,6 +46,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             "embedding" (the language model's embedding of its end-of-utterance token).
         mem_update: "overwrite" (the output is the next memory) or "gated" (a gate decides per channel what
             is kept; holds over long delays).
+        mem_weight: how many tokens a memory weighs as in attention, all of it together, when it joins a policy that
+            was trained without: the fewer, the less it disturbs. From as many as it has (twice num_mem_tokens in
+            "both"), each weighs as any other token, which is what it does in a policy with new weights.
         read_mem_from_cache: the memory also looks back at its own past states.
         mem_cache_size: how many past states Q are kept for that.
         mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
@@ -61,6 +65,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_at_end: bool = True
     mem_init: str = "normal"
     mem_update: str = "gated"
+    mem_weight: float = 2.0
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
     mem_backprop_depth: int = 0
@@ -76,6 +81,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"mem_init must be one of {', '.join(MEM_INITS)}, got {self.mem_init!r}")
         if self.mem_update not in MEM_UPDATES:
             raise ValueError(f"mem_update must be one of {', '.join(MEM_UPDATES)}, got {self.mem_update!r}")
+        if not 0 < self.mem_weight < math.inf:
+            raise ValueError(f"mem_weight must be a number of tokens above 0, got {self.mem_weight}")
         if self.mem_cache_size < 1:
             raise ValueError(f"mem_cache_size must be at least 1, got {self.mem_cache_size}")
         if self.mem_backprop_depth < 0:

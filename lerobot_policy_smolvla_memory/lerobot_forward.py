@@ -4,16 +4,19 @@ Every query is one pass over the whole prefix, memory included, with LeRobot's m
 `fast_forward: false` switches to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.smolvla.modeling_smolvla import pad_tensor
 from torch import Tensor
 from transformers import DynamicCache
 
+from lerobot_policy_smolvla_memory.memory import RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
 
 
@@ -25,6 +28,7 @@ class PrefixTokens:
         embeddings: [B, L, H].
         valid: [B, L] bool; false for padding.
         blocks: [B, L] bool; true where a block begins that earlier tokens cannot see.
+        bias: [B, L] what attention adds to a token's scores: 0 but for the memory.
         positions: [B, L] position ids.
         next_position: [B] the position of the first action token.
     """
@@ -32,13 +36,15 @@ class PrefixTokens:
     embeddings: Tensor
     valid: Tensor
     blocks: Tensor
+    bias: Tensor
     positions: Tensor
     next_position: Tensor
 
     @classmethod
     def counted(cls, embeddings: Tensor, valid: Tensor, blocks: Tensor) -> Self:
         """Positions as LeRobot counts them: one per valid token, then the actions."""
-        return cls(embeddings, valid, blocks, valid.cumsum(dim=1) - 1, valid.sum(dim=1))
+        bias = torch.zeros(valid.shape, device=valid.device)
+        return cls(embeddings, valid, blocks, bias, valid.cumsum(dim=1) - 1, valid.sum(dim=1))
 
     @classmethod
     def of(cls, prefix: Prefix, *, length: int) -> Self:
@@ -51,16 +57,25 @@ class PrefixTokens:
             embeddings, valid, blocks = (pad_tensor(each, length, pad_value=0) for each in (embeddings, valid, blocks))
         return cls.counted(embeddings, valid, blocks)
 
-    def with_memory_at_start(self, memory: Tensor) -> Self:
-        """Memory tokens [B, M, H] in front, in one attention block with images and language."""
-        valid, blocks = _flags(self.valid, memory.shape[1])
-        return self.counted(
+    def with_memory_at_start(self, memory: Tensor, key_bias: Tensor, first_position: Tensor) -> Self:
+        """Memory tokens [B, M, H] in front, in one attention block with images and language.
+
+        They count from `first_position` on: from −M they move no other token's position.
+        """
+        size = memory.shape[1]
+        valid, blocks = _flags(self.valid, size)
+        positions = (first_position + torch.arange(size, device=memory.device)).expand(len(memory), -1)
+        moved = first_position + size
+        return type(self)(
             torch.cat([memory.to(self.embeddings.dtype), self.embeddings], dim=1),
             torch.cat([valid, self.valid], dim=1),
             torch.cat([blocks, self.blocks], dim=1),
+            torch.cat([key_bias.expand(valid.shape), self.bias], dim=1),
+            torch.cat([positions, self.positions + moved], dim=1),
+            self.next_position + moved,
         )
 
-    def with_memory_at_end(self, memory: Tensor) -> Self:
+    def with_memory_at_end(self, memory: Tensor, key_bias: Tensor) -> Self:
         """Memory tokens [B, M, H] behind, as a block of their own that nothing before can see.
 
         They stand behind any padding, so their places do not depend on it. Their positions count on from the
@@ -74,6 +89,7 @@ class PrefixTokens:
             torch.cat([self.embeddings, memory.to(self.embeddings.dtype)], dim=1),
             torch.cat([self.valid, valid], dim=1),
             torch.cat([self.blocks, blocks], dim=1),
+            torch.cat([self.bias, key_bias.expand(valid.shape)], dim=1),
             torch.cat([self.positions, positions], dim=1),
             self.next_position,
         )
@@ -86,11 +102,13 @@ class CachedPrefix:
     Args:
         cache: keys and values of each layer, [B, heads, L, D], positions already rotated in.
         valid: [B, L] bool.
+        bias: [B, L] what attention adds to a token's scores: 0 but for the memory.
         next_position: [B] the position of the first action token.
     """
 
     cache: DynamicCache
     valid: Tensor
+    bias: Tensor
     next_position: Tensor
 
     @property
@@ -121,6 +139,33 @@ class CachedPrefix:
         return cls(cache, *rest)
 
 
+@contextmanager
+def biased_attention(model: Any, bias: Tensor) -> Iterator[None]:
+    """Let LeRobot's attention add `bias` [B, L] to the scores of the first L keys, whoever looks at them.
+
+    LeRobot's attention knows masks only. So the bias is a further channel of the keys, which every query reads
+    with weight 1; where it is 0 all along, attention is LeRobot's untouched.
+    """
+    if not bias.any():
+        yield
+        return
+    eager = model.eager_attention_forward
+
+    def attention(mask: Tensor, batch: int, size: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = (size + 1) ** 0.5  # that `eager` divides the scores by
+        channel = F.pad(bias * scale, (0, key.shape[1] - bias.shape[1]))[:, :, None, None]
+        query = F.pad(query.float() * (scale / size**0.5), (0, 1), value=1.0)
+        key = torch.cat([key.float(), channel.expand(-1, -1, key.shape[2], -1)], dim=-1)
+        attended = eager(mask, batch, size + 1, query, key, F.pad(value, (0, 1)))
+        return attended.unflatten(-1, (-1, size + 1))[..., :size].flatten(-2)
+
+    model.get_attention_interface = lambda: attention
+    try:
+        yield
+    finally:
+        del model.get_attention_interface
+
+
 def _flags(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`valid` and `blocks` [B, size] of memory tokens that belong to the block before them."""
     return like.new_ones(len(like), size), like.new_zeros(len(like), size)
@@ -139,19 +184,20 @@ class LeRobotForward:
         self.model = vlm_with_expert
         self.prefix_length, self.mem_at_start, self.mem_at_end = prefix_length, mem_at_start, mem_at_end
 
-    def begin(self, prefix: Prefix, queries: int) -> "LeRobotEncoding":
-        return LeRobotEncoding(self, prefix, queries)
+    def begin(self, prefix: Prefix, queries: int, memory: RecurrentMemory | None = None) -> "LeRobotEncoding":
+        return LeRobotEncoding(self, prefix, queries, memory)
 
     def prefill(self, tokens: PrefixTokens) -> tuple[Tensor, CachedPrefix]:
         """Final-norm output [B, L, H], and what the expert attends to."""
-        (output, _), cache = self.model.forward(
-            attention_mask=make_att_2d_masks(tokens.valid, tokens.blocks),
-            position_ids=tokens.positions,
-            past_key_values=None,
-            inputs_embeds=[tokens.embeddings, None],
-            use_cache=True,
-        )
-        return output, CachedPrefix(cache, tokens.valid, tokens.next_position)
+        with biased_attention(self.model, tokens.bias):
+            (output, _), cache = self.model.forward(
+                attention_mask=make_att_2d_masks(tokens.valid, tokens.blocks),
+                position_ids=tokens.positions,
+                past_key_values=None,
+                inputs_embeds=[tokens.embeddings, None],
+                use_cache=True,
+            )
+        return output, CachedPrefix(cache, tokens.valid, tokens.bias, tokens.next_position)
 
     def attend_prefix(self, prefix: CachedPrefix, hidden: Tensor) -> Tensor:
         """The expert over action embeddings [B, T, H_expert]: [B, T, H_expert].
@@ -161,13 +207,14 @@ class LeRobotForward:
         """
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         sees_prefix = prefix.valid[:, None, :].expand(-1, valid.shape[1], -1)
-        (_, output), _ = self.model.forward(
-            attention_mask=torch.cat([sees_prefix, make_att_2d_masks(valid, valid)], dim=2),
-            position_ids=prefix.next_position[:, None] + valid.cumsum(dim=1) - 1,
-            past_key_values=prefix.cache,
-            inputs_embeds=[None, hidden],
-            use_cache=True,
-        )
+        with biased_attention(self.model, prefix.bias):
+            (_, output), _ = self.model.forward(
+                attention_mask=torch.cat([sees_prefix, make_att_2d_masks(valid, valid)], dim=2),
+                position_ids=prefix.next_position[:, None] + valid.cumsum(dim=1) - 1,
+                past_key_values=prefix.cache,
+                inputs_embeds=[None, hidden],
+                use_cache=True,
+            )
         prefix.cache.crop(prefix.valid.shape[1])  # self-attention layers have appended the actions
         return output
 
@@ -175,20 +222,21 @@ class LeRobotForward:
 class LeRobotEncoding:
     """As `backbone.Encoding`, one whole pass per query."""
 
-    def __init__(self, forward: LeRobotForward, prefix: Prefix, queries: int):
-        self.forward, self.prefix, self.queries = forward, prefix, queries
+    def __init__(self, forward: LeRobotForward, prefix: Prefix, queries: int, memory: RecurrentMemory | None):
+        self.forward, self.prefix, self.queries, self.memory = forward, prefix, queries, memory
         self.encoded: list[CachedPrefix] = []
 
-    def query(self, number: int, memory: Tensor) -> Tensor:
+    def query(self, number: int, tokens: Tensor) -> Tensor:
         """Memory tokens [lanes, M, H] through the model in query `number`: their output [lanes, M, H]."""
-        tokens = PrefixTokens.of(self.prefix.query(number, self.queries), length=self.forward.prefix_length)
-        places = slice(0, memory.shape[1])
+        assert self.memory is not None
+        bias, places = self.memory.key_bias, slice(0, tokens.shape[1])
+        prefix = PrefixTokens.of(self.prefix.query(number, self.queries), length=self.forward.prefix_length)
         if self.forward.mem_at_start:
-            tokens = tokens.with_memory_at_start(memory)
+            prefix = prefix.with_memory_at_start(tokens, bias, self.memory.first_position)
         if self.forward.mem_at_end:
-            places = slice(tokens.valid.shape[1], None)
-            tokens = tokens.with_memory_at_end(memory)
-        output, encoded = self.forward.prefill(tokens)
+            places = slice(prefix.valid.shape[1], None)
+            prefix = prefix.with_memory_at_end(tokens, bias)
+        output, encoded = self.forward.prefill(prefix)
         self.encoded.append(encoded)
         return output[:, places]
 

@@ -102,6 +102,10 @@ class MemoryState:
 class RecurrentMemory(nn.Module):
     """M memory tokens of width H: where they start, how they are read, how they are written.
 
+    Two numbers say how they stand among the other tokens: `key_bias` is added to their scores in attention, whoever
+    looks at them, and in front of the prefix they count from `first_position`, −M, so that they move no other
+    token's position. Both are kept with the weights, which have grown used to them.
+
     Args:
         num_tokens: M.
         hidden_size: H of the vision-language model.
@@ -110,6 +114,9 @@ class RecurrentMemory(nn.Module):
         cache_size: Q past states that reading may look back at; 0 keeps none.
         embedding: [H], the start of every token for init "embedding".
     """
+
+    key_bias: Tensor
+    first_position: Tensor
 
     def __init__(
         self,
@@ -123,6 +130,8 @@ class RecurrentMemory(nn.Module):
     ):
         super().__init__()
         self.init = init
+        self.register_buffer("key_bias", torch.tensor(0.0))
+        self.register_buffer("first_position", torch.tensor(-num_tokens))
         self.mem_tokens = nn.Parameter(torch.empty(num_tokens, 1, hidden_size))
         self.initialize_tokens(embedding)
         self.slots = nn.Parameter(torch.randn(num_tokens, hidden_size) * SLOT_STD)
@@ -141,6 +150,10 @@ class RecurrentMemory(nn.Module):
             raise ValueError("mem_init 'embedding' needs the embedding to start from, got None")
         else:
             self.mem_tokens.copy_(embedding.expand_as(self.mem_tokens))
+
+    def weigh_as(self, tokens: float) -> None:
+        """Let all M together weigh as much in attention as so many others that score alike; no more than M."""
+        self.key_bias.fill_(math.log(min(1.0, tokens / len(self.mem_tokens))))
 
     def initial(self, batch_size: int) -> MemoryState:
         """The memory at the start of an episode, for B elements."""

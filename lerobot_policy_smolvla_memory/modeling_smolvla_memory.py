@@ -58,6 +58,8 @@ PARAMETER_GROUPS = {
     ],
     "memory": ["model.memory"],
 }
+OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
+"""What a memory that was stored without these had in their place."""
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
@@ -168,7 +170,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             What the expert attends to for every row, and the lanes' memory after the last query. Both carry
             gradients, through all K queries.
         """
-        encoding = self.backbone.begin(prefix, queries)
+        encoding = self.backbone.begin(prefix, queries, self.memory)
         if self.memory is None:
             return encoding.finish(), None
         if memory is None:
@@ -557,12 +559,18 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     ) -> "SmolVLAMemoryPolicy":
         """Load all weights; only the memory may be missing, as a whole (a checkpoint of plain SmolVLA).
 
-        Always strict: `strict=False`, LeRobot's default, would go on with random weights and a warning.
+        A memory of before `key_bias` and `first_position` stays as it was. Always strict: `strict=False`, LeRobot's
+        default, would go on with random weights and a warning.
         """
-        memory_is_new = check_policy_weights(model, model_file, may_be_new="model.memory.")
+        missing = check_policy_weights(model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY)
         load_model(model, model_file, strict=False, device=resolve_safetensors_device(map_location))
-        if memory_is_new and model.model.memory is not None:
+        if missing <= OLDER_MEMORY.keys():
+            for key in missing:
+                model.get_buffer(key).fill_(OLDER_MEMORY[key])
+        elif model.model.memory is not None:
             model.model.memory.initialize_tokens(model.model.end_of_utterance_embedding())
+            ends = model.config.mem_at_start + model.config.mem_at_end
+            model.model.memory.weigh_as(model.config.mem_weight / ends)
         return model
 
 

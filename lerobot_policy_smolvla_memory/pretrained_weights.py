@@ -3,7 +3,7 @@
 LeRobot and transformers would both go on with random ones in their place, and a warning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from safetensors import safe_open
 from torch import nn
@@ -16,8 +16,10 @@ class UnfitWeights(ValueError):
     """Weights that are not those of the model they are for."""
 
 
-def check_policy_weights(policy: nn.Module, model_file: str, *, may_be_new: str) -> bool:
-    """Whether the file lacks all tensors whose names begin with `may_be_new`, and nothing else.
+def check_policy_weights(
+    policy: nn.Module, model_file: str, *, may_be_new: str, may_be_older: Collection[str] = ()
+) -> set[str]:
+    """What the file lacks and may lack: all tensors whose names begin with `may_be_new`, else some of `may_be_older`.
 
     Raises:
         UnfitWeights: keys missing, unexpected or of another shape.
@@ -30,10 +32,9 @@ def check_policy_weights(policy: nn.Module, model_file: str, *, may_be_new: str)
     # Tensors that share their storage are stored under one name.
     missing = [key for key in wanted if key not in stored and tensors[key].data_ptr() not in stored_tensors]
     optional = {key for key in wanted if key.startswith(may_be_new)}
-    is_new = bool(optional) and optional <= set(missing)
-    if is_new:
-        missing = [key for key in missing if key not in optional]
-    problems = [f"{key} is missing" for key in missing]
+    if not optional <= set(missing):
+        optional.intersection_update(may_be_older)
+    problems = [f"{key} is missing" for key in missing if key not in optional]
     problems += [f"{key} is not part of this policy" for key in stored if key not in wanted]
     problems += [
         f"{key} is of shape {stored[key]}, this policy's of {shape}"
@@ -43,7 +44,7 @@ def check_policy_weights(policy: nn.Module, model_file: str, *, may_be_new: str)
     is_older = any("._orig_mod." in key or key.startswith(("normalize_", "unnormalize_")) for key in stored)
     hint = "\nIt is of an older LeRobot; lerobot.processor.migrate_policy_normalization renews it" if is_older else ""
     _raise(f"{model_file} does not fit this policy", problems, hint)
-    return is_new
+    return optional.intersection(missing)
 
 
 def check_vlm_weights(vlm_model_name: str) -> None:

@@ -19,6 +19,7 @@ from benchmarks.remember_colour import (
     parse,
     run,
     table,
+    train,
 )
 from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
 
@@ -145,6 +146,14 @@ def test_arguments_multiply_and_bad_ones_are_named(capsys: pytest.CaptureFixture
     ):
         assert main([word]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_memory_joins_a_trained_twin_and_training_ends_once_enough_is_right(folder: Path) -> None:
+    settings = replace(TINY, twin_steps=2)
+    twin, joined = (build(each, folder)[0].state_dict() for each in (replace(settings, tokens=0), settings))
+    assert all(torch.equal(joined[name], weight) for name, weight in twin.items())
+    assert any(not torch.equal(weight, build(TINY, folder)[0].state_dict()[name]) for name, weight in twin.items())
+    assert [train(replace(settings, stop_at=share), folder)[3] for share in (0.0, 1.1)] == [1, 2]
 
 
 def test_a_memory_trained_through_time_is_used(folder: Path) -> None:

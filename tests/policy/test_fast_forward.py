@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_layouts import LAYOUTS
+from test_layouts import LAYOUTS, every_layout
 from tiny_sizes import CAMERAS
 
 from lerobot_policy_smolvla_memory.backbone import attend, attention_bias
@@ -78,6 +78,18 @@ def test_loss_gradients_and_memory_are_lerobots(make_twins, make_batch, make_noi
     assert_same_learning(*twins, batch, make_noise(4))
 
 
+@every_layout
+@pytest.mark.parametrize(("key_bias", "first_position"), [(-3.0, -2), (0.0, 0)], ids=["faint", "older"])
+def test_it_holds_however_the_memory_stands_among_the_other_tokens(
+    make_twins, make_batch, make_noise, layout, key_bias, first_position
+):
+    twins = make_twins(**LAYOUTS[layout])
+    for policy in twins:
+        policy.model.memory.key_bias.fill_(key_bias)
+        policy.model.memory.first_position.fill_(first_position)
+    assert_same_learning(*twins, make_batch(4), make_noise(4))
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_holds_in_every_architecture(make_twins, make_batch, make_noise, architecture, memory):
@@ -147,7 +159,7 @@ def test_nothing_is_recorded_of_a_frozen_context(make_policy, make_batch):
         *(make_batch(2)[f"observation.language.{key}"] for key in ("tokens", "attention_mask")),
         policy.prepare_state(make_batch(2)),
     )
-    output, encoded = policy.model.backbone.append_and_read(prefix.context, prefix.valid)
+    output, encoded = policy.model.backbone.append_and_read(prefix.context, attention_bias(prefix.valid))
     assert prefix.state.requires_grad
     assert not any(tensor.requires_grad for tensor in (output, *encoded.keys, *encoded.values))
 

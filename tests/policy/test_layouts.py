@@ -88,19 +88,36 @@ def test_every_token_sees_what_the_table_says(make_policy, layout, fast_forward)
     assert rows == [line.split() for line in SEES[layout].strip().splitlines()[1:]]
 
 
-def test_memory_at_the_start_shifts_the_positions_and_padding_takes_none():
+def test_memory_moves_no_other_position_and_padding_takes_none():
     prefix = PrefixTokens.counted(
         torch.zeros(1, 4, 3),
         torch.tensor([[True, True, False, True]]),
         torch.tensor([[False, False, False, True]]),
     )
-    start = prefix.with_memory_at_start(torch.zeros(1, 2, 3))
-    both = start.with_memory_at_end(torch.zeros(1, 2, 3))
-    end = prefix.with_memory_at_end(torch.zeros(1, 2, 3))
-    assert start.positions[start.valid].tolist() == [0, 1, 2, 3, 4]
-    assert both.positions[both.valid].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    memory, bias = torch.zeros(1, 2, 3), torch.tensor(-3.0)
+    start = prefix.with_memory_at_start(memory, bias, torch.tensor(-2))
+    both = start.with_memory_at_end(memory, bias)
+    end = prefix.with_memory_at_end(memory, bias)
+    assert start.positions[start.valid].tolist() == [-2, -1, 0, 1, 2]
+    assert both.positions[both.valid].tolist() == [-2, -1, 0, 1, 2, 3, 4]
     assert end.positions[end.valid].tolist() == [0, 1, 2, 3, 4]
-    assert [layout.next_position.item() for layout in (prefix, start, both, end)] == [3, 5, 5, 3]
+    assert [layout.next_position.item() for layout in (prefix, start, both, end)] == [3, 3, 3, 3]
+
+
+@both_forwards
+@every_layout
+def test_a_memory_that_nobody_hears_changes_nothing(make_policy, make_batch, make_noise, layout, fast_forward):
+    """Neither attention nor positions: what a trained policy does before its new memory has learnt anything."""
+    policies = [make_policy(fast_forward=fast_forward, num_mem_tokens=0)]
+    for weight in (1e-12, 0.1, 2):
+        policies.append(make_policy(fast_forward=fast_forward, **LAYOUTS[layout]))
+        policies[-1].model.memory.weigh_as(weight)
+        policies[-1].load_state_dict(policies[0].state_dict(), strict=False)
+    without, unheard, faint, loud = (
+        policy(make_batch(4), **make_noise(4), reduction="none")[0].detach() for policy in policies
+    )
+    torch.testing.assert_close(unheard, without)
+    assert (faint - without).abs().mean() < 0.2 * (loud - without).abs().mean()
 
 
 def test_end_layout_leaves_all_before_it_bit_identical(make_policy, make_batch):

@@ -1,6 +1,7 @@
 """Saving, loading, starting from plain SmolVLA, and which parameter belongs where."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+
+STANDING = ("model.memory.key_bias", "model.memory.first_position")  # among the other tokens
 
 
 @pytest.fixture
@@ -101,9 +104,19 @@ def test_a_plain_checkpoint_loads_and_only_the_memory_is_new(make_config, plain_
     stored = load_file(plain_checkpoint / "model.safetensors")
     policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint, config=make_config(num_mem_tokens=2))
     new = {name for name in policy.state_dict() if name not in stored}
-    assert new == set(policy.parameter_groups()["memory"])
+    assert new == {*policy.parameter_groups()["memory"], *STANDING}
     for name, weight in stored.items():
         assert torch.equal(policy.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "each"),
+    [({"mem_weight": 1.0}, 1 / 2), ({"mem_weight": 1.0, "mem_at_start": True}, 1 / 4), ({"mem_weight": 9.0}, 1)],
+    ids=["at one end", "at both", "not more than any other token"],
+)
+def test_a_memory_that_joins_weighs_as_many_tokens_as_asked(make_config, plain_checkpoint, settings, each):
+    policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint, config=make_config(**settings))
+    assert policy.model.memory.key_bias.exp().item() == pytest.approx(each)
 
 
 def test_a_plain_checkpoint_brings_its_own_configuration(plain_checkpoint):
@@ -126,6 +139,17 @@ def test_loading_a_learnt_memory_does_not_start_it_from_the_embedding_again(make
     torch.nn.init.ones_(policy.model.memory.mem_tokens)
     policy.save_pretrained(tmp_path)
     assert (SmolVLAMemoryPolicy.from_pretrained(tmp_path).model.memory.mem_tokens == 1).all()
+
+
+def test_a_trained_memory_keeps_how_it_stands_among_the_other_tokens(make_policy, make_config, tmp_path):
+    """Whatever the configuration says of one that joins; a memory from before there was a choice stays as it was."""
+    policy = make_policy()
+    policy.model.memory.weigh_as(0.25)
+    policy.save_pretrained(tmp_path)
+    for expected in ([math.log(0.25 / 2), -2], [0, 0]):
+        policy = SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(mem_weight=0.01))
+        assert [policy.get_buffer(name).item() for name in STANDING] == pytest.approx(expected)
+        edit_weights(tmp_path, lambda weights: [weights.pop(name, None) for name in STANDING])
 
 
 @pytest.mark.parametrize(
