@@ -61,8 +61,8 @@ def configure_policy(
         checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
     Raises:
-        ConfigError: a policy that is not there, a field it does not have, weights named by a path at which there are
-            none, or a vision-language model whose config and tokenizer cannot be had.
+        ConfigError: a policy that is not there, a field it does not have, or a vision-language model whose config and
+            tokenizer cannot be had.
     """
     values = {key: value for key, value in config.policy.items() if key not in ("type", "pretrained_path")}
     source = _source(config, checkpoint)
@@ -84,7 +84,8 @@ def configure_policy(
         normalization=normalization,
         image_shapes=image_shapes,
     )
-    _check_names(source, getattr(policy_config, "vlm_model_name", None))
+    if misnamed := _misnamed("policy.vlm_model_name", getattr(policy_config, "vlm_model_name", None)):
+        raise ConfigError("\n".join([*_misnamed("policy.pretrained_path", source), *misnamed]))
     _check_vlm_description(policy_config)
     return policy_config
 
@@ -105,6 +106,8 @@ def build_policy(
             policy does not have.
     """
     source = _source(config, checkpoint)
+    if misnamed := _misnamed("policy.pretrained_path", source):
+        raise ConfigError(misnamed[0])
     _check_frozen_vlm(config, policy_config, frozen, source)
     policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
     if hasattr(policy_config, "pretrained_backbone_weights"):
@@ -205,16 +208,11 @@ def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str])
     return {name: value for name, value in flags.items() if name in known}
 
 
-def _check_names(source: str | Path | None, vlm_model_name: str | None) -> None:
-    """Raises `ConfigError` for a path at which there is nothing, which the hub's library would take for a hub id."""
-    named = {"policy.pretrained_path": source, "policy.vlm_model_name": vlm_model_name}
-    problems = [
-        f"{key} must be an existing folder or a hub id, got {str(name)!r}"
-        for key, name in named.items()
-        if name is not None and not Path(name).is_dir() and not HUB_ID.fullmatch(str(name))
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+def _misnamed(key: str, name: str | Path | None) -> list[str]:
+    """What is wrong with a path at which there is nothing, which the hub's library would take for a hub id."""
+    if name is None or Path(name).is_dir() or HUB_ID.fullmatch(str(name)):
+        return []
+    return [f"{key} must be an existing folder or a hub id, got {str(name)!r}"]
 
 
 def _check_vlm_description(policy_config: PreTrainedConfig) -> None:

@@ -142,7 +142,8 @@ def test_both_evaluators_agree_on_the_same_seeds_and_noise(
     env.close()
 
     ours = Recorded(SmolVLAPolicyWrapper.from_pretrained(small_checkpoint, device="cpu"))
-    monkeypatch.setattr(ours.policy, "_noise", lambda: torch.zeros(2, 6, ours.policy._policy.config.max_action_dim))
+    quiet = torch.zeros(2, 6, ours.policy._policy.config.max_action_dim)
+    monkeypatch.setattr(ours.policy, "_randomness", lambda: quiet)
     environment = Environment("kuavo_sim:kuavo_sim/Weighing-v0", "weighing", settings, max_steps=STEPS)
     episodes = roll_out(ours, environment, seeds, parallel=2, workers=1, progress=False).episodes
 
