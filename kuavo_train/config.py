@@ -207,6 +207,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the action expert in place of its own weights."""
+
+    rank: int = 64
+    alpha: int = 64  # what is learnt is scaled by alpha / rank
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "training.lora.rank", "be at least 1", self.rank)
+        require(self.alpha > 0, "training.lora.alpha", "be positive", self.alpha)
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """The recipe in force; the profiles derive epochs and rates from the stage's own."""
 
@@ -224,6 +236,7 @@ class TrainingConfig:
     mixed_precision: str = "no"
     freeze_first_stage: list[str] = field(default_factory=list)  # parameter groups held fixed while learning task 1
     freeze: list[str] = field(default_factory=list)  # and in all later stages
+    lora: LoraConfig | None = None  # None: the expert's own weights are trained
     max_steps: int | None = None  # an upper limit, for trials
     query_jitter: int = 0  # frames by which the queries of a recurrent policy are moved in training
     log_every: int = 20  # steps
@@ -435,6 +448,12 @@ class RunConfig:
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
             require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
+        lora = (
+            self.training.lora
+        )  # what it learns is other parameters in every stage, whose importance says nothing later
+        require(
+            self.ewc is None or lora is None, "training.lora", "be null with ewc, which holds weights in place", lora
+        )
         if self.forgetting.budget is None:
             return
         episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything
@@ -461,6 +480,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         ("ewc", plain.get("ewc"), EwcConfig),
         ("merge", plain.get("merge"), MergeConfig),
         ("data.augmentation", plain["data"].get("augmentation"), AugmentationConfig),
+        ("training.lora", plain["training"].get("lora"), LoraConfig),
     ):
         if value is not None:  # decoded alone, because a failed `X | None` does not say what failed
             _decode(optional, value, f"{key}: ")

@@ -23,6 +23,7 @@ from kuavo_train.data.images import GIB, Images, size_text
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, columns_by_group, recorded_fps
 from kuavo_train.learning.freezing import parameter_counts
+from kuavo_train.learning.lora import adapted_state
 
 ADAM_MOMENTS = 2
 CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
@@ -82,6 +83,7 @@ class Findings:
         """Parameters per group, and the memory and disk that they take."""
         weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
         trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        apart = sum(value.nbytes for layer in adapted_state(policy).values() for value in layer.values())
         outputs = Path(config.outputs).absolute()
         there = next(path for path in (outputs, *outputs.parents) if path.is_dir())
         on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
@@ -95,7 +97,7 @@ class Findings:
             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         }
         self.facts["disk_bytes"] = {
-            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained),
+            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained + apart),
             "free": shutil.disk_usage(there).free,
         }
         self.problems += _room_problems(config, **{key: self.facts[key] for key in ("memory_bytes", "disk_bytes")})

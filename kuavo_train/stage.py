@@ -55,6 +55,7 @@ from kuavo_train.learning.freezing import (
     compare_fingerprints,
     take_fingerprints,
 )
+from kuavo_train.learning.lora import adapted_state, merge_adapters, restore_adapted
 from kuavo_train.learning.merging import copy_weights, sweep_merges
 from kuavo_train.learning.policy_factory import (
     BuiltPolicy,
@@ -504,6 +505,7 @@ class Stage:
         if resumed is None:
             return Progress()
         state = resumed.training_state()
+        restore_adapted(self.built.policy, state["adapted"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.accelerator.print(f"  resumed at step {resumed.step}", flush=True)
@@ -643,6 +645,7 @@ class Stage:
             training_state={
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
+                "adapted": adapted_state(self.built.policy),
                 "processes": per_process,
             },
             about=self._about,
@@ -680,6 +683,8 @@ class Stage:
         config, folder = self.config, self.folder
         self.accelerator.wait_for_everyone()
         policy = self.accelerator.unwrap_model(self.policy)
+        groups = compare_fingerprints(groups_before, take_fingerprints(policy))
+        merge_adapters(policy)
         best = folder.checkpoints.at("best" if progress.best_step is None else progress.best_step)
         if best.step != progress.step:
             load_weights(policy, best)
@@ -695,7 +700,7 @@ class Stage:
         if config.ewc is not None:
             importance = self._importance(policy, config.ewc)
             importance.after(self._importance_before()).save(folder.importance)
-        write_json(folder.path / "parameters.json", compare_fingerprints(groups_before, take_fingerprints(policy)))
+        write_json(folder.path / "parameters.json", groups)
         audit = self.order.audit(
             [frames for frames, _ in drawn],
             [episodes for _, episodes in drawn],

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kuavo_train.compose import compose_run, overrides_for_all_tasks
-from kuavo_train.config import CONFIG_FOLDER, ConfigError
+from kuavo_train.config import CONFIG_FOLDER, ConfigError, LoraConfig
 
 RECIPES = {  # task → epochs, lr, warm-up, decay, replay
     "moving_grasp": (100, 5e-5, 1500, 25000, {"moving_grasp": 1.0}),
@@ -75,6 +75,8 @@ def test_the_presets_say_what_they_are_named_for() -> None:
     assert (tokens["light"], tokens["standard"], tokens["strong"], tokens["max"]) == (2, 4, 8, 16)
     assert presets["finetune=expert_only"].training.freeze == ["vision", "connector", "vlm_text"]
     assert presets["finetune=end_to_end"].training.freeze == []
+    assert presets["finetune=lora"].training.lora == LoraConfig(rank=64, alpha=64)
+    assert presets["finetune=lora"].training.lr == pytest.approx(7e-4)  # 1e-3, and the stage's decay
     recipes = [presets[f"recipe={size}_data"].training for size in ("small", "default", "large")]
     assert [recipe.epochs for recipe in recipes] == [85, 25, 10]
     assert {recipe.lr for recipe in recipes} == {7e-5}  # 1e-4, and the stage's decay

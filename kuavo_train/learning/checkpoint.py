@@ -1,7 +1,7 @@
 """Checkpoints that a kill at any instant cannot spoil.
 
     checkpoints/000500/pretrained_model/   LeRobot's format: weights, config, processors
-    checkpoints/000500/training_state/     optimizer, scheduler, progress
+    checkpoints/000500/training_state/     optimizer, scheduler, progress, adapters
     checkpoints/000500/manifest.json       sha256 of every file, the step, the normalization's hash
     checkpoints/merged-0.6/                weights mixed from those of two stages; like a step, without training_state/
     checkpoints/last, best                 links to one of them
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_model
 
 from kuavo_train.config import ConfigError
+from kuavo_train.learning.lora import adapters_merged
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class CheckpointFolder:
             shutil.rmtree(partial, ignore_errors=True)
             model, state = partial / "pretrained_model", partial / "training_state"
             model.mkdir(parents=True)
-            policy.save_pretrained(model)
+            with adapters_merged(policy):
+                policy.save_pretrained(model)
             for processor in processors:
                 processor.save_pretrained(model)
             for file, text in documents.items():

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as AdaptedLinear
 from torch import nn
 
 from kuavo_train.config import ConfigError
@@ -30,7 +31,20 @@ class ParameterGroup:
 
 
 def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
-    """Group → parameter names. Policies without groups of their own get one per part of their network."""
+    """Group → parameter names. Low-rank adapters are a group beside those of the layers they adapt."""
+    adapters = {
+        f"{path}.{name}"
+        for path, layer in policy.named_modules()
+        if isinstance(layer, AdaptedLinear)
+        for name, _ in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    groups = {group: [name for name in names if name not in adapters] for group, names in _own_groups(policy).items()}
+    return groups | ({"lora": sorted(adapters)} if adapters else {})
+
+
+def _own_groups(policy: nn.Module) -> dict[str, list[str]]:
+    """Policies without groups of their own get one per part of their network."""
     own_groups = getattr(policy, "parameter_groups", None)
     if own_groups is not None:
         return own_groups()

@@ -23,6 +23,7 @@ import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.learning.freezing import freeze
+from kuavo_train.learning.lora import add_adapters
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
@@ -103,7 +104,7 @@ def build_policy(
 
     Raises:
         ConfigError: weights that cannot be had or do not fit, a frozen VLM that nobody trained, a group that the
-            policy does not have.
+            policy does not have, adapters on an expert that is not there or frozen.
     """
     source = _source(config, checkpoint)
     if misnamed := _misnamed("policy.pretrained_path", source):
@@ -113,6 +114,7 @@ def build_policy(
     if hasattr(policy_config, "pretrained_backbone_weights"):
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
     freeze(policy, frozen)
+    add_adapters(policy, config.training.lora)
     statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
