@@ -18,8 +18,8 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     check_overrides(overrides)
     configs = compose_run(overrides)
     # The heavy imports come after the configuration has been found good.
+    from kuavo_train.opened_stage import record_missing_data
     from kuavo_train.report import summary_table, write_report
-    from kuavo_train.stage import record_missing_data
 
     if configs[0].data_only:
         record_missing_data(configs[0], [config.stage for config in configs])
@@ -48,7 +48,8 @@ def train_all_stages(configs: Sequence[RunConfig]) -> int:
     Args:
         configs: one per task, in the order of learning.
     """
-    from kuavo_train.stage import run_stage, stage_folder
+    from kuavo_train.run_folder import stage_folder
+    from kuavo_train.stage import run_stage
 
     curriculum = [config.stage for config in configs]
     for config in stages_to_run(configs):

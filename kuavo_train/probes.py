@@ -39,9 +39,9 @@ from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Progress, Trainer, Validated
+from kuavo_train.opened_stage import open_stage
 from kuavo_train.report import OUTPUTS, write_report
 from kuavo_train.run_folder import write_json
-from kuavo_train.stage import open_stage
 from kuavo_train.trained_run import TrainedRun
 
 CURVE_POINTS = 10  # validations while an old task is learnt again, beside the one before

@@ -1,6 +1,7 @@
 """One stage, told as a story: open data → build policy → train → validate → checkpoint.
 
-Files and folders are run_folder.py's, the loop is the trainer's; only this module knows the whole.
+The first two are opened_stage.py's, files and folders are run_folder.py's, the loop is the trainer's; only this module
+knows the whole.
 """
 
 import contextlib
@@ -8,41 +9,27 @@ import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import batched
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
 
-from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
 from kuavo_train.data import known_tasks
-from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
-from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.images import Images, plan_images
-from kuavo_train.data.lanes import LaneOrder
-from kuavo_train.data.mixture import MixedDataset, frames_of_sample
-from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
-from kuavo_train.data.order import Order, SampleOrder
-from kuavo_train.data.shares import proportional_shares
-from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.retention import episode_scores
-from kuavo_train.evaluation.robots import Environment
-from kuavo_train.evaluation.rollout import Rollouts, environment_of, evaluation_seeds, roll_out
+from kuavo_train.evaluation.rollout import Rollouts, evaluation_seeds, roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.learning import model_card
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
-from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.learning.extra_loss import (
     ElasticPenalty,
     ExtraLoss,
@@ -58,17 +45,14 @@ from kuavo_train.learning.freezing import (
 from kuavo_train.learning.lora import adapted_state, merge_adapters, restore_adapted
 from kuavo_train.learning.merging import copy_weights, sweep_merges
 from kuavo_train.learning.policy_factory import (
-    BuiltPolicy,
     build_optimizer,
-    build_policy,
     choose_device,
-    configure_policy,
 )
-from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
-from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
-from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
+from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
+from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
+from kuavo_train.run_folder import now, stage_folder, write_json, write_run_facts, write_text
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 
@@ -81,13 +65,24 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
     """
     accelerator, folder, findings = _accelerator(config), stage_folder(config), Findings()
     with accelerator.main_process_first():  # what the first process records and caches, the others find
-        resumed = _checkpoint_to_resume(config, folder)
-        before = _result_before(config, curriculum)
+        resumed = checkpoint_to_resume(config, folder)
+        before = result_before(config, curriculum)
         record_missing_data(config, curriculum)
-        stage = open_stage(config, curriculum, resumed or before, accelerator, findings)
+        opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
         findings.raise_problems()
-    assert stage is not None, "what cannot be opened is a problem"
-    return stage.run(resumed, before)
+    assert opened is not None, "what cannot be opened is a problem"
+    return Stage(opened, before).run(resumed)
+
+
+def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findings:
+    """What `run_stage` would begin with, without recording, training or writing into the run's folder."""
+    findings = Findings()
+    attempt = findings.problems.attempt
+    accelerator = attempt(_accelerator, config) or Accelerator(cpu=True)
+    resumed = attempt(checkpoint_to_resume, config, stage_folder(config))
+    before = attempt(result_before, config, curriculum)
+    open_stage(config, curriculum, resumed or before, accelerator, findings)
+    return findings
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -100,287 +95,25 @@ def _accelerator(config: RunConfig) -> Accelerator:
     )
 
 
-def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
-    """Record the demonstrations of simulated tasks that are not there yet, saying so.
-
-    Raises:
-        ConfigError: the dataset there was recorded under other settings, or is not a recording.
-    """
-    if config.simulation is None:
-        return
-    for stage in curriculum:
-        if stage.simulation_task is None:
-            continue
-        settings = RecordSettings(task=stage.simulation_task, **asdict(config.simulation))
-        root = Path(stage.root)
-        if not root.exists():
-            print(f"recording {settings.episodes} demonstrations of {stage.name} into {root}", flush=True)
-        try:
-            ensure_recorded(settings, root, workers=config.data.record_workers)
-        except FileExistsError as error:
-            raise ConfigError(
-                f"{error}; to train on a dataset of your own there, set simulation=null rollout.episodes=0"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
-def _checkpoint_to_resume(config: RunConfig, folder: StageFolder) -> Checkpoint | None:
-    """The last checkpoint of an unfinished stage. Raises `ConfigError` for a stage that must not be entered."""
-    stage = config.stage
-    if folder.status == "finished":
-        raise ConfigError(
-            f"stage {stage.index} ({stage.name}) is finished in {folder.path}; delete the folder to run it again"
-        )
-    if config.resume and folder.status != "absent":
-        latest = folder.checkpoints.latest()
-        return None if latest is None else _checked(latest, config)
-    if folder.path.exists() and any(folder.path.iterdir()):
-        raise ConfigError(f"{folder.path} must be empty to start into; continue with resume=true, or delete it")
-    return None
-
-
-def _stages_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Sequence[StageConfig]:
-    """The stages that learn the tasks before this one's; none before a joint stage."""
-    return curriculum[: [other.name for other in curriculum].index(config.learns[0])]
-
-
-def _seen(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:
-    """Tasks learnt up to and including this stage."""
-    names = [stage.name for stage in curriculum]
-    return names[: names.index(config.learns[-1]) + 1]
-
-
-def _result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Checkpoint | None:
-    """What the stage before ended in; None for the first stage. Raises `ConfigError` when it is not finished."""
-    earlier = _stages_before(config, curriculum)
-    if not earlier:
-        return None
-    stage, previous = config.stage, earlier[-1]
-    before = stage_folder(config, previous)
-    if before.status != "finished":
-        resume = " resume=true" if before.status != "absent" else ""
-        raise ConfigError(
-            f"stage {stage.index} ({stage.name}) must follow a finished stage {previous.index} ({previous.name}), got "
-            f"{before.status} in {before.path}; run: python -m kuavo_train "
-            f"task=tasks/task{previous.index}_{previous.name} run={config.run}{resume}"
-        )
-    return _checked(before.checkpoints.at("best"), config)
-
-
-def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:
-    """The checkpoint, complete and of this run's normalization. Raises `ConfigError` otherwise."""
-    checkpoint.verify()
-    path = config.run_folder / "normalization.json"
-    expected = Normalization.load(path).hash if path.is_file() else "none"
-    if checkpoint.manifest["normalization"] != expected:
-        raise ConfigError(
-            f"checkpoint {checkpoint.folder} must have the run's normalization {expected[:12]} of {path}, got "
-            f"{checkpoint.manifest['normalization'][:12]}; it belongs to another run"
-        )
-    return checkpoint
-
-
-def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findings:
-    """What `run_stage` would begin with, without recording, training or writing into the run's folder."""
-    findings = Findings()
-    attempt = findings.problems.attempt
-    accelerator = attempt(_accelerator, config) or Accelerator(cpu=True)
-    resumed = attempt(_checkpoint_to_resume, config, stage_folder(config))
-    before = attempt(_result_before, config, curriculum)
-    open_stage(config, curriculum, resumed or before, accelerator, findings)
-    return findings
-
-
-def open_stage(
-    config: RunConfig,
-    curriculum: Sequence[StageConfig],
-    start: Checkpoint | None,
-    accelerator: Accelerator,
-    findings: Findings,
-) -> "Stage | None":
-    """Open data, build the policy from `start`, freeze, and let preflight look at all of it.
-
-    What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same. None when
-    there are problems.
-    """
-    attempt = findings.problems.attempt
-    findings.look_at_datasets(curriculum)
-    tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
-    data, training = config.data, config.training
-    decoded = {
-        task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
-    }
-    shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
-    findings.look_at_tasks(tasks, shapes)
-    normalization = attempt(_shared_normalization, config, tasks) if tasks else None
-    if normalization is None or not shapes:
-        return None
-    for task in tasks:
-        attempt(normalization.check_covers, task)
-    is_first = not _stages_before(config, curriculum)
-    wanted: dict[str, Any] = {
-        "normalization": normalization,
-        "frozen": training.freeze_first_stage if is_first else training.freeze,
-        "checkpoint": start.pretrained_model if start else None,
-        "device": accelerator.device,
-    }
-    instructions = [instruction_text(stage) for stage in curriculum]
-    image_shapes = next(iter(shapes.values()))
-    policy_config = attempt(configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted)
-    if policy_config is None:
-        return None
-    findings.look_at_policy_config(policy_config, tasks, normalization)
-    torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
-    built = attempt(build_policy, config, policy_config, **wanted)
-    if built is None:
-        return None
-    findings.look_at_policy(config, built.policy)
-    ordered = attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
-    if ordered is None:
-        return None
-    order, recurrence = ordered
-    timetable = Timetable(
-        epochs=training.epochs,
-        steps_per_epoch=order.steps_per_epoch(
-            config.learns[0], training.gradient_accumulation_steps * accelerator.num_processes
-        ),
-        max_steps=training.max_steps,
-    )
-    encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
-    images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
-    findings.look_at_plan(config, order.shares, timetable.steps, images)
-    environments = attempt(_environments, config, curriculum)
-    augment = attempt(_augmentation, config, order, accelerator.process_index)
-    if findings.problems or environments is None or augment is None:
-        return None
-    return Stage(
-        config=config,
-        curriculum=curriculum,
-        folder=stage_folder(config),
-        accelerator=accelerator,
-        tasks=tasks,
-        images=images,
-        normalization=normalization,
-        built=built,
-        order=order,
-        recurrence=recurrence,
-        timetable=timetable,
-        environments=environments,
-        augment=augment,
-        table=findings.table,
-    )
-
-
-def _environments(config: RunConfig, curriculum: Sequence[StageConfig]) -> dict[str, Environment]:
-    """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
-    if config.rollout.episodes == 0:
-        return {}
-    seen = _seen(config, curriculum)
-    return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
-
-
-def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
-    """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
-    shares = config.replay
-    if config.passes:  # every task is passed as often as in a stage of its own
-        shares = proportional_shares({t.name: config.passes[t.name] * len(t.train_rows) for t in tasks})
-    about: dict[str, Any] = {
-        "seed": config.seed,
-        "stage": config.stage.index,
-        "tasks": [task for task in tasks if task.name in shares],
-        "shares": shares,
-        "batch_size": config.training.batch_size,
-    }
-    depth = getattr(policy.config, "mem_backprop_depth", 0)
-    if depth == 0 or policy.config.num_mem_tokens == 0:
-        return SampleOrder(**about), NoRecurrence()
-    stride, jitter = policy.config.n_action_steps, config.training.query_jitter
-    try:
-        order = LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return order, _fresh_memory(order, policy)
-
-
-def _fresh_memory(order: Order, policy: Any) -> Recurrence:
-    """Nothing remembered yet in any stream."""
-    if not isinstance(order, LaneOrder):
-        return NoRecurrence()
-    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip)
-
-
-def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
-    """The run's statistics: fixed by its first stage (which writes them when it begins), only read by the others."""
-    path, source = config.run_folder / "normalization.json", config.data.normalization
-    if path.is_file():
-        return Normalization.load(path)
-    if source == "pretrained":
-        checkpoint = Path(str(config.policy.get("pretrained_path")))
-        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks))
-    return fit_normalization(tasks if source == "joint" else tasks[:1], source)
-
-
-def _episodes_read(
-    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
-) -> dict[str, list[int]]:
-    """Task → the episodes the stage trains on or validates."""
-    trained = [task.name for task in order.tasks]
-    validated = [task.name for task in tasks]
-    if _stages_before(config, curriculum) and not config.validation.unseen_tasks:
-        validated = _seen(config, curriculum)
-    return {
-        task.name: [
-            *(task.train_episodes if task.name in trained else ()),
-            *(task.held_out_episodes if task.name in validated else ()),
-        ]
-        for task in tasks
-    }
-
-
-def _augmentation(config: RunConfig, order: Order, process: int) -> Augmentation:
-    if config.data.augmentation is None:
-        return no_augmentation
-    return ClipAugmentation(
-        config.data.augmentation,
-        cameras=config.data.cameras,
-        queries=order.clip,
-        seed=config.seed,
-        stage=config.stage.index,
-        process=process,
-    )
-
-
-@dataclass
 class Stage:
-    """A stage whose data and policy are open: train, validate, checkpoint, conclude."""
+    """An opened stage carried out: train, validate, checkpoint, conclude."""
 
-    config: RunConfig
-    curriculum: Sequence[StageConfig]
-    folder: StageFolder
-    accelerator: Accelerator
-    tasks: list[Task]
-    images: Images
-    normalization: Normalization
-    built: BuiltPolicy
-    order: Order
-    recurrence: Recurrence
-    timetable: Timetable
-    environments: dict[str, Environment]
-    augment: Augmentation
-    table: str
-
-    def run(self, resumed: Checkpoint | None, before: Checkpoint | None) -> int:
-        """From `resumed`, or from the beginning, to the end; returns the exit status.
-
+    def __init__(self, opened: OpenedStage, before: Checkpoint | None):
+        """
         Args:
             before: what the stage before ended in; None for the first stage.
         """
+        self.opened, self.before = opened, before
+        self.config, self.folder, self.accelerator = opened.config, opened.folder, opened.accelerator
+        self.built, self.order, self.recurrence = opened.built, opened.order, opened.recurrence
+        self.timetable = opened.timetable
+
+    def run(self, resumed: Checkpoint | None) -> int:
+        """From `resumed`, or from the beginning, to the end; returns the exit status."""
         config = self.config
-        self.before = before
         self.gate, self.extra_loss = self._gate(), self._extra_loss()
         where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
-        self.accelerator.print(f"\n{where}\n{self.table}", flush=True)
+        self.accelerator.print(f"\n{where}\n{self.opened.table}", flush=True)
         self._fill_images()
         self._open_folder(resumed)
         groups = self._fingerprints_before(resumed)
@@ -390,8 +123,8 @@ class Stage:
         )
         self.policy, self.optimizer = self.accelerator.prepare(self.built.policy, optimizer)
         self.validator = Validator(
-            self._dataset(self.tasks),
-            self.normalization,
+            self.opened.dataset(self.opened.tasks),
+            self.opened.normalization,
             self.built.preprocessor,
             draws=config.validation.draws,
             batch_size=config.validation.batch_size,
@@ -399,8 +132,8 @@ class Stage:
             progress=self.accelerator.is_main_process,
         )
         progress = self._restore(resumed)
-        if resumed is None and before is None:
-            self._validate("start", step=0, epoch=0, names=[task.name for task in self.tasks])
+        if resumed is None and self.before is None:
+            self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
         try:
             self._train(progress)
         except Interrupted as interrupted:
@@ -419,13 +152,9 @@ class Stage:
         self._conclude(progress, groups)
         return 0
 
-    @property
-    def _seen(self) -> list[str]:
-        return _seen(self.config, self.curriculum)
-
     def _gate(self) -> Gate:
         learnt, gated = {}, self.config.forgetting.budget is not None
-        for stage in _stages_before(self.config, self.curriculum) if gated else ():
+        for stage in stages_before(self.config, self.opened.curriculum) if gated else ():
             lines = stage_folder(self.config, stage).validations.read()
             ends = [line for line in lines if line["kind"] == "end" and line["task"] == stage.name]
             if not ends:
@@ -440,7 +169,7 @@ class Stage:
         """What elastic weight consolidation kept of the stages before; None for the first stage."""
         if self.config.ewc is None or self.before is None:
             return None
-        previous = stage_folder(self.config, _stages_before(self.config, self.curriculum)[-1])
+        previous = stage_folder(self.config, stages_before(self.config, self.opened.curriculum)[-1])
         if not previous.importance.is_file():
             raise ConfigError(f"{previous.importance} must be there for ewc; delete {previous.path} to run it again")
         return Importance.load(previous.importance)
@@ -454,17 +183,8 @@ class Stage:
     def _fill_images(self) -> None:
         """Each process computes a share of what is missing; all go on when all are done."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.images.fill(process=process, processes=processes, progress=self.accelerator.is_main_process)
+        self.opened.images.fill(process=process, processes=processes, progress=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-
-    def _dataset(self, tasks: Sequence[Task]) -> MixedDataset:
-        return MixedDataset(
-            tasks,
-            [self.images.sources[task.name] for task in tasks],
-            self.normalization,
-            **frames_of_sample(self.built.policy.config),
-            image_key=self.images.image_key,
-        )
 
     def _tell(self, **values: Any) -> None:
         if self.accelerator.is_main_process:
@@ -476,8 +196,8 @@ class Stage:
         if not self.accelerator.is_main_process:
             return
         config.run_folder.mkdir(parents=True, exist_ok=True)
-        self.normalization.save(config.run_folder / "normalization.json")
-        write_run_facts(config, self.curriculum, self.tasks, self.normalization)
+        self.opened.normalization.save(config.run_folder / "normalization.json")
+        write_run_facts(config, self.opened.curriculum, self.opened.tasks, self.opened.normalization)
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         for lines in (folder.metrics, folder.validations, folder.rollouts, folder.gate):
             lines.forget_after(resumed.step if resumed else -1)
@@ -535,11 +255,11 @@ class Stage:
                 preprocessor=self.built.preprocessor,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                dataset=self._dataset(self.order.tasks),
+                dataset=self.opened.dataset(self.order.tasks),
                 order=self.order,
                 recurrence=self.recurrence,
                 extra_loss=self.extra_loss,
-                augment=self.augment,
+                augment=self.opened.augment,
                 config=config.training,
                 timetable=self.timetable,
                 current=config.learns[0],
@@ -566,7 +286,7 @@ class Stage:
 
     def _validate_epoch(self, step: int, epoch: int) -> Validated:
         """All tasks seen; then the gate."""
-        records = self._validate("epoch", step=step, epoch=epoch, names=self._seen)
+        records = self._validate("epoch", step=step, epoch=epoch, names=self.opened.seen)
         readings = self.gate.read({record["task"]: episode_scores(record, "loss") for record in records})
         over = step == self.timetable.steps
         action = self.gate.act(readings, shares=self.order.shares, new=self.config.learns[0], over=over)
@@ -583,7 +303,7 @@ class Stage:
     def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> list[dict[str, Any]]:
         """A record per task, also appended to validation.jsonl."""
         records = self.validator.validate_all_tasks(self.accelerator.unwrap_model(self.policy), names)
-        seen = [] if kind == "start" else self._seen
+        seen = [] if kind == "start" else self.opened.seen
         stage = self.config.stage
         about = {"stage": stage.index, "stage_name": stage.name, "kind": kind, "epoch": epoch, "step": step}
         every = self.config.rollout.every_epochs
@@ -604,13 +324,12 @@ class Stage:
             return records
         policy = self.accelerator.unwrap_model(self.policy)
         was_training = policy.training
-        known = known_tasks.KnownTasks.of(self._learnt, self.normalization)
-        robot = SmolVLAPolicyWrapper(policy, self._processors, known, seed=self.config.seed)
+        robot = SmolVLAPolicyWrapper(policy, self.opened.processors, self.opened.known_tasks, seed=self.config.seed)
         seeds = evaluation_seeds(config.episodes, seed=config.seed)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         with_rollouts = []
         for record in records:
-            environment = self.environments.get(record["task"])
+            environment = self.opened.environments.get(record["task"])
             if environment is None:  # not seen yet
                 with_rollouts.append(record)
                 continue
@@ -640,7 +359,7 @@ class Stage:
         checkpoints.save(
             progress.step,
             policy=self.accelerator.unwrap_model(self.policy),
-            processors=self._processors,
+            processors=self.opened.processors,
             documents=self._documents,
             training_state={
                 "optimizer": self.optimizer.state_dict(),
@@ -656,17 +375,9 @@ class Stage:
         self.folder.tell(total_steps=self.timetable.steps)
 
     @property
-    def _processors(self) -> tuple[Any, Any]:
-        return self.built.preprocessor, self.built.postprocessor
-
-    @property
     def _documents(self) -> dict[str, str]:
         """Files beside the weights: what a robot must know of the tasks learnt by now."""
-        return {known_tasks.FILE_NAME: known_tasks.KnownTasks.of(self._learnt, self.normalization).to_json()}
-
-    @property
-    def _learnt(self) -> list[Task]:
-        return [task for task in self.tasks if task.name in self._seen]
+        return {known_tasks.FILE_NAME: self.opened.known_tasks.to_json()}
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -675,7 +386,7 @@ class Stage:
             "run": self.config.run,
             "stage": self.config.stage.folder_name,
             "seed": self.config.seed,
-            "normalization": self.normalization.hash,
+            "normalization": self.opened.normalization.hash,
         }
 
     def _conclude(self, progress: Progress, groups_before: Sequence[ParameterGroup]) -> None:
@@ -691,7 +402,7 @@ class Stage:
         result, loss = best, progress.best_loss
         if config.merge is not None and self.before is not None:
             result, loss = self._merge(policy, self.before, best, config.merge)
-        names = [task.name for task in self.tasks] if config.validation.unseen_tasks else self._seen
+        names = [task.name for task in self.opened.tasks] if config.validation.unseen_tasks else self.opened.seen
         epoch = math.ceil(self.timetable.epoch(best.step))
         records = self._validate("end", step=best.step, epoch=epoch, names=names)
         drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
@@ -707,7 +418,7 @@ class Stage:
             batches_per_step=config.training.gradient_accumulation_steps,
         )
         write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
-        card = model_card.model_card(config, self._learnt, self.order.shares, records, steps=progress.step)
+        card = model_card.model_card(config, self.opened.learnt, self.order.shares, records, steps=progress.step)
         write_text(result.pretrained_model / model_card.FILE_NAME, card)
         folder.tell(
             status="finished",
@@ -730,7 +441,7 @@ class Stage:
         load_weights(policy, best)
 
         def validate() -> dict[str, float]:
-            records = self.validator.validate_all_tasks(policy, self._seen)
+            records = self.validator.validate_all_tasks(policy, self.opened.seen)
             return {record["task"]: record["loss"] for record in records}
 
         sweep = sweep_merges(policy, old, new, merge.alphas, validate)
@@ -741,7 +452,7 @@ class Stage:
                 name,
                 step=best.step,
                 policy=policy,
-                processors=self._processors,
+                processors=self.opened.processors,
                 documents=self._documents,
                 about={**self._about, "merged": {"alpha": sweep["chosen"], "old": before.hash, "new": best.hash}},
             )
@@ -752,7 +463,7 @@ class Stage:
 
     def _importance(self, policy: Any, ewc: EwcConfig) -> Importance:
         """Measured on the first batches of the stage, clip by clip."""
-        order, dataset = self.order, self._dataset(self.order.tasks)
+        order, dataset = self.order, self.opened.dataset(self.order.tasks)
         clips = (
             dataset.__getitems__(draws)
             for number in range(ewc.batches)
@@ -762,7 +473,7 @@ class Stage:
             policy,
             tqdm(clips, "importance", ewc.batches * order.batch_size // order.clip, leave=False, unit="clip"),
             preprocessor=self.built.preprocessor,
-            recurrence=_fresh_memory(order, policy),
+            recurrence=fresh_memory(order, policy),
             autocast=self.accelerator.autocast,
             seed=step_seed(order.seed, order.stage),
         )

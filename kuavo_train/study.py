@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     first = cells[0].configs[0]
     set_hub(first)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.stage import record_missing_data
+    from kuavo_train.opened_stage import record_missing_data
 
     study = StudyFile(Path(first.outputs) / f"{run}-study" / "study.json", run, shared)
     record_missing_data(first, [config.stage for config in cells[0].configs])

@@ -18,13 +18,13 @@ from test_command_line import command
 
 from kuavo_train.compose import compose_run
 from kuavo_train.findings import Findings
-from kuavo_train.stage import Stage, open_stage
+from kuavo_train.opened_stage import OpenedStage, open_stage
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 Overrides = Callable[..., list[str]]
 
 
-def open_first_stage(overrides: list[str]) -> tuple[Stage | None, str]:
+def open_first_stage(overrides: list[str]) -> tuple[OpenedStage | None, str]:
     """The stage, and all that is wrong with it."""
     configs, findings = compose_run(overrides), Findings()
     stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True), findings)

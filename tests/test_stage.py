@@ -20,8 +20,9 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
 from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
+from kuavo_train.opened_stage import open_stage
 from kuavo_train.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import open_stage, run_stage
+from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]
 

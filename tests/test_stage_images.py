@@ -21,8 +21,9 @@ from kuavo_train.data.mixture import preprocess
 from kuavo_train.data.order import Draw
 from kuavo_train.findings import Findings
 from kuavo_train.learning.encoder import frozen_encoder
+from kuavo_train.opened_stage import OpenedStage, open_stage
 from kuavo_train.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import Stage, open_stage, run_stage
+from kuavo_train.stage import run_stage
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 Overrides = Callable[..., list[str]]
@@ -40,7 +41,7 @@ def embedded(small_run: Overrides, tmp_path: Path) -> Callable[..., list[RunConf
     return configs
 
 
-def opened(configs: list[RunConfig], place: int = 1) -> Stage:
+def opened(configs: list[RunConfig], place: int = 1) -> OpenedStage:
     findings = Findings()
     stage = open_stage(configs[place], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
     findings.raise_problems()
@@ -106,7 +107,7 @@ def test_the_loss_from_features_is_that_from_pictures(embedded: Callable[..., li
     for cached in ("true", "false"):
         stage = opened(embedded(f"data.feature_cache={cached}"))
         stage.images.fill(progress=False)
-        dataset = stage._dataset(stage.tasks)
+        dataset = stage.dataset(stage.tasks)
         draws = [Draw(place, row) for place in range(4) for row in (0, 20, 41, 69)]
         draws = [draw for draw in draws if stage.tasks[draw.task].episode[draw.row] in _read(stage, draw.task)]
         batches.append(preprocess(dataset.__getitems__(draws), stage.built.preprocessor, torch.device("cpu")))
@@ -127,7 +128,7 @@ def test_the_loss_from_features_is_that_from_pictures(embedded: Callable[..., li
     assert max(relative) < 1e-3
 
 
-def _read(stage: Stage, place: int) -> list[int]:
+def _read(stage: OpenedStage, place: int) -> list[int]:
     task = stage.tasks[place]
     trained = task.train_episodes if task.name in stage.config.replay else ()
     return [*trained, *task.held_out_episodes]

@@ -1,0 +1,270 @@
+"""What a stage needs, opened: data, policy, order of samples, where images come from, simulators."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kuavo_sim.record import RecordSettings, ensure_recorded
+from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
+from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images import Images, plan_images
+from kuavo_train.data.known_tasks import KnownTasks
+from kuavo_train.data.lanes import LaneOrder
+from kuavo_train.data.mixture import MixedDataset, frames_of_sample
+from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
+from kuavo_train.data.order import Order, SampleOrder
+from kuavo_train.data.shares import proportional_shares
+from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
+from kuavo_train.evaluation.robots import Environment
+from kuavo_train.evaluation.rollout import environment_of
+from kuavo_train.findings import Findings
+from kuavo_train.learning.checkpoint import Checkpoint
+from kuavo_train.learning.encoder import frozen_encoder
+from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy
+from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
+from kuavo_train.learning.timetable import Timetable
+from kuavo_train.learning.trainer import step_seed
+from kuavo_train.lineage import seen_tasks, stages_before
+from kuavo_train.run_folder import StageFolder, stage_folder
+
+
+@dataclass(frozen=True)
+class OpenedStage:
+    """All that a stage needs, open and looked at; nothing is written or trained yet.
+
+    Attributes:
+        tasks: of the whole curriculum, in the order of learning.
+        environments: task seen → where it is rolled out.
+        table: what preflight has to say.
+    """
+
+    config: RunConfig
+    curriculum: Sequence[StageConfig]
+    folder: StageFolder
+    accelerator: Accelerator
+    tasks: list[Task]
+    images: Images
+    normalization: Normalization
+    built: BuiltPolicy
+    order: Order
+    recurrence: Recurrence
+    timetable: Timetable
+    environments: dict[str, Environment]
+    augment: Augmentation
+    table: str
+
+    @property
+    def seen(self) -> list[str]:
+        return seen_tasks(self.config, self.curriculum)
+
+    @property
+    def learnt(self) -> list[Task]:
+        """The tasks learnt by the end of this stage, `seen` by name."""
+        return [task for task in self.tasks if task.name in self.seen]
+
+    @property
+    def known_tasks(self) -> KnownTasks:
+        """What a robot must know of them."""
+        return KnownTasks.of(self.learnt, self.normalization)
+
+    @property
+    def processors(self) -> tuple[Any, Any]:
+        return self.built.preprocessor, self.built.postprocessor
+
+    def dataset(self, tasks: Sequence[Task]) -> MixedDataset:
+        return MixedDataset(
+            tasks,
+            [self.images.sources[task.name] for task in tasks],
+            self.normalization,
+            **frames_of_sample(self.built.policy.config),
+            image_key=self.images.image_key,
+        )
+
+
+def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
+    """Record the demonstrations of simulated tasks that are not there yet, saying so.
+
+    Raises:
+        ConfigError: the dataset there was recorded under other settings, or is not a recording.
+    """
+    if config.simulation is None:
+        return
+    for stage in curriculum:
+        if stage.simulation_task is None:
+            continue
+        settings = RecordSettings(task=stage.simulation_task, **asdict(config.simulation))
+        root = Path(stage.root)
+        if not root.exists():
+            print(f"recording {settings.episodes} demonstrations of {stage.name} into {root}", flush=True)
+        try:
+            ensure_recorded(settings, root, workers=config.data.record_workers)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"{error}; to train on a dataset of your own there, set simulation=null rollout.episodes=0"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def open_stage(
+    config: RunConfig,
+    curriculum: Sequence[StageConfig],
+    start: Checkpoint | None,
+    accelerator: Accelerator,
+    findings: Findings,
+) -> OpenedStage | None:
+    """Open data, build the policy from `start`, freeze, and let preflight look at all of it.
+
+    What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same. None when
+    there are problems.
+    """
+    attempt = findings.problems.attempt
+    findings.look_at_datasets(curriculum)
+    tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
+    data, training = config.data, config.training
+    decoded = {
+        task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
+    }
+    shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
+    findings.look_at_tasks(tasks, shapes)
+    normalization = attempt(_shared_normalization, config, tasks) if tasks else None
+    if normalization is None or not shapes:
+        return None
+    for task in tasks:
+        attempt(normalization.check_covers, task)
+    is_first = not stages_before(config, curriculum)
+    wanted: dict[str, Any] = {
+        "normalization": normalization,
+        "frozen": training.freeze_first_stage if is_first else training.freeze,
+        "checkpoint": start.pretrained_model if start else None,
+        "device": accelerator.device,
+    }
+    instructions = [instruction_text(stage) for stage in curriculum]
+    image_shapes = next(iter(shapes.values()))
+    policy_config = attempt(configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted)
+    if policy_config is None:
+        return None
+    findings.look_at_policy_config(policy_config, tasks, normalization)
+    torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
+    built = attempt(build_policy, config, policy_config, **wanted)
+    if built is None:
+        return None
+    findings.look_at_policy(config, built.policy)
+    ordered = attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
+    if ordered is None:
+        return None
+    order, recurrence = ordered
+    timetable = Timetable(
+        epochs=training.epochs,
+        steps_per_epoch=order.steps_per_epoch(
+            config.learns[0], training.gradient_accumulation_steps * accelerator.num_processes
+        ),
+        max_steps=training.max_steps,
+    )
+    encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
+    images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
+    findings.look_at_plan(config, order.shares, timetable.steps, images)
+    environments = attempt(_environments, config, curriculum)
+    augment = attempt(_augmentation, config, order, accelerator.process_index)
+    if findings.problems or environments is None or augment is None:
+        return None
+    return OpenedStage(
+        config=config,
+        curriculum=curriculum,
+        folder=stage_folder(config),
+        accelerator=accelerator,
+        tasks=tasks,
+        images=images,
+        normalization=normalization,
+        built=built,
+        order=order,
+        recurrence=recurrence,
+        timetable=timetable,
+        environments=environments,
+        augment=augment,
+        table=findings.table,
+    )
+
+
+def _environments(config: RunConfig, curriculum: Sequence[StageConfig]) -> dict[str, Environment]:
+    """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
+    if config.rollout.episodes == 0:
+        return {}
+    seen = seen_tasks(config, curriculum)
+    return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
+
+
+def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
+    """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
+    shares = config.replay
+    if config.passes:  # every task is passed as often as in a stage of its own
+        shares = proportional_shares({t.name: config.passes[t.name] * len(t.train_rows) for t in tasks})
+    about: dict[str, Any] = {
+        "seed": config.seed,
+        "stage": config.stage.index,
+        "tasks": [task for task in tasks if task.name in shares],
+        "shares": shares,
+        "batch_size": config.training.batch_size,
+    }
+    depth = getattr(policy.config, "mem_backprop_depth", 0)
+    if depth == 0 or policy.config.num_mem_tokens == 0:
+        return SampleOrder(**about), NoRecurrence()
+    stride, jitter = policy.config.n_action_steps, config.training.query_jitter
+    try:
+        order = LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return order, fresh_memory(order, policy)
+
+
+def fresh_memory(order: Order, policy: Any) -> Recurrence:
+    """Nothing remembered yet in any stream."""
+    if not isinstance(order, LaneOrder):
+        return NoRecurrence()
+    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip)
+
+
+def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
+    """The run's statistics: fixed by its first stage (which writes them when it begins), only read by the others."""
+    path, source = config.run_folder / "normalization.json", config.data.normalization
+    if path.is_file():
+        return Normalization.load(path)
+    if source == "pretrained":
+        checkpoint = Path(str(config.policy.get("pretrained_path")))
+        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks))
+    return fit_normalization(tasks if source == "joint" else tasks[:1], source)
+
+
+def _episodes_read(
+    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
+) -> dict[str, list[int]]:
+    """Task → the episodes the stage trains on or validates."""
+    trained = [task.name for task in order.tasks]
+    validated = [task.name for task in tasks]
+    if stages_before(config, curriculum) and not config.validation.unseen_tasks:
+        validated = seen_tasks(config, curriculum)
+    return {
+        task.name: [
+            *(task.train_episodes if task.name in trained else ()),
+            *(task.held_out_episodes if task.name in validated else ()),
+        ]
+        for task in tasks
+    }
+
+
+def _augmentation(config: RunConfig, order: Order, process: int) -> Augmentation:
+    if config.data.augmentation is None:
+        return no_augmentation
+    return ClipAugmentation(
+        config.data.augmentation,
+        cameras=config.data.cameras,
+        queries=order.clip,
+        seed=config.seed,
+        stage=config.stage.index,
+        process=process,
+    )
