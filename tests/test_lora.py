@@ -119,6 +119,8 @@ def test_a_stage_moves_the_expert_by_no_more_than_the_rank_and_the_next_goes_on_
 ) -> None:
     assert run(lora_run, 0) == 0
     assert run(lora_run, 1) == 0
+    card = stage_folder(lora_run[1]).checkpoints.at("best").pretrained_model / "README.md"
+    assert f"adapters of rank {RANK} on the action expert, merged into its weights" in card.read_text()
     before, after = (weights(stage_folder(config)) for config in lora_run[:2])
     assert set(before) == set(after)
     assert not any("lora" in name.split(".") or "base_layer" in name for name in after)
