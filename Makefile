@@ -60,6 +60,8 @@ evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseli
 test test-full: export OMP_NUM_THREADS = 1
 test test-full: export HF_HUB_OFFLINE = 1
 test test-full: export WANDB_MODE = offline
+# Python keeps what it compiled: without, each process of a test compiles torch and LeRobot anew, for ten seconds.
+test test-full: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/.ready  ## the tests, without the slow ones (minutes; ARGS="-k memory" for a part)
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -5,19 +5,66 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import logging
+import runpy
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
+from lerobot.datasets import dataset_metadata
+from lerobot.datasets.utils import EPISODES_DIR
 from small_datasets import TASK_NAMES, write_dataset
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _episodes_are_read_once() -> Iterator[None]:
+    """LeRobot takes a sixth of a second to read what a dataset's episodes are, and every stage opens four datasets."""
+    read, known = dataset_metadata.load_episodes, {}
+
+    def load_episodes(root: Path) -> Any:
+        files = sorted((root / EPISODES_DIR).rglob("*.parquet"))
+        state = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        if state not in known:
+            known[state] = read(root)
+        return known[state]
+
+    with mock.patch.object(dataset_metadata, "load_episodes", load_episodes):
+        yield
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m module words` in this process, which has imported already what takes another one seconds."""
+
+    def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+        root, status = logging.getLogger(), 0
+        handlers, level, on_term = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
+        with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [module, *words]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, where a test has imported the module
+            try:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                status = int(end.code or 0)
+            finally:
+                root.handlers, root.level = handlers, level  # Hydra puts its own in their place
+                signal.signal(signal.SIGTERM, on_term)
+        return subprocess.CompletedProcess([module, *words], status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

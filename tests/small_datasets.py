@@ -82,6 +82,6 @@ def write_dataset(
                 shade = int(127 + 100 * np.sin(phase + speed * step + number))
                 frame[f"observation.images.{camera}"] = np.full((height, width, 3), shade, dtype=np.uint8)
             dataset.add_frame(frame)
-        dataset.save_episode()
+        dataset.save_episode(parallel_encoding=False)  # three processes would take longer to start
     dataset.finalize()
     return root

@@ -14,6 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Overrides = Callable[..., list[str]]
+Here = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -30,7 +31,9 @@ def outputs_of(overrides: list[str]) -> Path:
     return Path(next(item.split("=", 1)[1] for item in overrides if item.startswith("outputs=")))
 
 
-def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(small_run: Overrides, tmp_path: Path) -> None:
+def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(
+    small_run: Overrides, tmp_path: Path, here: Here
+) -> None:
     overrides = small_run()
     done = call("kuavo_train.curriculum", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -47,16 +50,16 @@ def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(small_run
         assert re.search(rf"\b{loss:.3f}\b", page), task
     assert "well retained" in done.stdout or "slight degradation" in done.stdout or "significant" in done.stdout
 
-    again = call("kuavo_train.curriculum", *overrides, cwd=tmp_path)
+    again = here("kuavo_train.curriculum", *overrides)
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("is finished in") == 4
 
-    refused = call("kuavo_train", "task=tasks/task2_weighing", *overrides)
+    refused = here("kuavo_train", "task=tasks/task2_weighing", *overrides)
     assert refused.returncode == 2
     assert "stage 2 (weighing) is finished" in refused.stderr
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run: Overrides) -> None:
+def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run: Overrides, here: Here) -> None:
     overrides = small_run("training.max_steps=400", "training.epochs=400", "training.save_every=1000")
     process = subprocess.Popen(
         command("kuavo_train", *overrides), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
@@ -73,13 +76,13 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run:
     stage = metrics.parent
     step = json.loads((stage / "stage.json").read_text())["steps"]
     assert (stage / "checkpoints" / "last").resolve().name == f"{step:06d}"
-    refused = call("kuavo_train", *overrides)
+    refused = here("kuavo_train", *overrides)
     assert refused.returncode == 2
     assert "continue with resume=true" in refused.stderr
 
 
-def test_help_and_cfg_are_useful_to_read() -> None:
-    shown = call("kuavo_train", "--help")
+def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
+    shown = here("kuavo_train", "--help")
     assert shown.returncode == 0
     for word in (
         "task/tasks: task1_moving_grasp, task2",
@@ -88,33 +91,45 @@ def test_help_and_cfg_are_useful_to_read() -> None:
         "replay",
     ):
         assert word in shown.stdout, word
-    job = call("kuavo_train", "task=tasks/task3_placement", "--cfg", "job", "--resolve")
+    job = here("kuavo_train", "task=tasks/task3_placement", "--cfg", "job", "--resolve")
     assert job.returncode == 0
     assert "name: placement" in job.stdout
     assert "lr: 0.0005" in job.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["training.lr=-1"], "error: training.lr must be positive, got -1.0"),
-        (["task=tasks/task7_juggling"], "task7_juggling"),
-        (["training.lerning_rate=1"], "lerning_rate"),
-        (["task=tasks/task2_weighing"], "must follow a finished stage 1 (moving_grasp)"),
-    ],
-)
+WRONG_COMMANDS = [
+    (["training.lr=-1"], "error: training.lr must be positive, got -1.0"),
+    (["task=tasks/task7_juggling"], "task7_juggling"),
+    (["training.lerning_rate=1"], "lerning_rate"),
+    (["task=tasks/task2_weighing"], "must follow a finished stage 1 (moving_grasp)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_COMMANDS)
 def test_a_wrong_command_says_what_is_wrong_and_writes_nothing(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    refused = call("kuavo_train", *arguments, f"outputs={tmp_path / 'outputs'}", cwd=tmp_path)
-    assert refused.returncode != 0
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    monkeypatch.chdir(tmp_path)
+    assert_refused(here("kuavo_train", *arguments, f"outputs={tmp_path / 'outputs'}"), message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_curriculum_refuses_what_holds_for_one_stage_only() -> None:
-    refused = call("kuavo_train.curriculum", "stage.epochs=3")
+def test_a_wrong_command_ends_in_a_line_in_a_process_of_its_own(tmp_path: Path) -> None:
+    arguments, message = WRONG_COMMANDS[0]
+    refused = call("kuavo_train", *arguments, f"outputs={tmp_path / 'outputs'}", cwd=tmp_path)
+    assert_refused(refused, message)
+    assert refused.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_curriculum_refuses_what_holds_for_one_stage_only(here: Here) -> None:
+    refused = here("kuavo_train.curriculum", "stage.epochs=3")
     assert refused.returncode == 2
     assert "must hold for every stage, got stage.epochs=3" in refused.stderr
 

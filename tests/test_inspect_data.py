@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_command_line import call, outputs_of
+from test_command_line import Here, outputs_of
 
 from kuavo_train.compose import compose_run
 from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics, overview
@@ -76,9 +76,9 @@ def test_an_episode_recorded_twice_is_found(task: Task) -> None:
     assert duplicate_episodes(replace(task, state=state, action=action)) == []
 
 
-def test_the_command_prints_the_numbers_and_saves_a_sheet(small_run: Callable[..., list[str]]) -> None:
+def test_the_command_prints_the_numbers_and_saves_a_sheet(small_run: Callable[..., list[str]], here: Here) -> None:
     overrides = small_run()
-    done = call("kuavo_train.inspect_data", "task=tasks/task4_sorting", *overrides, "--episode=3")
+    done = here("kuavo_train.inspect_data", "task=tasks/task4_sorting", *overrides, "--episode=3")
     assert done.returncode == 0, done.stderr
     assert "sorting: 5 episodes of 1.4 to 1.4 s, median 1.4 s, 10 Hz" in done.stdout
     assert "cmd_pos_yaw" in done.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from small_datasets import CAMERAS, write_dataset
-from test_command_line import call
+from test_command_line import Here
 
 from kuavo_train.compose import compose_run
 from kuavo_train.findings import Findings
@@ -132,8 +132,8 @@ def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, 
     assert f"sorting: video {video} must decode, got an error at frame 13 of episode 4, 6.90 s" in problems[0]
 
 
-def test_the_command_prints_json_alone_and_fails_where_there_are_problems(small_run: Overrides) -> None:
-    done = call("kuavo_train.preflight", *small_run("policy.tokenizer_max_length=20"), "--json")
+def test_the_command_prints_json_alone_and_fails_where_there_are_problems(small_run: Overrides, here: Here) -> None:
+    done = here("kuavo_train.preflight", *small_run("policy.tokenizer_max_length=20"), "--json")
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["problems"]
 

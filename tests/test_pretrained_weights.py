@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 from test_command_line import command
 
-from kuavo_train.compose import compose_run
+from kuavo_train.compose import compose_run, set_hub
 from kuavo_train.findings import Findings
 from kuavo_train.opened_stage import OpenedStage, open_stage
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
@@ -127,27 +128,41 @@ def empty_hub() -> Iterator[tuple[str, list[str]]]:
     server.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ([], "looked for at {address}"),
+        pytest.param(["offline=true"], "looked for only in the local cache (offline)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mirror_is_asked_in_place_of_the_hub_and_offline_nobody(
-    small_run: Overrides, empty_hub: tuple[str, list[str]], tmp_path: Path
+    small_run: Overrides, empty_hub: tuple[str, list[str]], tmp_path: Path, more: list[str], reason: str
 ) -> None:
+    """In a process of its own: the hub's library reads whom to ask when it is imported."""
     address, asked = empty_hub
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    for more, reason in (
-        (["offline=true"], "looked for only in the local cache (offline)"),
-        ([], f"looked for at {address}"),
-    ):
-        overrides = small_run("policy.pretrained_path=nobody/nothing", f"hf_endpoint={address}", *more)
-        done = subprocess.run(
-            command("kuavo_train.preflight", *overrides, "--json"),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 1, done.stderr
-        problems = json.loads(done.stdout)["problems"]
-        assert any(f"got nobody/nothing, {reason}" in problem for problem in problems), problems
-        assert bool(asked) == (more == [])
-    assert any(path.startswith("/nobody/nothing/resolve/main/") for path in asked), asked
+    overrides = small_run("policy.pretrained_path=nobody/nothing", f"hf_endpoint={address}", *more)
+    done = subprocess.run(
+        command("kuavo_train.preflight", *overrides, "--json"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    problems = json.loads(done.stdout)["problems"]
+    assert any(f"got nobody/nothing, {reason.format(address=address)}" in problem for problem in problems), problems
+    assert bool(asked) == (more == [])
+    assert not asked or any(path.startswith("/nobody/nothing/resolve/main/") for path in asked), asked
+
+
+def test_the_hubs_library_is_told_whom_to_ask_and_whether(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "as it was")
+    config = compose_run()[0]
+    set_hub(config)
+    assert (os.environ["HF_ENDPOINT"], os.environ["HF_HUB_OFFLINE"]) == ("as it was", "as it was")
+    set_hub(replace(config, hf_endpoint="https://mirror.example", offline=True))
+    assert (os.environ["HF_ENDPOINT"], os.environ["HF_HUB_OFFLINE"]) == ("https://mirror.example", "1")
