@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,11 @@ from filelock import FileLock
 from lerobot.datasets import dataset_metadata
 from lerobot.datasets.utils import EPISODES_DIR
 from small_datasets import TASK_NAMES, write_dataset
+
+from kuavo_train.compose import compose_run, stages_to_run
+from kuavo_train.config import RunConfig
+from kuavo_train.run_folder import stage_folder
+from kuavo_train.stage import run_stage
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -77,22 +83,67 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A policy that has learnt all four tasks, at a place of its own: nothing else of its run is left."""
+def configs(datasets: Path) -> list[RunConfig]:
+    """Of the four tasks on the small datasets; composing them takes longer than most of what is tested with them."""
+    return compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """`once(name, make)` is a folder that `make(folder)` has filled, in the first worker of pytest-xdist to need it."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if hasattr(request.config, "workerinput") else base  # one for all workers of pytest-xdist
-    checkpoint = shared / "small_checkpoint"
-    with FileLock(shared / "small_checkpoint.lock"):
-        if not checkpoint.is_dir():
-            _train_small_checkpoint(datasets, tmp_path_factory.mktemp("robot"), checkpoint)
-    return checkpoint
+    shared = base.parent if hasattr(request.config, "workerinput") else base  # one for all workers
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                try:
+                    make(folder)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(datasets: Path, tmp_path_factory: pytest.TempPathFactory, once: Callable[..., Path]) -> Path:
+    """A policy that has learnt all four tasks, at a place of its own: nothing else of its run is left."""
+    folder = tmp_path_factory.mktemp("robot")
+    return once("small_checkpoint", partial(_train_small_checkpoint, datasets, folder))
+
+
+@pytest.fixture(scope="session")
+def simulated_run(once: Callable[..., Path]) -> Path:
+    """A run of weighing, whose cue must be remembered, then placement, which has none: to read, or to copy."""
+    return once("simulated", _train_simulated_run) / "smoke"
+
+
+def _train_simulated_run(outputs: Path) -> None:
+    configs = compose_run(
+        [
+            "profile=smoke",
+            f"outputs={outputs}",
+            "simulation.episodes=5",
+            "simulation.image_size=32",
+            "data.held_out_episodes=2",
+            "data.record_workers=1",
+            "tiny_vlm.image_size=32",
+            "policy.resize_imgs_with_padding=[32,32]",
+            "policy.mem_backprop_depth=2",
+            "training.max_steps=2",
+            "training.batch_size=4",
+            "strategy=sequential",
+        ]
+    )
+    weighing, placement = configs[1:3]
+    for config in (weighing, placement):
+        assert run_stage(config, [weighing.stage, placement.stage]) == 0
 
 
 def _train_small_checkpoint(datasets: Path, folder: Path, into: Path) -> None:
-    from kuavo_train.compose import compose_run, stages_to_run
-    from kuavo_train.run_folder import stage_folder
-    from kuavo_train.stage import run_stage
-
     configs = compose_run(
         [
             "profile=smoke",
@@ -119,16 +170,16 @@ def _train_small_checkpoint(datasets: Path, folder: Path, into: Path) -> None:
     (folder / "best").rename(into)
 
 
-@pytest.fixture
-def small_run(datasets: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Overrides of a run on the small datasets that finishes in seconds."""
+@pytest.fixture(scope="session")
+def small_run_in(datasets: Path) -> Callable[..., list[str]]:
+    """Overrides of a run on the small datasets that finishes in seconds, in a folder of its own."""
 
-    def overrides(*more: str) -> list[str]:
+    def overrides(outputs: Path, *more: str) -> list[str]:
         return [
             "profile=smoke",
             "simulation=null",
             "rollout.episodes=0",
-            f"outputs={tmp_path / 'outputs'}",
+            f"outputs={outputs}",
             f"data.root={datasets}",
             "data.held_out_episodes=2",
             "tiny_vlm.image_size=32",
@@ -143,3 +194,9 @@ def small_run(datasets: Path, tmp_path: Path) -> Callable[..., list[str]]:
         ]
 
     return overrides
+
+
+@pytest.fixture
+def small_run(small_run_in: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """As `small_run_in`, in the test's own folder."""
+    return partial(small_run_in, tmp_path / "outputs")

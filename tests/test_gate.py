@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]
+ByDepth = Callable[[int], list[RunConfig]]  # depth of backpropagation through the memory → a run, trained once
 SHARES = {"first": 0.1, "second": 0.2, "new": 0.7}
 LEARNT = {"first": {1: 0.10, 2: 0.12, 3: 0.08, 4: 0.11, 5: 0.09}, "second": {1: 0.2, 4: 0.3, 7: 0.25, 8: 0.22}}
 
@@ -139,43 +141,66 @@ def run(configs: list[RunConfig], place: int, **changes: Any) -> int:
     return run_stage(replace(configs[place], **changes), [config.stage for config in configs])
 
 
-def moved(configs: list[RunConfig], outputs: Path) -> list[RunConfig]:
-    """The same run elsewhere, with its first stage done."""
-    shutil.copytree(configs[0].run_folder, outputs / configs[0].run, symlinks=True)
-    shutil.rmtree(outputs / configs[0].run / "stage2_weighing", ignore_errors=True)
-    return [replace(config, outputs=str(outputs)) for config in configs]
+def continued(first: list[RunConfig], outputs: Path, on_exceed: str) -> list[RunConfig]:
+    """A run of its own that begins with the first stage of another, which need not be trained again."""
+    shutil.copytree(first[0].run_folder, outputs / first[0].run, symlinks=True)
+    return [replace(c, outputs=str(outputs), forgetting=replace(c.forgetting, on_exceed=on_exceed)) for c in first]
 
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every validation finds the earlier tasks twice as bad as when they were learnt."""
+    lose_all(monkeypatch)
 
+
+def lose_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(gate: Gate, now: Any) -> list[Reading]:
         return [Reading(task, Interval(1.0, 0.9, 1.1, 0.95, 2), 0.2) for task in gate.learnt]
 
     monkeypatch.setattr(Gate, "read", read)
 
 
-def gated(small_run: Overrides, depth: int, *more: str) -> list[RunConfig]:
+FEW_WHOLE_EPOCHS = (
+    "training.max_steps=null",
+    "training.epochs=3",
+    "training.batch_size=16",
+    "training.save_every=3",
+    "forgetting.budget=0.2",
+)
+
+
+@pytest.fixture(scope="module")
+def begun(small_run_in: Overrides, tmp_path_factory: pytest.TempPathFactory) -> ByDepth:
     """A run of few, whole epochs whose gate is on, with its first stage done."""
-    configs = compose_run(
-        small_run(
-            "training.max_steps=null",
-            "training.epochs=3",
-            "training.batch_size=16",
-            "training.save_every=3",
-            f"policy.mem_backprop_depth={depth}",
-            "forgetting.budget=0.2",
-            *more,
-        )
-    )
-    assert run(configs, 0) == 0
-    return configs
+
+    @cache
+    def train(depth: int) -> list[RunConfig]:
+        outputs = tmp_path_factory.mktemp("begun")
+        configs = compose_run(small_run_in(outputs, *FEW_WHOLE_EPOCHS, f"policy.mem_backprop_depth={depth}"))
+        assert run(configs, 0) == 0
+        return configs
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def raised(begun: ByDepth, tmp_path_factory: pytest.TempPathFactory) -> ByDepth:
+    """With the second stage done too, during which what it had learnt was lost and replayed more."""
+
+    @cache
+    def train(depth: int) -> list[RunConfig]:
+        configs = continued(begun(depth), tmp_path_factory.mktemp("raised"), "raise_replay")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            lose_all(monkeypatch)
+            assert run(configs, 1) == 0
+        return configs
+
+    return train
 
 
 @pytest.mark.usefixtures("lost")
-def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(small_run: Overrides) -> None:
-    configs = gated(small_run, 0, "forgetting.on_exceed=stop")
+def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(begun: ByDepth, tmp_path: Path) -> None:
+    configs = continued(begun(0), tmp_path, "stop")
     assert stage_folder(configs[0]).gate.read() == []  # nothing can be lost while the first task is learnt
     assert run(configs, 1) == 0
     folder = stage_folder(configs[1])
@@ -195,7 +220,9 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
 ) -> None:
     worse = iter([0.1, 0.2, 0.3])
     monkeypatch.setattr("kuavo_train.stage.mean_loss", lambda records: next(worse))
-    folder = stage_folder(gated(small_run, 0, f"validation.result={result}")[0])
+    configs = compose_run(small_run(*FEW_WHOLE_EPOCHS, "policy.mem_backprop_depth=0", f"validation.result={result}"))
+    assert run(configs, 0) == 0
+    folder = stage_folder(configs[0])
     lines = folder.validations.read()
     epochs = [line for line in lines if line["kind"] == "epoch"]
     assert len(epochs) == 3
@@ -214,11 +241,11 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
 
 @pytest.mark.usefixtures("lost")
 def test_a_stage_stopped_and_killed_before_its_conclusion_is_concluded_not_continued(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    begun: ByDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kuavo_train.stage import Stage
 
-    configs = gated(small_run, 0, "forgetting.on_exceed=stop")
+    configs = continued(begun(0), tmp_path, "stop")
     with monkeypatch.context() as patched:
         patched.setattr(Stage, "_conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -229,11 +256,9 @@ def test_a_stage_stopped_and_killed_before_its_conclusion_is_concluded_not_conti
     assert "moving_grasp" in about["stopped"]
 
 
-@pytest.mark.usefixtures("lost")
 @pytest.mark.parametrize("depth", [0, 2])
-def test_a_raise_keeps_quotas_in_every_segment_and_the_new_task_its_passes(small_run: Overrides, depth: int) -> None:
-    configs = gated(small_run, depth, "forgetting.on_exceed=raise_replay")
-    assert run(configs, 1) == 0
+def test_a_raise_keeps_quotas_in_every_segment_and_the_new_task_its_passes(raised: ByDepth, depth: int) -> None:
+    configs = raised(depth)
     folder = stage_folder(configs[1])
     audit = json.loads((folder.path / "replay_audit.json").read_text())
     segments = audit["segments"]
@@ -257,11 +282,9 @@ def test_a_raise_keeps_quotas_in_every_segment_and_the_new_task_its_passes(small
 @pytest.mark.usefixtures("lost")
 @pytest.mark.parametrize(("stop_at", "depth"), [(2, 0), (4, 0), (6, 2)])  # before the raise, at it, after it
 def test_a_stage_resumed_across_a_raise_is_bit_identical(
-    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, depth: int
+    begun: ByDepth, raised: ByDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, depth: int
 ) -> None:
-    whole = gated(small_run, depth, "forgetting.on_exceed=raise_replay")
-    cut = moved(whole, tmp_path / "cut")
-    assert run(whole, 1) == 0
+    whole, cut = raised(depth), continued(begun(depth), tmp_path, "raise_replay")
     take_step = Trainer._step
 
     def interrupt(self: Trainer, step: int, *arguments: Any) -> dict[str, float]:

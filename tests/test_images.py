@@ -14,8 +14,7 @@ import pytest
 import torch
 from small_datasets import write_dataset
 
-from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, DataConfig
+from kuavo_train.config import ConfigError, DataConfig, RunConfig
 from kuavo_train.data import cache as cache_module
 from kuavo_train.data import images as images_module
 from kuavo_train.data.features import CachedFeatures, Encoder
@@ -25,15 +24,13 @@ from kuavo_train.data.tasks import Task, open_task
 
 
 @pytest.fixture
-def config(datasets: Path, tmp_path: Path) -> DataConfig:
-    return compose_run(
-        ["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2", f"data.cache_root={tmp_path}"]
-    )[0].data
+def config(configs: list[RunConfig], tmp_path: Path) -> DataConfig:
+    return replace(configs[0].data, cache_root=str(tmp_path))
 
 
 @pytest.fixture
-def task(config: DataConfig) -> Task:
-    return open_task(compose_run(["simulation=null", f"data.root={config.root}"])[1].stage, config)
+def task(configs: list[RunConfig], config: DataConfig) -> Task:
+    return open_task(configs[1].stage, config)
 
 
 @pytest.fixture
@@ -66,9 +63,11 @@ def plan(config: DataConfig, decoded: DecodedFrames, chosen: Encoder | None, epi
 
 
 @pytest.mark.parametrize("videos", [True, False], ids=["video", "images"])
-def test_cached_frames_are_the_decoded_ones(config: DataConfig, tmp_path: Path, *, videos: bool) -> None:
+def test_cached_frames_are_the_decoded_ones(
+    configs: list[RunConfig], config: DataConfig, tmp_path: Path, *, videos: bool
+) -> None:
     root = write_dataset(tmp_path / "data", episodes=3, length=70, size=24, videos=videos)
-    stage = replace(compose_run(["simulation=null"])[1].stage, root=str(root))
+    stage = replace(configs[1].stage, root=str(root))
     task = open_task(stage, replace(config, held_out_episodes=1))
     assert bool(task.meta.video_keys) == videos
     for size in (None, [16, 20]):
@@ -268,9 +267,9 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_words(config: DataConfig,
         plan(replace(config, cache_root=f"{config.cache_root}/file"), decoded, None).fill(progress=False)
 
 
-def test_a_video_that_does_not_decode_is_named(config: DataConfig, tmp_path: Path) -> None:
+def test_a_video_that_does_not_decode_is_named(configs: list[RunConfig], config: DataConfig, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", episodes=2)
-    stage = replace(compose_run(["simulation=null"])[1].stage, root=str(root))
+    stage = replace(configs[1].stage, root=str(root))
     task = open_task(stage, replace(config, held_out_episodes=1))
     decoded = DecodedFrames(task, image_size=None, video_backend="pyav")
     assert decoded.shapes

@@ -2,22 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_command_line import Here, outputs_of
 
-from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics, overview
 from kuavo_train.data.tasks import Task, open_task
 
 
 @pytest.fixture
-def task(datasets: Path) -> Task:
-    config = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])[0]
-    return open_task(config.stage, config.data)
+def task(configs: list[RunConfig]) -> Task:
+    return open_task(configs[0].stage, configs[0].data)
 
 
 def test_statistics_are_per_named_joint(task: Task) -> None:

@@ -8,36 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kuavo_train.compose import compose_run
 from kuavo_train.memory_report import main
-from kuavo_train.run_folder import stage_folder
-from kuavo_train.stage import run_stage
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def stage(simulated_run: Path) -> Path:
     """A finished stage of weighing, the task whose cue is shown in the middle; placement, without cues, beside it."""
-    outputs = tmp_path_factory.mktemp("memory") / "outputs"
-    configs = compose_run(
-        [
-            "profile=smoke",
-            f"outputs={outputs}",
-            "simulation.episodes=5",
-            "simulation.image_size=32",
-            "data.held_out_episodes=2",
-            "data.record_workers=1",
-            "tiny_vlm.image_size=32",
-            "policy.resize_imgs_with_padding=[32,32]",
-            "training.max_steps=2",
-            "training.batch_size=4",
-            "policy.mem_backprop_depth=2",
-            "validation.unseen_tasks=false",
-            "strategy=sequential",
-        ]
-    )
-    weighing, placement = configs[1:3]
-    assert run_stage(weighing, [weighing.stage, placement.stage]) == 0
-    return stage_folder(weighing).path
+    return simulated_run / "stage2_weighing"
 
 
 def test_the_numbers_of_a_report_agree(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

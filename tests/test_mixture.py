@@ -1,13 +1,12 @@
 """Which frames are drawn, in which order: a pure function of (seed, stage, position), with exact shares."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from small_datasets import TASK_NAMES
 
 from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization
@@ -19,8 +18,7 @@ SKIPPED = {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
 
 
 @pytest.fixture(scope="module")
-def tasks(datasets: Path) -> list[Task]:
-    configs = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+def tasks(configs: list[RunConfig]) -> list[Task]:
     return [open_task(config.stage, config.data) for config in configs]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError
 from kuavo_train.evaluation.instruction_probe import swap_instructions
 from kuavo_train.evaluation.memory_matrix import donors_among
@@ -19,34 +18,14 @@ from kuavo_train.evaluation.stored_run import RunFolderError
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.probes import NothingToProbe, main, recovery, run_probe
 from kuavo_train.report import look_up, write_report
-from kuavo_train.stage import run_stage
 from kuavo_train.trained_run import TrainedRun
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(simulated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weighing, whose cue must be remembered, then placement, which has none; probed once."""
-    outputs = tmp_path_factory.mktemp("probes") / "outputs"
-    configs = compose_run(
-        [
-            "profile=smoke",
-            f"outputs={outputs}",
-            "simulation.episodes=5",
-            "simulation.image_size=32",
-            "data.held_out_episodes=2",
-            "data.record_workers=1",
-            "tiny_vlm.image_size=32",
-            "policy.resize_imgs_with_padding=[32,32]",
-            "policy.mem_backprop_depth=2",
-            "training.max_steps=2",
-            "training.batch_size=4",
-            "strategy=sequential",
-        ]
-    )
-    weighing, placement = configs[1:3]
-    for config in (weighing, placement):
-        assert run_stage(config, [weighing.stage, placement.stage]) == 0
-    folder = weighing.run_folder
+    folder = tmp_path_factory.mktemp("probes") / "smoke"
+    shutil.copytree(simulated_run, folder, symlinks=True)
     assert main([f"run={folder}", "probe=recovery", "steps=2"]) == 0
     assert main([f"run={folder}", "probe=instruction_swap"]) == 0
     assert main([f"run={folder}", "probe=memory"]) == 0

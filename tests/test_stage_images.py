@@ -1,9 +1,11 @@
 """A stage with a frozen encoder learns from stored embeddings what it would learn from pictures."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,39 @@ from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import run_stage
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
-Overrides = Callable[..., list[str]]
+Embedded = Callable[..., list[RunConfig]]
 
 
-@pytest.fixture
-def embedded(small_run: Overrides, tmp_path: Path) -> Callable[..., list[RunConfig]]:
-    """The embedded profile, as it is but for its sizes."""
+@pytest.fixture(scope="module")
+def embedded_in(small_run_in: Callable[..., list[str]]) -> Embedded:
+    """The embedded profile, as it is but for its sizes, in a folder of its own."""
 
-    def configs(*more: str) -> list[RunConfig]:
-        sizes = [item for item in small_run() if not item.startswith("profile=")]
-        given = ["validation.draws=1", f"data.cache_root={tmp_path}", "allow_random_frozen_vlm=true"]
+    def configs(folder: Path, *more: str) -> list[RunConfig]:
+        sizes = [item for item in small_run_in(folder) if not item.startswith("profile=")]
+        given = ["validation.draws=1", f"data.cache_root={folder}", "allow_random_frozen_vlm=true"]
         return compose_run(["profile=embedded", *sizes, *given, *more])
 
     return configs
+
+
+@pytest.fixture
+def embedded(embedded_in: Embedded, tmp_path: Path) -> Embedded:
+    return partial(embedded_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def begun(embedded_in: Embedded, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
+    """A run with its first stage done, in which nothing is frozen and no embedding computed."""
+    configs = embedded_in(tmp_path_factory.mktemp("begun"), "policy.mem_backprop_depth=2")
+    run(configs, 0)
+    return configs
+
+
+def continued(first: list[RunConfig], folder: Path, **data: Any) -> list[RunConfig]:
+    """A run of its own that begins with the first stage of another, and with nothing in its caches."""
+    shutil.copytree(first[0].run_folder, folder / first[0].run, symlinks=True)
+    data["cache_root"] = str(folder)
+    return [replace(config, outputs=str(folder), data=replace(config.data, **data)) for config in first]
 
 
 def opened(configs: list[RunConfig], place: int = 1) -> OpenedStage:
@@ -79,9 +101,7 @@ class EmbedCalls(list):
         monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
 
 
-def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(
-    embedded: Callable[..., list[RunConfig]],
-) -> None:
+def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(embedded: Embedded) -> None:
     configs = embedded()
     kinds = [type(source) for source in opened(configs, 0).images.sources.values()]
     assert kinds == [CachedFrames] * 4
@@ -92,16 +112,14 @@ def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(
 
 
 @pytest.mark.parametrize("trained", ["vision", "connector"])
-def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(
-    embedded: Callable[..., list[RunConfig]], trained: str
-) -> None:
+def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(embedded: Embedded, trained: str) -> None:
     frozen = {"vision": "connector", "connector": "vision"}[trained]
     stage = opened(embedded(f"training.freeze=[{frozen}]"))
     assert all(isinstance(source, CachedFrames) for source in stage.images.sources.values())
     assert "no embeddings: the image encoder is trained" in stage.table
 
 
-def test_the_loss_from_features_is_that_from_pictures(embedded: Callable[..., list[RunConfig]]) -> None:
+def test_the_loss_from_features_is_that_from_pictures(embedded: Embedded) -> None:
     relative = []
     batches: list[dict[str, Any]] = []
     for cached in ("true", "false"):
@@ -135,52 +153,45 @@ def _read(stage: OpenedStage, place: int) -> list[int]:
 
 
 def test_training_from_features_is_training_from_pictures(
-    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+    begun: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = EmbedCalls(monkeypatch)
-    with_features = embedded("policy.mem_backprop_depth=2")
-    for place in range(2):
-        run(with_features, place)
+    with_features = continued(begun, tmp_path / "features")
+    run(with_features, 1)
     assert sum(calls) > 500
-    with_pictures = [
-        replace(config, run="pictures", data=replace(config.data, feature_cache=False)) for config in with_features
-    ]
+    with_pictures = continued(begun, tmp_path / "pictures", feature_cache=False)
     calls.clear()
-    for place in range(2):
-        run(with_pictures, place)
+    run(with_pictures, 1)
     assert calls == []
     one, other = (stage_folder(configs[1]) for configs in (with_features, with_pictures))
     assert losses(one) == pytest.approx(losses(other), rel=2e-3)
     assert losses(one) != losses(other)
-    begun, ended, other_end = (weights(folder) for folder in (stage_folder(with_features[0]), one, other))
-    assert (ended - other_end).norm() < 0.02 * (ended - begun).norm()
+    start, end, other_end = (weights(folder) for folder in (stage_folder(with_features[0]), one, other))
+    assert (end - other_end).norm() < 0.02 * (end - start).norm()
     audits = [json.loads((folder.path / "replay_audit.json").read_text()) for folder in (one, other)]
     assert audits[0] == audits[1]
 
 
 def test_a_later_stage_computes_only_the_episodes_it_reads_for_the_first_time(
-    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+    begun: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = embedded()
-    run(configs, 0)
+    configs = continued(begun, tmp_path)
     calls = EmbedCalls(monkeypatch)
     for place, frames in ((1, 2 * 70 + 2 * 28), (2, 42), (3, 42)):  # then: what was held out is there already
         calls.clear()
         run(configs, place)
         shapes = 4 * 3  # every camera of every task, once
         assert sum(calls) - shapes == 3 * frames
-    begun = stage_folder(configs[2]).checkpoints.at("best")
+    before = stage_folder(configs[2]).checkpoints.at("best")
     again = replace(configs[3], run="again")
-    stage = open_stage(again, [config.stage for config in configs], begun, Accelerator(cpu=True), Findings())
+    stage = open_stage(again, [config.stage for config in configs], before, Accelerator(cpu=True), Findings())
     assert stage is not None
     calls.clear()
     stage.images.fill(progress=False)
     assert calls == []
 
 
-def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(
-    embedded: Callable[..., list[RunConfig]],
-) -> None:
+def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(embedded: Embedded) -> None:
     policy = opened(embedded()).built.policy
 
     def settings(precision: str = "no") -> dict[str, Any]:
@@ -200,7 +211,7 @@ def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(
 
 
 def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
-    embedded: Callable[..., list[RunConfig]], monkeypatch: pytest.MonkeyPatch
+    embedded: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images_module, "_missing_bytes", lambda *_: 2**60)
     configs = embedded()

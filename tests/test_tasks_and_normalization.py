@@ -14,16 +14,12 @@ import pandas as pd
 import pytest
 from small_datasets import ARM_NAMES, write_dataset
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normalization
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task, split_episodes
 
-
-@pytest.fixture
-def configs(datasets: Path) -> list[RunConfig]:
-    return compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+OpenKuavoTask = Callable[..., Task]
 
 
 @pytest.fixture
@@ -156,26 +152,25 @@ BAD_DATASETS: list[tuple[str, Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("what", "spoil", "message"), BAD_DATASETS, ids=[item[0] for item in BAD_DATASETS])
 def test_a_bad_dataset_is_refused(
-    datasets: Path, tmp_path: Path, what: str, spoil: Callable[[Path], None], message: str
+    configs: list[RunConfig], tmp_path: Path, what: str, spoil: Callable[[Path], None], message: str
 ) -> None:
     root = tmp_path / "moving_grasp"
-    shutil.copytree(datasets / "moving_grasp", root)
+    shutil.copytree(configs[0].stage.root, root)
     spoil(root)
-    config = compose_run(["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=2"])[0]
     with pytest.raises(ConfigError, match=message):
-        open_task(config.stage, config.data)
+        open_task(replace(configs[0].stage, root=str(root)), configs[0].data)
 
 
-def test_a_missing_camera_is_named_and_may_be_mapped(tmp_path: Path) -> None:
+def test_a_missing_camera_is_named_and_may_be_mapped(configs: list[RunConfig], tmp_path: Path) -> None:
     write_dataset(tmp_path / "moving_grasp", cameras=("front", "wrist_cam_l", "wrist_cam_r"), episodes=3)
-    given = ["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=1"]
-    config = compose_run(given)[0]
+    stage = replace(configs[0].stage, root=str(tmp_path / "moving_grasp"))
+    data = replace(configs[0].data, held_out_episodes=1)
     fix = r"cameras: \{observation.images.front: observation.images.head_cam_h\} in the task's file"
     with pytest.raises(ConfigError, match=rf"cameras must include observation.images.head_cam_h, got .*front.*{fix}"):
-        open_task(config.stage, config.data)
-    mapped = replace(config.stage, cameras={"observation.images.front": "observation.images.head_cam_h"})
-    task = open_task(mapped, config.data)
-    assert list(task.cameras) == config.data.cameras
+        open_task(stage, data)
+    mapped = replace(stage, cameras={"observation.images.front": "observation.images.head_cam_h"})
+    task = open_task(mapped, data)
+    assert list(task.cameras) == data.cameras
     assert task.cameras["observation.images.head_cam_h"] == "observation.images.front"
 
 
@@ -187,14 +182,16 @@ def test_a_camera_mapped_to_one_that_the_policy_does_not_have_is_refused(configs
         open_task(typo, configs[0].data)
 
 
-def test_the_command_named_for_an_older_dataset_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_named_for_an_older_dataset_converts_it(
+    kuavo_task: OpenKuavoTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_v21_dataset(tmp_path / "moving_grasp")
     with pytest.raises(ConfigError, match=r"must be of LeRobot's format v3\.0, got v2\.1") as refused:
-        kuavo_task(tmp_path)
+        kuavo_task()
     command = str(refused.value).partition("python -m ")[2].partition(" (")[0]
     monkeypatch.setattr("sys.argv", shlex.split(command))
     runpy.run_module(shlex.split(command)[0], run_name="__main__")
-    task = kuavo_task(tmp_path)
+    task = kuavo_task()
     assert np.diff(task.bounds).tolist() == [[4], [4], [4]]
     shapes = DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
     assert list(shapes.values()) == [(3, 32, 32)] * 3
@@ -246,56 +243,62 @@ def test_too_many_held_out_episodes_are_refused(configs: list[RunConfig]) -> Non
         open_task(configs[0].stage, replace(configs[0].data, held_out_episodes=5))
 
 
-def kuavo_task(tmp_path: Path, stage: dict[str, Any] | None = None, **dataset: Any) -> Task:
+@pytest.fixture
+def kuavo_task(configs: list[RunConfig], tmp_path: Path) -> OpenKuavoTask:
     """Task 1, opened on a dataset of its own."""
-    if not (tmp_path / "moving_grasp").exists():
-        write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, **dataset)
-    config = compose_run(["simulation=null", f"data.root={tmp_path}", "data.held_out_episodes=1"])[0]
-    return open_task(replace(config.stage, **(stage or {})), config.data)
+    root = tmp_path / "moving_grasp"
+
+    def opened(stage: dict[str, Any] | None = None, **dataset: Any) -> Task:
+        if not root.exists():
+            write_dataset(root, episodes=3, length=4, **dataset)
+        changes = {"root": str(root)} | (stage or {})
+        return open_task(replace(configs[0].stage, **changes), replace(configs[0].data, held_out_episodes=1))
+
+    return opened
 
 
-def test_a_recording_as_the_kuavo_makes_it_opens(tmp_path: Path) -> None:
-    task = kuavo_task(tmp_path, size=(480, 640), depth=True)
+def test_a_recording_as_the_kuavo_makes_it_opens(kuavo_task: OpenKuavoTask) -> None:
+    task = kuavo_task(size=(480, 640), depth=True)
     assert task.camera_size("observation.images.head_cam_h") == (480, 640)
     assert task.unused == ("observation.depth_h", "observation.depth_l")
     shapes = DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
     assert list(shapes.values()) == [(3, 480, 640)] * 3
 
 
-def test_a_depth_video_is_used_only_where_it_is_mapped_to_a_camera(tmp_path: Path) -> None:
+def test_a_depth_video_is_used_only_where_it_is_mapped_to_a_camera(kuavo_task: OpenKuavoTask) -> None:
     mapped = {"observation.depth_h": "observation.images.head_cam_h"}
-    task = kuavo_task(tmp_path, {"cameras": mapped}, depth=True)
+    task = kuavo_task({"cameras": mapped}, depth=True)
     assert task.unused == ("observation.images.head_cam_h", "observation.depth_l")
     frames = DecodedFrames(task, image_size=None, video_backend="pyav")
     assert frames("observation.images.head_cam_h", np.array([0])).float().mean() == pytest.approx(200, abs=3)
     with pytest.raises(ConfigError, match=r"cameras must include observation.depth_l"):
-        kuavo_task(tmp_path, {"cameras": {"observation.depth_l": "observation.images.wrist_cam_l"}})
+        kuavo_task({"cameras": {"observation.depth_l": "observation.images.wrist_cam_l"}})
 
 
-def test_claws_of_another_scale_are_refused_until_they_are_scaled(tmp_path: Path) -> None:
+def test_claws_of_another_scale_are_refused_until_they_are_scaled(kuavo_task: OpenKuavoTask) -> None:
     message = (
         r"claws must be in \[0.0, 1.0\] \(open to closed\), got action.left_claw from .* to 1\d\d.*"
         r"scale: \{action.left_claw: 0.00714286, action.right_claw: 0.00714286\}"
     )
     with pytest.raises(ConfigError, match=message):
-        kuavo_task(tmp_path, claw_scale=140)
-    scaled = kuavo_task(tmp_path, {"scale": {"action.left_claw": 1 / 140, "action.right_claw": 1 / 140}})
+        kuavo_task(claw_scale=140)
+    scaled = kuavo_task({"scale": {"action.left_claw": 1 / 140, "action.right_claw": 1 / 140}})
     assert 0 <= scaled.action[:, 7].min() <= scaled.action[:, 7].max() <= 1
     assert scaled.action[:, 15].max() > 0.5
     with pytest.raises(ConfigError, match=r"scale must name dimensions of action .*, got middle_claw"):
-        kuavo_task(tmp_path, {"scale": {"action.middle_claw": 0.1}})
+        kuavo_task({"scale": {"action.middle_claw": 0.1}})
 
 
-def test_joints_in_degrees_are_refused_until_they_are_scaled(tmp_path: Path) -> None:
+def test_joints_in_degrees_are_refused_until_they_are_scaled(kuavo_task: OpenKuavoTask) -> None:
     degrees = {f"action.{name}": 57.3 for name in ARM_NAMES[:7]}
     with pytest.raises(
         ConfigError, match=r"must be in rad.* got action.zarm_l1_link .*: 0.0174533.*, action.zarm_l7_link"
     ):
-        kuavo_task(tmp_path, {"scale": degrees})
-    assert abs(kuavo_task(tmp_path).action[:, :7]).max() <= 1
+        kuavo_task({"scale": degrees})
+    assert abs(kuavo_task().action[:, :7]).max() <= 1
 
 
-def test_the_claws_of_a_converter_that_calls_them_grippers_are_claws(tmp_path: Path) -> None:
+def test_the_claws_of_a_converter_that_calls_them_grippers_are_claws(kuavo_task: OpenKuavoTask, tmp_path: Path) -> None:
     write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, claw_scale=255)
     edit_info(
         lambda info: info["features"]["action"].update(
@@ -303,7 +306,7 @@ def test_the_claws_of_a_converter_that_calls_them_grippers_are_claws(tmp_path: P
         )
     )(tmp_path / "moving_grasp")
     with pytest.raises(ConfigError, match=r"claws must be in .* got action.gripper_l from .*, action.gripper_r from"):
-        kuavo_task(tmp_path)
+        kuavo_task()
 
 
 def test_what_is_wrong_with_episodes_that_are_not_used_does_not_matter(
@@ -315,21 +318,23 @@ def test_what_is_wrong_with_episodes_that_are_not_used_does_not_matter(
     assert set(open_task(part, configs[0].data).train_episodes) <= {2, 3, 4}
 
 
-def test_twenty_names_for_sixteen_dimensions_can_be_put_right_in_the_task_file(tmp_path: Path) -> None:
+def test_twenty_names_for_sixteen_dimensions_can_be_put_right_in_the_task_file(
+    kuavo_task: OpenKuavoTask, tmp_path: Path
+) -> None:
     write_dataset(tmp_path / "moving_grasp", episodes=3, length=4)
     edit_info(lambda info: info["features"]["observation.state"].update(names=[*ARM_NAMES, "a", "b", "c", "d"]))(
         tmp_path / "moving_grasp"
     )
     fix = rf"set state_names: \[{', '.join(ARM_NAMES)}\] in the task's file if the first 16 are those"
     with pytest.raises(ConfigError, match=rf"got 20 names: .*, right_claw, a, b, c, d; correct .* or {fix}"):
-        kuavo_task(tmp_path)
-    assert kuavo_task(tmp_path, {"state_names": ARM_NAMES}).state_names == tuple(ARM_NAMES)
+        kuavo_task()
+    assert kuavo_task({"state_names": ARM_NAMES}).state_names == tuple(ARM_NAMES)
 
 
-def test_everything_wrong_with_a_dataset_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_wrong_with_a_dataset_is_told_at_once(kuavo_task: OpenKuavoTask) -> None:
     wrong = {"cameras": {"observation.images.front": "observation.images.head_cam_h"}, "episodes": [0, 9]}
     with pytest.raises(ConfigError) as refused:
-        kuavo_task(tmp_path, {**wrong, "state_names": ["a"]}, claw_scale=255)
+        kuavo_task({**wrong, "state_names": ["a"]}, claw_scale=255)
     for problem in (
         "observation.state must name each",
         "claws must be in",
@@ -339,8 +344,8 @@ def test_everything_wrong_with_a_dataset_is_told_at_once(tmp_path: Path) -> None
         assert problem in str(refused.value)
 
 
-def test_a_dataset_that_the_hub_does_not_give_says_what_was_tried(tmp_path: Path) -> None:
-    config = compose_run(["simulation=null", f"data.root={tmp_path}"])[0]
+def test_a_dataset_that_the_hub_does_not_give_says_what_was_tried(configs: list[RunConfig], tmp_path: Path) -> None:
+    stage = replace(configs[0].stage, root=str(tmp_path / "moving_grasp"), repo_id="nobody/nothing")
     message = r"must open as a LeRobot dataset or be had from the hub as nobody/nothing, got"
     with pytest.raises(ConfigError, match=message):
-        open_task(replace(config.stage, repo_id="nobody/nothing"), config.data)
+        open_task(stage, configs[0].data)

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from lerobot.utils.constants import ACTION
 
-from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.tasks import open_task
@@ -67,8 +66,7 @@ class Witness(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def validator(datasets: Path) -> Validator:
-    configs = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])
+def validator(configs: list[RunConfig]) -> Validator:
     tasks = [open_task(config.stage, config.data) for config in configs]
     normalization = fit_normalization(tasks, "joint")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_datasets import ARM_NAMES, CAMERAS
 
-from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 Observation = dict[str, Any]
@@ -82,11 +82,11 @@ def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) 
     assert np.array_equal(wrapper.select_action(tensors), expected)
 
 
-def test_what_a_robot_sees_is_what_training_saw(wrapper: SmolVLAPolicyWrapper, datasets: Path) -> None:
+def test_what_a_robot_sees_is_what_training_saw(wrapper: SmolVLAPolicyWrapper, configs: list[RunConfig]) -> None:
     from kuavo_train.data.frames import DecodedFrames
     from kuavo_train.data.tasks import open_task
 
-    config = compose_run(["simulation=null", f"data.root={datasets}", "data.held_out_episodes=2"])[1]
+    config = configs[1]
     task = open_task(config.stage, config.data)
     camera, rows = config.data.cameras[0], np.array([5])
     trained = DecodedFrames(task, image_size=[24, 24], video_backend="pyav")(camera, rows)
