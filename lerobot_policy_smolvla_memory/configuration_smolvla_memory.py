@@ -65,7 +65,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_at_end: bool = True
     mem_init: str = "normal"
     mem_update: str = "gated"
-    mem_weight: float = 2.0
+    mem_weight: float = 1.0
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
     mem_backprop_depth: int = 0

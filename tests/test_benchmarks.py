@@ -1,17 +1,21 @@
 """The benchmarks run, compare like with like, and keep what they found."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, scaling
+from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, memory_joins, scaling
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
 from benchmarks.models import SIZES
 from benchmarks.video_dataset import write_dataset
+from kuavo_train.compose import compose_run
+from kuavo_train.stage import run_stage
+from kuavo_train.trained_run import TrainedRun
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -83,6 +87,18 @@ def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
         "no memory",
         *(f"{memory}, K = {depth}" for memory in memories for depth in (1, 2)),
     ]
+
+
+def test_a_memory_of_less_weight_disturbs_the_policy_it_joins_less(small_run: Callable[..., list[str]]) -> None:
+    (config,) = compose_run(small_run("policy=smolvla", "learn=[moving_grasp]", "training.max_steps=1"))
+    assert run_stage(config, [config.stage]) == 0
+    trained = TrainedRun.open(config.run_folder)
+    checkpoint = trained.checkpoint(trained.stored.finished[-1])
+    alone, faint, loud = (
+        memory_joins.held_out_loss(trained, checkpoint, **memory, seed=1)
+        for memory in ({}, memory_joins.joining("end", 2, 1e-4), memory_joins.joining("end", 2, 2.0))
+    )
+    assert abs(faint - alone) < abs(loud - alone) / 10
 
 
 def test_memory_grows_with_frames_whatever_the_number_of_tasks() -> None:

@@ -1,4 +1,4 @@
-"""Kuavo's data as it is, cameras of 480×640 and depth columns: preflight, caching, training and inspection take it."""
+"""Kuavo's data as it is, cameras of 480×640 and depth columns: preflight, training, rollouts and inspection take it."""
 
 import json
 from collections.abc import Callable
@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_sim.record import RecordSettings, record
 from kuavo_train.compose import compose_run
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.inspection import save_sheet
 from kuavo_train.data.tasks import open_task
+from kuavo_train.evaluation.robots import Environment
+from kuavo_train.evaluation.rollout import evaluation_seeds, roll_out
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import examine_stage, run_stage
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 HEAD = "observation.images.head_cam_h"
 
@@ -42,7 +46,17 @@ def test_a_recording_as_on_the_robot_goes_all_the_way(
     assert run_stage(config, [config.stage]) == 0
     assert len(stage_folder(config).validations.read()) > 0
     assert json.loads((stage_folder(config).path / "stage.json").read_text())["status"] == "finished"
+    assert_drives_robots_with_such_cameras(stage_folder(config).checkpoints.at("best").pretrained_model)
     task = open_task(config.stage, config.data)
     sheet = save_sheet(task, DecodedFrames(task, image_size=None, video_backend="pyav"), 0, tmp_path / "sheet.png")
     with Image.open(sheet) as picture:
         assert min(picture.size) > 500
+
+
+def assert_drives_robots_with_such_cameras(checkpoint: Path) -> None:
+    """For a few steps, two of them at a time."""
+    where = Environment(f"kuavo_sim:{ENVIRONMENT_IDS['sorting']}", "sorting", {"image_size": (480, 640)}, max_steps=5)
+    policy = SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=0)
+    rollouts = roll_out(policy, where, evaluation_seeds(2), workers=1, progress=False)
+    assert rollouts.failures == []
+    assert [episode.length for episode in rollouts.played] == [5, 5]
