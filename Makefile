@@ -56,7 +56,7 @@ evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseli
 	$(PY) -m kuavo_train.evaluate $(ARGS)
 
 # Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them. A file's
-# tests stay together, so that the runs they share are trained once.
+# tests stay together, so that the runs they share are trained once; tests/conftest.py says which files come first.
 test test-full: export OMP_NUM_THREADS = 1
 test test-full: export HF_HUB_OFFLINE = 1
 test test-full: export WANDB_MODE = offline
@@ -64,10 +64,10 @@ test test-full: export WANDB_MODE = offline
 test test-full: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/.ready  ## the tests, without the slow ones (minutes; ARGS="-k memory" for a part)
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: .venv/.ready  ## all tests
-	$(PY) -m pytest -n 2 --dist loadfile -m "" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
 
 lint: .venv/.ready  ## ruff and mypy, changing nothing
 	$(PY) -m ruff check .

@@ -30,6 +30,32 @@ from kuavo_train.config import RunConfig
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 
+LONGEST_FIRST = [  # of the files that take longer than about ten seconds
+    "test_stage.py",
+    "test_command_line.py",
+    "test_strategies.py",
+    "test_probes.py",
+    "test_config.py",
+    "test_gate.py",
+    "test_study.py",
+    "test_stage_images.py",
+    "test_remember_colour.py",
+    "test_rollout.py",
+    "test_pretrained_weights.py",
+    "test_lerobot_commands.py",
+    "test_report.py",
+    "test_evaluate.py",
+    "test_tasks_and_normalization.py",
+    "test_preflight.py",
+    "test_wrapper.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that at the end no worker of pytest-xdist is left alone with one of them."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
