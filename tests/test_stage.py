@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from kuavo_train import stage as stage_module
+from kuavo_train import opened_stage
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
 from kuavo_train.findings import Findings
@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = compose_run(small_run("training.save_every=1", "training.max_steps=5"))
-    build = stage_module.build_policy
+    build = opened_stage.build_policy
 
     def with_poison(*arguments: Any, **named: Any) -> Any:
         built = build(*arguments, **named)
@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
         built.policy.forward = poisoned
         return built
 
-    monkeypatch.setattr(stage_module, "build_policy", with_poison)
+    monkeypatch.setattr(opened_stage, "build_policy", with_poison)
     message = r"loss nan .* step 3 .*\(moving_grasp, \d, \d+\).*last good checkpoint is .*000002"
     with pytest.raises(TrainingDiverged, match=message):
         run(configs, 0)
