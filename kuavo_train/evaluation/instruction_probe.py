@@ -63,7 +63,10 @@ def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Ca
         advance()
     scores = {kind: {e: float(np.mean(values)) for e, values in found.items()} for kind, found in sums.items()}
     swaps = [_swap(scores, other.name) for other in others]
-    any_other = {e: float(np.mean([scores[f"change/{other.name}"][e] for other in others])) for e in scores["noise"]}
+    any_other = {
+        e: float(np.mean([scores[f"change/{other.name}"][e] for other in others]))
+        for e in (task.held_out_episodes if others else ())
+    }
     record = {
         "task": task.name,
         "episodes": len(task.held_out_episodes),
