@@ -59,4 +59,4 @@ def assert_drives_robots_with_such_cameras(checkpoint: Path) -> None:
     policy = SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=0)
     rollouts = roll_out(policy, where, evaluation_seeds(2), workers=1, progress=False)
     assert rollouts.failures == []
-    assert [episode.length for episode in rollouts.played] == [5, 5]
+    assert [episode.steps for episode in rollouts.played] == [5, 5]

@@ -124,9 +124,10 @@ def _check_frozen_vlm(
     config: RunConfig, policy_config: PreTrainedConfig, frozen: Sequence[str], source: str | Path | None
 ) -> None:
     """Raises `ConfigError` when a part of the VLM is frozen that nobody has trained."""
+    has_vlm = hasattr(policy_config, "vlm_model_name")
     own_weights = config.tiny_vlm is None and getattr(policy_config, "load_vlm_weights", True)
     held_fixed = [group for group in VLM_GROUPS if group in frozen]
-    if source is not None or own_weights or not held_fixed or config.allow_random_frozen_vlm:
+    if not has_vlm or source is not None or own_weights or not held_fixed or config.allow_random_frozen_vlm:
         return
     got = "the random ones of tiny_vlm" if config.tiny_vlm else "none (policy.load_vlm_weights=false)"
     raise ConfigError(
