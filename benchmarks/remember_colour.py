@@ -76,7 +76,8 @@ class Settings:
     layout: str = "end"
     update: str = "gated"
     twin_steps: int = 0
-    weight: float = 2.0  # mem_weight, of a memory that joins a twin
+    weight: float = 1.0  # mem_weight, of a memory that joins a twin
+    growth: float = 1.05  # mem_growth, of that memory
     stop_at: float | None = None
     steps: int = 1500
     short_steps: int = 600  # of them, the first with delays of 1 and 2 only
@@ -204,6 +205,7 @@ def build(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any]:
         mem_at_end=at_end,
         mem_update=settings.update,
         mem_backprop_depth=settings.depth,
+        mem_growth=settings.growth,
     )
     policy = SmolVLAMemoryPolicy(config)
     if settings.twin_steps:

@@ -49,6 +49,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         mem_weight: how many tokens a memory weighs as in attention, all of it together, when it joins a policy that
             was trained without: the fewer, the less it disturbs. From as many as it has (twice num_mem_tokens in
             "both"), each weighs as any other token, which is what it does in a policy with new weights.
+        mem_growth: the factor by which that weight grows with every forward in training, until it is full; 1 keeps it.
         read_mem_from_cache: the memory also looks back at its own past states.
         mem_cache_size: how many past states Q are kept for that.
         mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
@@ -66,6 +67,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_init: str = "normal"
     mem_update: str = "gated"
     mem_weight: float = 1.0
+    mem_growth: float = 1.05
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
     mem_backprop_depth: int = 0
@@ -83,6 +85,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"mem_update must be one of {', '.join(MEM_UPDATES)}, got {self.mem_update!r}")
         if not 0 < self.mem_weight < math.inf:
             raise ValueError(f"mem_weight must be a number of tokens above 0, got {self.mem_weight}")
+        if not 1 <= self.mem_growth < math.inf:
+            raise ValueError(f"mem_growth must be a factor of at least 1, got {self.mem_growth}")
         if self.mem_cache_size < 1:
             raise ValueError(f"mem_cache_size must be at least 1, got {self.mem_cache_size}")
         if self.mem_backprop_depth < 0:

@@ -155,6 +155,10 @@ class RecurrentMemory(nn.Module):
         """Let all M together weigh as much in attention as so many others that score alike; no more than M."""
         self.key_bias.fill_(math.log(min(1.0, tokens / len(self.mem_tokens))))
 
+    def grow(self, factor: float) -> None:
+        """Let each token weigh `factor` times as much, until it weighs as much as any other that scores alike."""
+        self.key_bias = (self.key_bias + math.log(factor)).clamp(max=0.0)  # in place, it would spoil a graph in use
+
     def initial(self, batch_size: int) -> MemoryState:
         """The memory at the start of an episode, for B elements."""
         tokens = self.mem_tokens.transpose(0, 1).expand(batch_size, -1, -1)

@@ -245,6 +245,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         Raises:
             ValueError: rows that do not divide into lanes, or a memory of another number of lanes.
         """
+        self._let_memory_grow()
         batch = self._prepare_batch(batch)
         if self.config.adapt_to_pi_aloha:
             batch[ACTION] = self._pi_aloha_encode_actions_inv(batch[ACTION])
@@ -524,6 +525,12 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
                 f"the carried memory is on {memory.device}, the batch on {device}; "
                 "move it with memory.to(device), or call reset()"
             )
+
+    def _let_memory_grow(self) -> None:
+        """A memory that has joined weighs more with every step that trains it."""
+        memory = self.model.memory
+        if self.training and memory is not None and memory.mem_tokens.requires_grad:
+            memory.grow(self.config.mem_growth)
 
     # ------------------------------------------------------------- parameters
 

@@ -13,6 +13,7 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig
         ({"mem_init": "ones"}, "mem_init must be one of normal, zeros, embedding, got 'ones'"),
         ({"mem_update": "sum"}, "mem_update must be one of overwrite, gated, got 'sum'"),
         ({"mem_weight": 0.0}, "mem_weight must be a number of tokens above 0, got 0.0"),
+        ({"mem_growth": 0.9}, "mem_growth must be a factor of at least 1, got 0.9"),
         ({"mem_cache_size": 0}, "mem_cache_size must be at least 1, got 0"),
         ({"mem_backprop_depth": -2}, "mem_backprop_depth must be 0 or more queries, got -2"),
         ({"mem_at_end": False}, "num_mem_tokens=4 needs mem_at_start or mem_at_end to be true"),

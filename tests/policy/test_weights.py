@@ -119,6 +119,21 @@ def test_a_memory_that_joins_weighs_as_many_tokens_as_asked(make_config, plain_c
     assert policy.model.memory.key_bias.exp().item() == pytest.approx(each)
 
 
+@pytest.mark.parametrize(("frozen", "expected"), [(False, [0.5, 0.75, 1, 1]), (True, [0.5] * 4)])
+def test_a_memory_that_has_joined_grows_to_full_weight_in_training_alone(
+    make_config, plain_checkpoint, make_batch, frozen, expected
+):
+    config = make_config(mem_weight=1.0, mem_growth=1.5)  # of 2 tokens, so that each begins with a half
+    policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint, config=config)
+    policy.model.memory.requires_grad_(not frozen)
+    weights = [policy.model.memory.key_bias.exp().item()]
+    for _ in range(3):
+        policy.train().forward(make_batch(2))
+        policy.eval().forward(make_batch(2))
+        weights.append(policy.model.memory.key_bias.exp().item())
+    assert weights == pytest.approx(expected)
+
+
 def test_a_plain_checkpoint_brings_its_own_configuration(plain_checkpoint):
     policy = SmolVLAMemoryPolicy.from_pretrained(plain_checkpoint)
     assert isinstance(policy.config, SmolVLAMemoryConfig)
