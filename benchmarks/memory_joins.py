@@ -15,8 +15,7 @@ from tqdm import tqdm
 from benchmarks.measuring import Table
 from benchmarks.models import LAYOUTS
 from kuavo_train.evaluation.validation import Validator
-from kuavo_train.learning.checkpoint import Checkpoint
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.trained_run import TrainedRun, load_policy
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 
@@ -35,15 +34,15 @@ def run(settings: Settings) -> list[Table]:
     trained = TrainedRun.open(Path(settings.run))
     if not trained.stored.finished or trained.settings.policy.get("num_mem_tokens") != 0:
         raise SystemExit(f"run must be a finished run of SmolVLA with 0 memory tokens, got {settings.run}")
-    checkpoint = trained.checkpoint(trained.stored.finished[-1])
-    alone = held_out_loss(trained, checkpoint)
+    ask = HeldOutLoss(trained)
+    alone = ask()
     rows = []
     for layout in settings.layout:
         for tokens in settings.tokens:
             row: dict[str, object] = {"": f"{layout}, {tokens} tokens"}
             for weight in settings.weight:
                 growths = [
-                    held_out_loss(trained, checkpoint, **joining(layout, tokens, weight), seed=seed) / alone - 1
+                    ask(seed=seed, **joining(layout, tokens, weight)) / alone - 1
                     for seed in tqdm(settings.seed, f"{row['']}, weight {weight:g}", leave=False, unit="seed")
                 ]
                 least, most = min(growths), max(growths)
@@ -62,23 +61,28 @@ def joining(layout: str, tokens: int, weight: float) -> dict[str, object]:
     return {"num_mem_tokens": tokens, "mem_weight": weight, "mem_at_start": at_start, "mem_at_end": at_end}
 
 
-def held_out_loss(trained: TrainedRun, checkpoint: Checkpoint, *, seed: int = 0, **changed: object) -> float:
-    """Mean over the tasks learnt, of the checkpoint's policy with some fields of its config changed."""
-    config = PreTrainedConfig.from_pretrained(str(checkpoint.pretrained_model))
-    for name, value in {**changed, "device": trained.device.type}.items():
-        setattr(config, name, value)
-    torch.manual_seed(seed)
-    policy = SmolVLAMemoryPolicy.from_pretrained(checkpoint.pretrained_model, config=config).to(trained.device).eval()
-    _, preprocessor = trained.policy(checkpoint)
-    settings = trained.settings.validation
-    validator = Validator(
-        trained.dataset(trained.learnt, policy.config),
-        trained.normalization,
-        preprocessor,
-        draws=settings.draws,
-        batch_size=settings.batch_size,
-        autocast=trained.autocast,
-        progress=False,
-    )
-    records = validator.validate_all_tasks(policy, [task.name for task in trained.learnt])
-    return mean(record["loss"] for record in records)
+class HeldOutLoss:
+    """Of what a run's last stage ended in, mean over the tasks learnt, with some fields of its config changed."""
+
+    def __init__(self, trained: TrainedRun):
+        self.trained, self.folder = trained, trained.checkpoint(trained.stored.finished[-1]).pretrained_model
+        policy, preprocessor = load_policy(self.folder, trained.device)
+        settings = trained.settings.validation
+        self.validator = Validator(
+            trained.dataset(trained.learnt, policy.config),
+            trained.normalization,
+            preprocessor,
+            draws=settings.draws,
+            batch_size=settings.batch_size,
+            autocast=trained.autocast,
+            progress=False,
+        )
+
+    def __call__(self, *, seed: int = 0, **changed: object) -> float:
+        config = PreTrainedConfig.from_pretrained(str(self.folder))
+        for name, value in {**changed, "device": self.trained.device.type}.items():
+            setattr(config, name, value)
+        torch.manual_seed(seed)
+        policy = SmolVLAMemoryPolicy.from_pretrained(self.folder, config=config).to(self.trained.device)
+        records = self.validator.validate_all_tasks(policy, [task.name for task in self.trained.learnt])
+        return mean(record["loss"] for record in records)

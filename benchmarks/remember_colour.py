@@ -31,6 +31,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from benchmarks.models import LAYOUTS
 from kuavo_train.config import TrainingConfig
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
@@ -56,7 +57,6 @@ GREY, WHITE = (110, 110, 110), (250, 250, 250)
 COLOURS = ((210, 40, 40), (40, 180, 60), (50, 70, 220), (220, 200, 40))
 TARGETS = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]], dtype=np.float32)  # action of each colour
 PICTURE_NOISE = 12  # of 255, standard deviation
-LAYOUTS = {"start": (True, False), "both": (True, True), "end": (False, True)}  # mem_at_start, mem_at_end
 SHORT_DELAY = 2  # queries
 ASK_EVERY = 25  # steps
 FROZEN = ["vision", "connector", "vlm_text"]

@@ -448,12 +448,9 @@ class RunConfig:
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
             require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
-        lora = (
-            self.training.lora
-        )  # what it learns is other parameters in every stage, whose importance says nothing later
-        require(
-            self.ewc is None or lora is None, "training.lora", "be null with ewc, which holds weights in place", lora
-        )
+        # Adapters are other parameters in every stage, and their importance would say nothing later.
+        lora, rule = self.training.lora, "be null with ewc, which holds weights in place"
+        require(self.ewc is None or lora is None, "training.lora", rule, lora)
         if self.forgetting.budget is None:
             return
         episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything

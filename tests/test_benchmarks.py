@@ -92,10 +92,9 @@ def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
 def test_a_memory_of_less_weight_disturbs_the_policy_it_joins_less(small_run: Callable[..., list[str]]) -> None:
     (config,) = compose_run(small_run("policy=smolvla", "learn=[moving_grasp]", "training.max_steps=1"))
     assert run_stage(config, [config.stage]) == 0
-    trained = TrainedRun.open(config.run_folder)
-    checkpoint = trained.checkpoint(trained.stored.finished[-1])
+    ask = memory_joins.HeldOutLoss(TrainedRun.open(config.run_folder))
     alone, faint, loud = (
-        memory_joins.held_out_loss(trained, checkpoint, **memory, seed=1)
+        ask(seed=1, **memory)
         for memory in ({}, memory_joins.joining("end", 2, 1e-4), memory_joins.joining("end", 2, 2.0))
     )
     assert abs(faint - alone) < abs(loud - alone) / 10
