@@ -88,6 +88,7 @@ class Findings:
         there = next(path for path in (outputs, *outputs.parents) if path.is_dir())
         on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
         self.facts["parameters"] = parameter_counts(policy)
+        self.facts["widened"] = getattr(policy, "widened", {})
         self.facts["memory_bytes"] = {
             "weights": weights,
             "gradients": trained,
@@ -132,7 +133,8 @@ class Findings:
             *(_instruction_text(task) for task in facts.get("tasks", [])),
         ]
         if "parameters" in facts:
-            parts += [_parameter_table(facts["parameters"]), _room_text(facts["memory_bytes"], facts["disk_bytes"])]
+            parts += [_parameter_table(facts["parameters"]), *_widened_text(facts["widened"])]
+            parts.append(_room_text(facts["memory_bytes"], facts["disk_bytes"]))
         if "images" in facts:
             parts.append(facts["images"])
         if "training" in facts:
@@ -348,6 +350,14 @@ def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
         for group in groups
     ]
     return "\n".join([*lines, f"  {'total':<{width}} {total:>13,}  {trained:,} in trained groups"])
+
+
+def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line about projections that are wider than the weights they were given."""
+    if not widened:
+        return []
+    each = ", ".join(f"{name} {before} → {now}" for name, (before, now) in sorted(widened.items()))
+    return [f"  widened: {each} dimensions; the old ones as they were stored, the new ones begin at 0"]
 
 
 def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:

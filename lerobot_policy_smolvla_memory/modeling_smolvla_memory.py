@@ -25,7 +25,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.device_utils import resolve_safetensors_device
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
@@ -40,7 +40,11 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix
-from lerobot_policy_smolvla_memory.pretrained_weights import check_policy_weights, check_vlm_weights
+from lerobot_policy_smolvla_memory.pretrained_weights import (
+    check_policy_weights,
+    check_vlm_weights,
+    widened_weights,
+)
 from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
 
 # Which part of the model a parameter belongs to, by the path of its module.
@@ -209,6 +213,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         config.validate_features()
         self.init_rtc_processor()
         self.model = MemoryFlowMatching(config, rtc_processor=self.rtc_processor)
+        self.widened: dict[str, tuple[int, int]] = {}  # projection → dimensions it was stored for, and has
         self.reset()
 
     # ---------------------------------------------------------------- training
@@ -566,11 +571,15 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     ) -> "SmolVLAMemoryPolicy":
         """Load all weights; only the memory may be missing, as a whole (a checkpoint of plain SmolVLA).
 
-        A memory of before `key_bias` and `first_position` stays as it was. Always strict: `strict=False`, LeRobot's
-        default, would go on with random weights and a warning.
+        Projections of fewer dimensions than `max_state_dim` and `max_action_dim` are widened. A memory of before
+        `key_bias` and `first_position` stays as it was. Always strict: `strict=False`, LeRobot's default, would go on
+        with random weights and a warning.
         """
         missing = check_policy_weights(model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY)
-        load_model(model, model_file, strict=False, device=resolve_safetensors_device(map_location))
+        widened = widened_weights(model, model_file)
+        stored = load_file(model_file, device=resolve_safetensors_device(map_location))
+        model.load_state_dict({**stored, **{key: each.weight for key, each in widened.items()}}, strict=False)
+        model.widened = {key.split(".")[1]: (each.before, each.now) for key, each in widened.items()}
         if missing <= OLDER_MEMORY.keys():
             for key in missing:
                 model.get_buffer(key).fill_(OLDER_MEMORY[key])

@@ -4,12 +4,22 @@ LeRobot and transformers would both go on with random ones in their place, and a
 """
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 LISTED = 10
+WIDENED = {
+    "model.state_proj.weight": (1, "max_state_dim"),
+    "model.action_in_proj.weight": (1, "max_action_dim"),
+    "model.action_out_proj.weight": (0, "max_action_dim"),
+    "model.action_out_proj.bias": (0, "max_action_dim"),
+}
+"""Tensors with a column or row for each dimension that state or action may have: that axis, and the field it is as
+long as."""
 
 
 class UnfitWeights(ValueError):
@@ -20,6 +30,8 @@ def check_policy_weights(
     policy: nn.Module, model_file: str, *, may_be_new: str, may_be_older: Collection[str] = ()
 ) -> set[str]:
     """What the file lacks and may lack: all tensors whose names begin with `may_be_new`, else some of `may_be_older`.
+
+    Those of `WIDENED` may be of fewer dimensions than the policy's.
 
     Raises:
         UnfitWeights: keys missing, unexpected or of another shape.
@@ -37,14 +49,57 @@ def check_policy_weights(
     problems = [f"{key} is missing" for key in missing if key not in optional]
     problems += [f"{key} is not part of this policy" for key in stored if key not in wanted]
     problems += [
-        f"{key} is of shape {stored[key]}, this policy's of {shape}"
+        f"{key} is of shape {stored[key]}, this policy's of {shape}" + _as_wide_as(key, stored[key], shape)
         for key, shape in wanted.items()
-        if key in stored and stored[key] != shape
+        if key in stored and stored[key] != shape and not _is_narrower(key, stored[key], shape)
     ]
     is_older = any("._orig_mod." in key or key.startswith(("normalize_", "unnormalize_")) for key in stored)
     hint = "\nIt is of an older LeRobot; lerobot.processor.migrate_policy_normalization renews it" if is_older else ""
     _raise(f"{model_file} does not fit this policy", problems, hint)
     return optional.intersection(missing)
+
+
+class Widened(NamedTuple):
+    """A tensor made wider: `weight` is the policy's, `before` the number of dimensions that were stored."""
+
+    weight: Tensor
+    before: int
+    now: int
+
+
+def widened_weights(policy: nn.Module, model_file: str) -> dict[str, Widened]:
+    """Of the tensors of `WIDENED`, those that the file has for fewer dimensions than the policy, made as wide.
+
+    What is stored is kept to the last bit. What is new is 0: whatever stands in a dimension that the weights do not
+    know, a state or noise, all others are computed as before. It learns from the first step on, since its gradient is
+    a product of what comes in and of the error.
+    """
+    widened = {}
+    tensors = policy.state_dict()
+    with safe_open(model_file, framework="pt") as file:
+        for key in WIDENED.keys() & tensors.keys() & set(file.keys()):
+            stored, weight = file.get_tensor(key), torch.zeros_like(tensors[key])
+            if _is_narrower(key, stored.shape, weight.shape):
+                weight[tuple(slice(size) for size in stored.shape)] = stored
+                axis, _ = WIDENED[key]
+                widened[key] = Widened(weight, stored.shape[axis], weight.shape[axis])
+    return widened
+
+
+def _is_narrower(key: str, stored: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether all that differs is that the stored tensor knows fewer dimensions of state or action."""
+    if key not in WIDENED or len(stored) != len(wanted):
+        return False
+    axis, _ = WIDENED[key]
+    return all(a < b if place == axis else a == b for place, (a, b) in enumerate(zip(stored, wanted, strict=True)))
+
+
+def _as_wide_as(key: str, stored: Sequence[int], wanted: Sequence[int]) -> str:
+    """The field to raise, where the weights know more dimensions than the policy."""
+    if not _is_narrower(key, wanted, stored):
+        return ""
+    axis, field = WIDENED[key]
+    return f": {field} must be at least {stored[axis]}, what the weights were trained with"
 
 
 def check_vlm_weights(vlm_model_name: str) -> None:

@@ -52,6 +52,16 @@ def test_plain_smolvla_is_taken_over_whole_and_only_the_memory_is_new(
     weights, stored = stage.built.policy.state_dict(), load_file(plain_smolvla / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in stored.items())
     assert {name.split(".")[1] for name in weights.keys() - stored.keys()} == {"memory"}
+    assert "widened" not in stage.table
+
+
+def test_a_base_of_32_dimensions_takes_more_and_the_table_says_so(small_run: Overrides, plain_smolvla: Path) -> None:
+    wider = (f"policy.pretrained_path={plain_smolvla}", "policy.max_action_dim=40", "policy.max_state_dim=36")
+    stage, problems = open_first_stage(small_run(*wider))
+    assert stage is not None, problems
+    assert "widened: action_in_proj 32 → 40, action_out_proj 32 → 40, state_proj 32 → 36 dimensions" in stage.table
+    _, problems = open_first_stage(small_run(wider[0], "policy.max_action_dim=24"))
+    assert "max_action_dim must be at least 32, what the weights were trained with" in problems
 
 
 def test_weights_that_do_not_fit_are_listed(small_run: Overrides, plain_smolvla: Path) -> None:

@@ -194,6 +194,36 @@ def test_a_memory_of_another_size_and_a_memory_nobody_asked_for_are_refused(make
         SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(num_mem_tokens=0))
 
 
+def test_weights_of_fewer_dimensions_are_widened_and_compute_the_old_ones_as_before(
+    make_policy, make_config, make_batch, tmp_path
+):
+    policy = make_policy().eval()
+    policy.save_pretrained(tmp_path)
+    wider = SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(max_state_dim=11, max_action_dim=10))
+    assert wider.widened == {"state_proj": (8, 11), "action_in_proj": (8, 10), "action_out_proj": (8, 10)}
+    stored, loaded = policy.state_dict(), wider.state_dict()
+    for name, weight in stored.items():
+        assert torch.equal(loaded[name][tuple(slice(size) for size in weight.shape)], weight), name
+    noise = torch.randn(2, 6, 10)
+    batch = make_batch(2)
+    actions = wider.eval().predict_action_chunk(batch, noise)
+    assert torch.allclose(actions, policy.predict_action_chunk(batch, noise[..., :8]), atol=1e-6)
+
+    batch["observation.state"] = torch.randn(2, 11)
+    batch["action"] = torch.randn(2, 6, 10)
+    wider.config.output_features["action"].shape = (10,)
+    wider.train().forward(batch)[0].backward()
+    for weight in (wider.model.state_proj.weight, wider.model.action_in_proj.weight):
+        assert weight.grad[:, 8:].abs().min() > 0  # what is new learns from the first step on
+    assert wider.model.action_out_proj.weight.grad[8:].abs().min() > 0
+
+
+def test_weights_of_more_dimensions_than_the_policy_are_refused(make_policy, make_config, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_action_dim must be at least 8, what the weights were"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(max_action_dim=6))
+
+
 def test_of_many_problems_the_first_ten_are_listed(make_policy, tmp_path):
     make_policy().save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: [weights.pop(name) for name in list(weights) if "vlm." in name])
