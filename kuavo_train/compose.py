@@ -6,29 +6,36 @@ adding a task is adding a file.
 
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
+import draccus
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kuavo_train.config import (
     CONFIG_FOLDER,
     ConfigError,
+    Problems,
     RunConfig,
     RunError,
     StageConfig,
     check_curriculum,
     require,
-    resolve,
 )
+from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
 
 
 def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
@@ -60,6 +67,7 @@ def compose_run(
         ConfigError: unknown keys, wrong types, impossible values, two tasks of one name or place.
     """
     register_task_aliases(folder)
+    overrides = words_for_hydra(overrides, folder)
     if GlobalHydra.instance().is_initialized():  # inside @hydra.main
         return _compose_all(overrides, current, folder)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
@@ -90,6 +98,53 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folder: Pa
     return configs
 
 
+def resolve(composed: DictConfig) -> RunConfig:
+    """Typed config from Hydra's composition. Raises `ConfigError`, also for unknown keys and wrong types."""
+    problems = Problems()
+    for key in _keys(OmegaConf.to_container(composed)):
+        problems.attempt(check_key, key)
+    problems.raise_all()
+    try:
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).split("\n")[0]) from error
+    plain.pop("task", None)  # the group's own, empty node
+    for key, section in optional_sections():  # decoded alone, because a failed `X | None` does not say what failed
+        value = OmegaConf.select(composed, key)
+        if value is not None:
+            _decode(section, OmegaConf.to_container(value, resolve=True), f"{key}.")
+    return _decode(RunConfig, plain)
+
+
+def _keys(values: Any, where: str = "") -> Iterator[str]:
+    """Those of a configuration and of its sections, but for the node of the group `task`."""
+    for name, value in values.items():
+        if name == "task" and not where:
+            continue
+        key = f"{where}{name}"
+        yield key
+        if isinstance(value, dict) and section_of(key) is not None:
+            yield from _keys(value, f"{key}.")
+
+
+def _decode[T](into: type[T], plain: Any, where: str = "") -> T:
+    """Raises `ConfigError` naming the key, of what kind it must be, and the value."""
+    try:
+        return draccus.decode(into, plain)
+    except draccus.ParsingError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        lacking = re.search(r"Missing required field\(s\) (.*) for \w+", str(error))
+        if lacking is not None:
+            missing = lacking[1].replace("`", "")
+            raise ConfigError(f"{where.rstrip('.') or 'the configuration'} must have {missing}, got nothing") from error
+        told = re.match(r"`([\w.]+)`: (.*)", str(error), re.DOTALL)
+        key, value = (told[1], OmegaConf.select(OmegaConf.create(plain), told[1])) if told else ("", None)
+        if told is None or section_of(where + key) is not None:
+            raise ConfigError(where + " ".join(str(error).split())) from error
+        raise ConfigError(f"{where}{key} must be {described(where + key)}, got {value!r}") from error
+
+
 def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
     """The stages of a run: one per task, or where all tasks are learnt at once, a single one.
 
@@ -116,7 +171,7 @@ def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunCo
     configs = compose_run(overrides_for_all_tasks(overrides), current=config)
     if config.mixture == "all_tasks":
         for override in overrides:
-            if override.startswith(("task=", "stage.")):
+            if override.lstrip("~+").startswith(("task=", "stage.")):
                 raise ConfigError(f"strategy=joint has one stage for all tasks: leave out what chooses one, {override}")
         config = stages_to_run(configs)[0]
     return config, [other.stage for other in configs]
@@ -143,7 +198,37 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
             sys.exit(status)
 
     register_task_aliases()
-    return entry
+    return lambda: sys.exit(errors_in_one_line(lambda: _run_under_hydra(entry)))
+
+
+def _run_under_hydra(entry: Callable[[], None]) -> int:
+    """Call Hydra with this process's command line; raises `ConfigError` for what Hydra refuses."""
+    parser = get_args_parser()
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
+    overrides = parser.parse_args(sys.argv[1:]).overrides
+    words = {word: words_for_hydra([word]) for word in overrides}
+    sys.argv[1:] = [each for word in sys.argv[1:] for each in words.get(word, [word])]
+    try:
+        with _hydra_raises():
+            entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return 0
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    raise ConfigError(f"arguments must be key=value or options of --help, got {message}")
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Hydra prints what is wrong in its own words, and ends the process, unless this variable is set."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 
 
 def errors_in_one_line(function: Callable[[], int]) -> int:

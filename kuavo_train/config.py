@@ -1,6 +1,6 @@
 """The typed schema of configs/.
 
-Hydra composes YAML; `resolve` turns the result into the frozen dataclasses below, once, in the runnable
+Hydra composes YAML; compose.py turns the result into the frozen dataclasses below, once, in the runnable
 modules. Below them there is no DictConfig. Every dataclass checks itself and names key, rule and value.
 
 Imports nothing of the project, so that anything may import it.
@@ -13,9 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import draccus
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 # Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`.
 OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
@@ -462,35 +460,6 @@ class RunConfig:
                 f"be warn or stop where nothing is replayed (strategy={self.strategy})",
                 self.forgetting.on_exceed,
             )
-
-
-def resolve(composed: DictConfig) -> RunConfig:
-    """Typed config from Hydra's composition. Raises `ConfigError`, also for unknown keys and wrong types."""
-    try:
-        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).split("\n")[0]) from error
-    plain.pop("task", None)  # the group's own, empty node
-    for key, value, optional in (
-        ("simulation", plain.get("simulation"), SimulationConfig),
-        ("tiny_vlm", plain.get("tiny_vlm"), TinyVLMConfig),
-        ("ewc", plain.get("ewc"), EwcConfig),
-        ("merge", plain.get("merge"), MergeConfig),
-        ("data.augmentation", plain["data"].get("augmentation"), AugmentationConfig),
-        ("training.lora", plain["training"].get("lora"), LoraConfig),
-    ):
-        if value is not None:  # decoded alone, because a failed `X | None` does not say what failed
-            _decode(optional, value, f"{key}: ")
-    return _decode(RunConfig, plain)
-
-
-def _decode[T](into: type[T], plain: dict[str, Any], where: str = "") -> T:
-    try:
-        return draccus.decode(into, plain)
-    except draccus.ParsingError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from error
-        raise ConfigError(where + " ".join(str(error).split())) from error
 
 
 def check_curriculum(tasks: list[StageConfig]) -> None:

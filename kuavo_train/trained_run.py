@@ -18,7 +18,8 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from omegaconf import OmegaConf
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
-from kuavo_train.config import ConfigError, RunConfig, StageConfig, require, resolve
+from kuavo_train.compose import resolve
+from kuavo_train.config import ConfigError, RunConfig, StageConfig, require
 from kuavo_train.data.frames import open_frames
 from kuavo_train.data.mixture import MixedDataset, frames_of_sample
 from kuavo_train.data.normalization import Normalization

@@ -81,6 +81,25 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_same_command_continues(small_run:
     assert "continue with resume=true" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["training.learning_rate=1"], "training.learning_rate must be a key of the configuration"),
+        (["profile=huge"], "profile must be one of embedded, robot, smoke, study, got 'huge'"),
+        (["training.lr"], "arguments must be key=value, got 'training.lr'"),
+        (["--faster"], "arguments must be key=value or options of --help, got unrecognized arguments: --faster"),
+        (["stage.replay={weighing: 0.5}", "task=tasks/task2_weighing"], "their sum must be 1, got 0.5"),
+        (["~run"], "run must be set to a value (run=…), not deleted"),
+    ],
+)
+def test_what_hydra_would_refuse_is_one_line_with_key_rule_and_value(words: list[str], told: str, here: Here) -> None:
+    refused = here("kuavo_train", *words)
+    assert refused.returncode == 2
+    assert told in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert "hydra" not in (refused.stdout + refused.stderr).lower()
+
+
 def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
     shown = here("kuavo_train", "--help")
     assert shown.returncode == 0

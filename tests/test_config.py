@@ -152,12 +152,12 @@ def compose_with(task: str, overrides: list[str]) -> list:
     """The config of one task alone, as `python -m kuavo_train` composes it."""
     import hydra
 
-    from kuavo_train.compose import register_task_aliases
-    from kuavo_train.config import resolve
+    from kuavo_train.compose import register_task_aliases, resolve
+    from kuavo_train.keys import words_for_hydra
 
     register_task_aliases()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return [resolve(hydra.compose("train", overrides=[f"task=tasks/{task}", *overrides]))]
+        return [resolve(hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *overrides])))]
 
 
 def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:
@@ -165,11 +165,37 @@ def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:
     assert overrides_for_all_tasks(given) == ["seed=5"]
 
 
+SETTABLE = [  # override, section, field, what it is then
+    ("stage.environment=my_module:my/Env-v0", "stage", "environment", "my_module:my/Env-v0"),
+    ("stage.environment_settings.renderer=egl", "stage", "environment_settings", {"renderer": "egl"}),
+    ("stage.replay={weighing: 1.0}", "stage", "replay", {"weighing": 1.0}),
+    ("stage.replay.moving_grasp=0.1 stage.replay.weighing=0.9", "stage", "replay",
+     {"moving_grasp": 0.1, "weighing": 0.9}),
+    ("stage.scale={action.left_claw: 0.01}", "stage", "scale", {"action.left_claw": 0.01}),
+    ("stage.cameras={there.images.head: observation.images.head}", "stage", "cameras",
+     {"there.images.head": "observation.images.head"}),
+    ("stage.state_names=[a,b]", "stage", "state_names", ["a", "b"]),
+    ("stage.repo_id=team/weighing", "stage", "repo_id", "team/weighing"),
+    ("training.lora.rank=8", "training", "lora", LoraConfig(rank=8)),
+    ("policy.num_images=3", "policy", "num_images", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "section", "field", "expected"), SETTABLE, ids=[item[0] for item in SETTABLE])
+def test_every_key_is_set_from_the_command_line_without_a_plus_and_a_mapping_replaces_the_one_before(
+    given: str, section: str, field: str, expected: object
+) -> None:
+    words = [given] if given.count("=") == 1 else given.split(" ")
+    (config,) = compose_with("task2_weighing", words)
+    holder = getattr(config, section)
+    assert (holder[field] if isinstance(holder, dict) else getattr(holder, field)) == expected
+
+
 BAD_OVERRIDES = [  # override, what the message must name
     ("training.lr=-1", r"training.lr must be positive, got -1"),
-    ("training.lr=fast", r"training.lr.*fast"),
+    ("training.lr=fast", r"training.lr must be a number, got 'fast'"),
     ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
-    ("training.batch_size=two", r"training.batch_size.*two"),
+    ("training.batch_size=two", r"training.batch_size must be a whole number, got 'two'"),
     ("training.betas=[0.9]", r"training.betas must be two numbers in \[0, 1\)"),
     ("training.betas=[0.9,1.5]", r"training.betas must be two numbers in \[0, 1\), got \[0.9, 1.5\]"),
     ("training.decay_lr=1", r"training.decay_lr must not exceed training.lr"),
@@ -177,8 +203,17 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("training.device=tpu", r"training.device must be auto, cpu"),
     ("training.max_steps=0", r"training.max_steps must be at least 1, got 0"),
     ("training.gradient_accumulation_steps=0", r"gradient_accumulation_steps must be at least 1"),
-    ("training.learning_rate=1", r"training.learning_rate"),
-    ("+training.learning_rate=1", r"learning_rate.* not valid for TrainingConfig"),
+    ("training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
+    ("+training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
+    ("enviroment=a:b", r"enviroment must be a key of the configuration, .*stage.environment"),
+    ("zebra=1", r"zebra must be a key of the configuration, got one that is not; --cfg job shows all keys"),
+    ("training=5", r"training must be a mapping of settings, such as training.epochs=…, got 5"),
+    ("~training.lora", r"training.lora must be set to a value \(training.lora=…\), not deleted"),
+    ("training.lr", r"arguments must be key=value, got 'training.lr'"),
+    ("training.lr=[1", r"arguments must be key=value, got 'training.lr=\[1'"),
+    ("data.cameras=head", r"data.cameras must be a list, got 'head'"),
+    ("ewc.strength=3", r"ewc must have batches, got nothing"),
+    ("training.lora.rank=half", r"training.lora.rank must be a whole number, got 'half'"),
     ("data.held_out_episodes=0", r"data.held_out_episodes must be at least 1, got 0"),
     ("data.cameras=[]", r"data.cameras must name at least one camera"),
     ("data.cameras=[a,a]", r"data.cameras must not repeat a camera"),
@@ -213,17 +248,17 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("strategy=joint mixture=replay", r"mixture must be all_tasks, got 'replay'"),
     ("mixture=all_tasks", r"mixture must be replay or own_task with strategy=replay, got 'all_tasks'"),
     ("mixture=soup", r"mixture must be one of replay, own_task, all_tasks, got 'soup'"),
-    ("strategy=dreaming", r"strategy/dreaming"),
+    ("strategy=dreaming", r"strategy must be one of ewc, joint, .*, got 'dreaming'"),
     ("seed=-1", r"seed must not be negative, got -1"),
     ("run=a/b", r"run must be a folder name"),
     ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
     ("hf_endpoint=mirror", r"hf_endpoint must be an address like https://.*, or null, got 'mirror'"),
     ("data.claw_limits=[1,0]", r"data.claw_limits must be \[open, closed\] in ascending order, or null, got \[1"),
-    ("+stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
-    ("resume=perhaps", r"resume.*perhaps"),
+    ("stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
+    ("resume=perhaps", r"resume must be true or false, got 'perhaps'"),
     ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),
-    ("profile=huge", r"profile/huge"),
-    ("task=tasks/task9_nothing", r"task9_nothing"),
+    ("profile=huge", r"profile must be one of embedded, robot, smoke, study, got 'huge'"),
+    ("task=tasks/task9_nothing", r"task must be one of tasks/task1_moving_grasp, .*, got 'tasks/task9_nothing'"),
 ]
 
 
@@ -248,7 +283,7 @@ BAD_TASK_FILES: list[tuple[str, str, str]] = [  # text in task 2's file, its rep
     ("epochs: 25", "epochs: 0", r"stage 2 \(weighing\): epochs must be at least 1, got 0"),
     ("lr: 3.5e-5", "lr: 0", r"stage 2 \(weighing\): lr must be positive"),
     ("episodes: null", "episodes: [9, 3]", r"episodes must be \[first, last\] with 0 <= first <= last, got \[9, 3\]"),
-    ("warmup_steps: 800", "warm_up: 800", r"warm_up.*not valid for StageConfig|warmup_steps"),
+    ("warmup_steps: 800", "warm_up: 800", r"stage.warm_up must be a key .* did you mean .*stage.warmup_steps"),
 ]
 
 

@@ -58,7 +58,7 @@ def test_the_cells_are_strategies_times_seeds_with_runs_of_their_own() -> None:
     ("override", "message"),
     [
         ("training.lr=1e-3,1e-4", r"a study must vary strategy and seed alone, got training.lr=1e-3,1e-4"),
-        ("strategy=replay,dreaming", r"strategy/dreaming"),
+        ("strategy=replay,dreaming", r"strategy must be one of ewc, .*dreaming"),
         ("seed=0,-1", r"seed must not be negative, got -1"),
         ("stage.epochs=2", r"must hold for every stage, got stage.epochs=2"),
         ("seed=", r"seed"),

@@ -1,0 +1,170 @@
+"""The keys of the configuration: which there are, of what kind, and how a command line sets them.
+
+Hydra wants a plus before a key that no YAML file holds, and merges a mapping into the one that is there. On our
+command lines every key of the schema is set as it stands, and a mapping replaces the one before. A word that means
+nothing is refused, with the nearest key that exists.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, one_of, require
+
+NEAREST = 3
+OF_HYDRA = "hydra"  # its own keys begin with it
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def kind_of(key: str) -> Any:
+    """The annotation of a key, `Any` for one inside an open mapping, None for one that does not exist."""
+    kind: Any = RunConfig
+    for name in key.split("."):
+        section = _section(kind)
+        if section is None:
+            return Any if any(_is_open(each) for each in _alternatives(kind)) else None
+        kind = typing.get_type_hints(section).get(name)
+    return kind
+
+
+def section_of(key: str) -> Any:
+    """The dataclass that a key is a section of; None where it is none."""
+    return _section(kind_of(key))
+
+
+def optional_sections(section: Any = RunConfig, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Key and dataclass of every section that may be null."""
+    for name, kind in typing.get_type_hints(section).items():
+        if (inner := _section(kind)) is not None:
+            if inner is not kind:
+                yield f"{where}{name}", inner
+            yield from optional_sections(inner, f"{where}{name}.")
+
+
+def described(key: str) -> str:
+    """What a value of the key must be, in words."""
+    names = []
+    for each in _alternatives(kind_of(key)):
+        plain = typing.get_origin(each) or each
+        items = [KINDS[item] for item in typing.get_args(each)[:1] if plain is list and item in KINDS]
+        word = KINDS.get(plain, "a mapping of settings" if is_dataclass(plain) else "null")
+        names.append(f"{word} of {items[0].removeprefix('a ')}s" if items and items[0] != KINDS[str] else word)
+    return " or ".join(names)
+
+
+def check_key(key: str) -> None:
+    """Raises `ConfigError` for one that does not exist, with those that may have been meant."""
+    if kind_of(key) is None:
+        raise ConfigError(f"{key} must be a key of the configuration, got one that is not; {_nearest(key)}")
+
+
+def _nearest(key: str) -> str:
+    last = key.rpartition(".")[2]
+    keys = known_keys()
+    of_that_name = [known for known in keys if known.rpartition(".")[2] == last]
+    close = difflib.get_close_matches(key, keys, NEAREST, cutoff=0.6)
+    close += [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(last, _last_names(), NEAREST, 0.7)]
+    found = list(dict.fromkeys([*of_that_name, *close]))[:NEAREST]
+    return f"did you mean {' or '.join(found)}?" if found else "--cfg job shows all keys"
+
+
+@cache
+def known_keys() -> list[str]:
+    return list(_keys_of(RunConfig))
+
+
+def words_for_hydra(words: Sequence[str], folder: Path = CONFIG_FOLDER) -> list[str]:
+    """Overrides as a user types them → as Hydra takes them.
+
+    Args:
+        folder: of the configuration; its folders are the groups.
+
+    Raises:
+        ConfigError: a word that is no override, a key or a choice that does not exist.
+    """
+    return [taken for word in words for taken in _for_hydra(word, _parsed(word), folder)]
+
+
+def _parsed(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = " ".join(str(error).split("\nSee https")[0].split("\n")[1:] or [str(error)])
+        raise ConfigError(
+            f"arguments must be key=value, got {word!r} ({reason}); quote spaces, commas and brackets for the shell"
+        ) from error
+
+
+def _for_hydra(word: str, override: Override, folder: Path) -> list[str]:
+    key = override.key_or_group
+    if key.split(".")[0] == OF_HYDRA or key.startswith(f"{OF_HYDRA}/"):
+        return [word]
+    if (folder / key).is_dir() or key == "task":
+        _check_choice(override, folder)
+        return [word]
+    check_key(key)
+    kind = kind_of(key)
+    is_open = any(_is_open(each) for each in _alternatives(kind))
+    require(is_open or not override.is_delete(), key, f"be set to a value ({key}=…), not deleted", word)
+    if override.is_delete() or override.is_add() or override.is_force_add() or override.is_sweep_override():
+        return [word]
+    value = override.value()
+    if _section(kind) is not None:
+        valid = value is None or isinstance(value, dict)
+        require(valid, key, f"be {described(key)}, such as {key}.{next(_keys_of(_section(kind)))}=…", value)
+    elif isinstance(value, dict) and is_open and kind is not Any:
+        return [f"~{key}", f"+{word}"]
+    return [f"++{word}"]
+
+
+def _check_choice(override: Override, folder: Path) -> None:
+    """Raises `ConfigError` for a choice that the group does not have."""
+    group = override.key_or_group
+    if override.is_delete() or override.is_sweep_override() or override.value() is None:
+        return
+    files = folder / ("tasks" if group == "task" else group)
+    prefix = "tasks/" if group == "task" else ""
+    one_of(group, str(override.value()), sorted(f"{prefix}{file.stem}" for file in files.glob("*.yaml")))
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Those of `A | B`, else the kind alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def _section(kind: Any) -> Any:
+    """The dataclass that a key of this kind is a section of; None where it is none."""
+    return next((each for each in _alternatives(kind) if is_dataclass(each)), None)
+
+
+def _is_open(kind: Any) -> bool:
+    """Whether it may hold any keys."""
+    return kind is Any or typing.get_origin(kind) is dict
+
+
+def _keys_of(section: Any) -> Iterator[str]:
+    for name, kind in typing.get_type_hints(section).items():
+        yield name
+        if inner := _section(kind):
+            yield from (f"{name}.{key}" for key in _keys_of(inner))
+
+
+@cache
+def _last_names() -> list[str]:
+    return list({key.rpartition(".")[2] for key in known_keys()})
