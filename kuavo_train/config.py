@@ -398,6 +398,7 @@ class RunConfig:
     ewc: EwcConfig | None = None
     merge: MergeConfig | None = None
     passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
+    dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every file of configs/tasks
     hf_endpoint: str | None = None  # a mirror of the hub, https://…; None: huggingface.co, or $HF_ENDPOINT
     offline: bool = False  # never ask the hub: everything is in local folders or in its cache

@@ -42,15 +42,27 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
+def check_curriculum_settings(configs: Sequence[RunConfig]) -> None:
+    """Raises `ConfigError` where a stage has been begun with other settings, naming them."""
+    from kuavo_train.lineage import check_settings
+
+    for config in stages_to_run(configs):
+        check_settings(config, [each.stage for each in configs])
+
+
 def train_all_stages(configs: Sequence[RunConfig]) -> int:
     """Train what is not finished yet; returns the exit status of the first stage that does not come to its end.
 
     Args:
         configs: one per task, in the order of learning.
+
+    Raises:
+        ConfigError: a stage has been begun with other settings; nothing is trained then.
     """
     from kuavo_train.run_folder import stage_folder
     from kuavo_train.stage import run_stage
 
+    check_curriculum_settings(configs)
     curriculum = [config.stage for config in configs]
     for config in stages_to_run(configs):
         folder = stage_folder(config)

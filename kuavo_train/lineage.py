@@ -1,16 +1,74 @@
 """What a stage comes from: the stages before it, and the checkpoint that it resumes or begins with."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from kuavo_train.config import ConfigError, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.tasks import content_hash
 from kuavo_train.learning.checkpoint import Checkpoint
+from kuavo_train.learning.policy_factory import policy_defaults
 from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.settings import differences, refuse, shared_differences
 
 
-def checkpoint_to_resume(config: RunConfig, folder: StageFolder) -> Checkpoint | None:
+def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
+    """Raises `ConfigError` that names each key in which the stage, or its run, was begun otherwise."""
+    folder, stage = stage_folder(config), config.stage
+    _check_places(config, [stage] if config.passes else curriculum)
+    begun = folder.status == "finished" or folder.checkpoints.latest() is not None
+    was = folder.settings if begun else None
+    if was is not None:
+        finished = folder.status == "finished"
+        found = differences(
+            was,
+            config,
+            policy_defaults=policy_defaults(config.policy["type"]),
+            first=not stages_before(config, curriculum),
+            finished=finished,
+        )
+        does = "is finished" if finished else "was begun"
+        changed = _other_datasets(config, [stage] if not config.passes else curriculum) if finished else []
+        refuse([*found, *changed], f"stage {stage.index} ({stage.name}) {does} in {folder.path} with other settings")
+    for path in sorted(config.run_folder.glob("stage*_*")):
+        other = StageFolder(path)
+        if path != folder.path and other.settings is not None:
+            found = shared_differences(other.settings, config, policy_defaults=policy_defaults(config.policy["type"]))
+            refuse(found, f"run {config.run} must keep the settings it began with ({path.name}/config.yaml)")
+            return
+
+
+def _other_datasets(config: RunConfig, stages: Sequence[StageConfig]) -> list[str]:
+    """What is to be said of those that lie elsewhere now and are not what the run was trained with."""
+    path = config.run_folder / "run.json"
+    tasks = json.loads(path.read_text())["tasks"] if path.is_file() else []
+    known = {task["name"]: task["dataset"] for task in tasks}
+    return [
+        f"the dataset of {stage.name} (was {was['hash'][:12]}… in {was['root']}, is {found[:12]}… in {stage.root})"
+        for stage in stages
+        if (was := known.get(stage.name)) and was["root"] != str(Path(stage.root)) and Path(stage.root).is_dir()
+        if (found := content_hash(Path(stage.root))) != was["hash"]
+    ]
+
+
+def _check_places(config: RunConfig, stages: Sequence[StageConfig]) -> None:
+    """Raises `ConfigError` when the run has learnt tasks in another order."""
+    expected = {stage.folder_name for stage in stages}
+    for path in sorted(config.run_folder.glob("stage*_*")):
+        index, _, name = path.name.removeprefix("stage").partition("_")
+        if path.name not in expected and any(str(stage.index) == index or stage.name == name for stage in stages):
+            order = ", ".join(stage.folder_name for stage in stages)
+            raise ConfigError(
+                f"the order of learning must stay what run {config.run} began with ({path.name}), got {order}; "
+                "put learn and the task files back, or choose another run=NAME"
+            )
+
+
+def checkpoint_to_resume(config: RunConfig, curriculum: Sequence[StageConfig]) -> Checkpoint | None:
     """The last checkpoint of an unfinished stage. Raises `ConfigError` for a stage that must not be entered."""
-    stage = config.stage
+    stage, folder = config.stage, stage_folder(config)
+    check_settings(config, curriculum)
     if folder.status == "finished":
         raise ConfigError(
             f"stage {stage.index} ({stage.name}) is finished in {folder.path}; delete the folder to run it again"
@@ -18,7 +76,7 @@ def checkpoint_to_resume(config: RunConfig, folder: StageFolder) -> Checkpoint |
     if config.resume and folder.status != "absent":
         latest = folder.checkpoints.latest()
         return None if latest is None else _checked(latest, config)
-    if folder.path.exists() and any(folder.path.iterdir()):
+    if folder.holds_files:
         raise ConfigError(f"{folder.path} must be empty to start into; continue with resume=true, or delete it")
     return None
 

@@ -26,7 +26,7 @@ from kuavo_train.evaluation.comparison import CSV_COLUMNS, compare, comparison_r
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import analyse, stored_limits, write_matrix
 from kuavo_train.evaluation.page import look_up, write_page
-from kuavo_train.evaluation.stored_run import RunFolderError, newest_run, read_run
+from kuavo_train.evaluation.stored_run import RunFolderError, finished_cells, newest_run, read_run
 from kuavo_train.evaluation.terminal import comparison_lines, run_lines
 
 __all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
@@ -156,8 +156,7 @@ def run_folders(text: str) -> tuple[list[Path], Path]:
             runs.append(folder)
             output = output or folder.parent / "comparison"
         elif (folder / "study.json").is_file():
-            cells = json.loads((folder / "study.json").read_text(encoding="utf-8"))["cells"]
-            runs += [Path(cell["folder"]) for cell in cells if cell["status"] == "finished"]
+            runs += finished_cells(folder / "study.json")
             output = output or folder / "report"
         elif found := sorted(path.parent for path in folder.glob("*/run.json")):
             runs += found

@@ -19,11 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kuavo_train.config import ConfigError, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines
+from kuavo_train.settings import is_free
 
 VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "numpy")
 
@@ -42,6 +45,21 @@ class StageFolder:
     @property
     def about(self) -> dict[str, Any]:
         return json.loads((self.path / "stage.json").read_text())
+
+    @property
+    def holds_files(self) -> bool:
+        """Anything but what a kill left hidden before the stage was begun."""
+        return self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What the stage's files were made with; None before it began."""
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.is_file() else None
+
+    def answer_for(self, config: RunConfig) -> None:
+        """From now on the stage's files mean these settings."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
     def tell(self, **values: Any) -> None:
         """Update stage.json in one move."""
@@ -97,7 +115,12 @@ def write_run_facts(
             "ewc": config.ewc and asdict(config.ewc),
             "merge": config.merge and asdict(config.merge),
         },
-        "config_hash": _hash({"policy": config.policy, "tiny_vlm": config.tiny_vlm and asdict(config.tiny_vlm)}),
+        "config_hash": _hash(
+            {
+                "policy": {key: value for key, value in config.policy.items() if not is_free(f"policy.{key}")},
+                "tiny_vlm": config.tiny_vlm and asdict(config.tiny_vlm),
+            }
+        ),
         "tasks": [
             {
                 "name": task.name,

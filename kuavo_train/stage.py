@@ -14,7 +14,6 @@ from itertools import batched
 from typing import Any
 
 import numpy as np
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
@@ -63,9 +62,9 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
         ConfigError: before training; nothing is written that a later run would stumble over.
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
     """
-    accelerator, folder, findings = _accelerator(config), stage_folder(config), Findings()
+    accelerator, findings = _accelerator(config), Findings()
     with accelerator.main_process_first():  # what the first process records and caches, the others find
-        resumed = checkpoint_to_resume(config, folder)
+        resumed = checkpoint_to_resume(config, curriculum)
         before = result_before(config, curriculum)
         record_missing_data(config, curriculum)
         opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
@@ -79,7 +78,7 @@ def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findi
     findings = Findings()
     attempt = findings.problems.attempt
     accelerator = attempt(_accelerator, config) or Accelerator(cpu=True)
-    resumed = attempt(checkpoint_to_resume, config, stage_folder(config))
+    resumed = attempt(checkpoint_to_resume, config, curriculum)
     before = attempt(result_before, config, curriculum)
     open_stage(config, curriculum, resumed or before, accelerator, findings)
     return findings
@@ -198,7 +197,7 @@ class Stage:
         config.run_folder.mkdir(parents=True, exist_ok=True)
         self.opened.normalization.save(config.run_folder / "normalization.json")
         write_run_facts(config, self.opened.curriculum, self.opened.tasks, self.opened.normalization)
-        (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         for lines in (folder.metrics, folder.validations, folder.rollouts, folder.gate):
             lines.forget_after(resumed.step if resumed else -1)
         began = {} if resumed else {"started": now()}
@@ -209,7 +208,8 @@ class Stage:
             "result": config.validation.result,
         }
         folder.tell(**stage, total_steps=self.timetable.steps, status="running", **began)
-        (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+        folder.answer_for(config)
+        (folder.path / "checkpoints").mkdir(exist_ok=True)
 
     def _fingerprints_before(self, resumed: Checkpoint | None) -> list[ParameterGroup]:
         """Fingerprints when the stage began; a resumed stage compares with its own beginning, not its middle."""

@@ -25,7 +25,9 @@ from hydra.errors import HydraException
 
 from kuavo_train.compose import compose_run, errors_in_one_line, set_hub, stages_to_run
 from kuavo_train.config import ConfigError, RunConfig, RunError
-from kuavo_train.curriculum import check_overrides, train_all_stages
+from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
+from kuavo_train.evaluation.stored_run import finished_cells
+from kuavo_train.settings import Difference, is_free, refuse
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
 """What a study varies, and over what when nothing is said."""
@@ -62,14 +64,15 @@ class StudyFile:
 
     def __init__(self, path: Path, run: str, overrides: Sequence[str]):
         self.path = path
-        self.content: dict[str, Any] = {"run": run, "overrides": sorted(overrides), "cells": []}
+        self.content: dict[str, Any] = {"run": run, "overrides": list(overrides), "cells": []}
         if path.is_file():
             stored = json.loads(path.read_text())
-            if stored["overrides"] != self.content["overrides"]:
-                raise ConfigError(
-                    f"the overrides of study {run} must stay what it began with ({' '.join(stored['overrides'])}), got "
-                    f"{' '.join(self.content['overrides'])}; choose another run=NAME"
-                )
+            was, now = (_by_key(each) for each in (stored["overrides"], self.content["overrides"]))
+            different = [Difference(key, was.get(key, "unset"), now.get(key, "unset")) for key in sorted({*was, *now})]
+            refuse(
+                [each for each in different if each.was != each.now],
+                f"study {run} must keep the settings it began with ({path})",
+            )
             self.content = stored
 
     def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
@@ -84,10 +87,11 @@ class StudyFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
 
-    @property
-    def finished(self) -> list[Path]:
-        """Run folders, those of earlier calls included."""
-        return [Path(cell["folder"]) for cell in self.content["cells"] if cell["status"] == "finished"]
+
+def _by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Key → value of those that can change a result."""
+    given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    return {key: value for key, value in given.items() if not is_free(key)}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -104,6 +108,8 @@ def main(arguments: Sequence[str]) -> int:
     record_missing_data(first, [config.stage for config in cells[0].configs])
     if first.data_only:
         return 0
+    for cell in cells:
+        check_curriculum_settings(cell.configs)
     for cell in cells:
         study.tell(cell, "finished" if cell.finished else "waiting")
     for number, cell in enumerate(cells, start=1):
@@ -181,7 +187,7 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
 def _compare(study: StudyFile) -> None:
     from kuavo_train.report import comparison_table, write_comparison
 
-    runs = study.finished
+    runs = finished_cells(study.path)
     if len(runs) < 2:
         print(f"\nnothing to compare yet: {len(runs)} finished runs in {study.path}")
         return

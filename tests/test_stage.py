@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from kuavo_train import opened_stage
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.curriculum import train_all_stages
 from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
 from kuavo_train.opened_stage import open_stage
@@ -254,6 +255,10 @@ def test_an_interrupted_stage_resumes_to_bit_identical_weights(
     assert folder.status == "interrupted"
     assert folder.checkpoints.at("last").step == stop_after
     monkeypatch.setattr(Trainer, "_step", take_step)
+    other = replace(cut[0].training, lr=5e-4, freeze_first_stage=["expert"], log_every=1)
+    message = r"other settings: training.lr \(was 0.001, is 0.0005\), training.freeze_first_stage .*; put them back"
+    with pytest.raises(ConfigError, match=message):
+        run(cut, 0, resume=True, training=other)
     assert run(cut, 0, resume=True) == 0
     assert_equal_weights(weights(stage_folder(whole[0])), weights(folder))
     states = [each.checkpoints.at("last").training_state() for each in (stage_folder(whole[0]), folder)]
@@ -356,9 +361,8 @@ def test_a_run_keeps_its_seed_data_and_policy(four_stages: list[RunConfig], tmp_
     shutil.copytree(four_stages[0].run_folder, outputs / "smoke", symlinks=True)
     shutil.rmtree(outputs / "smoke" / "stage2_weighing")
     moved = [replace(config, outputs=str(outputs), seed=7) for config in four_stages]
-    with pytest.raises(
-        ConfigError, match=r"seed must stay what run smoke began with \(0\), got 7; choose another run="
-    ):
+    message = r"run smoke must keep the settings it began with .*: seed \(was 0, is 7\); .* choose another run=NAME"
+    with pytest.raises(ConfigError, match=message):
         run(moved, 1)
 
 
@@ -370,6 +374,22 @@ def test_a_run_keeps_its_held_out_episodes(four_stages: list[RunConfig], tmp_pat
     message = r"the held-out episodes of \w+ must stay those run smoke began with .* put data.held_out_episodes"
     with pytest.raises(ConfigError, match=message):
         run(moved, 1)
+
+
+def test_a_finished_run_answers_for_its_own_settings_alone(
+    four_stages: list[RunConfig], capsys: pytest.CaptureFixture
+) -> None:
+    def called_again(training: dict[str, Any], policy: dict[str, Any], **changes: Any) -> int:
+        configs = [replace(c, training=replace(c.training, **training), **changes) for c in four_stages]
+        return train_all_stages([replace(config, policy=config.policy | policy) for config in configs])
+
+    data = replace(four_stages[0].data, num_workers=3)
+    assert called_again({"log_every": 1}, {}, data=data, resume=True) == 0
+    assert capsys.readouterr().out.count("is finished in") == 4
+    with pytest.raises(ConfigError) as refused:
+        called_again({"lr": 0.002}, {"num_mem_tokens": 8})
+    for words in ("training.lr (was 0.001, is 0.002)", "policy.num_mem_tokens (was 4, is 8)", "another run=NAME"):
+        assert words in str(refused.value)
 
 
 BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory must say

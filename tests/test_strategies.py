@@ -309,5 +309,5 @@ def test_a_runs_strategy_and_its_settings_stay(runs: dict[str, list[RunConfig]],
     shutil.copytree(runs["merge"][0].run_folder, tmp_path / "merge", symlinks=True)
     shutil.rmtree(stage_folder(configs[3]).path)
     assert configs[3].merge is not None
-    with pytest.raises(ConfigError, match="strategy_settings must stay what run merge began with"):
+    with pytest.raises(ConfigError, match=r"run merge must keep .*: merge.alphas \(was \[.*\], is \[0.3\]\);"):
         run(configs, 3, merge=replace(configs[3].merge, alphas=[0.3]))

@@ -101,8 +101,10 @@ def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skippe
     assert f"comparison: {comparison}" in out
     assert comparison.is_file()
     assert all((outputs / run / "report" / "report.html").is_file() for run in cells_of(tmp_path))
-    with pytest.raises(ConfigError, match=r"overrides of study smoke must stay .* got .*batch_size=2.*choose another"):
+    message = r"study smoke must keep .*: training.batch_size \(was 4, is 2\); .* another run=NAME"
+    with pytest.raises(ConfigError, match=message):
         study.main([*arguments, "training.batch_size=2"])
+    assert study.main([*arguments, "training.log_every=1"]) == 0  # which cannot change a result
     trained.clear()
     assert study.main([*arguments, "strategy=replay"]) == 0  # more strategies add to the study
     assert {name.split("/")[0] for name in trained} == {"smoke-replay-s0"}

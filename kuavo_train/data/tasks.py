@@ -83,15 +83,19 @@ class Task:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of the dataset's metadata and tables, and of its videos' names and sizes."""
-        digest = hashlib.sha256()
-        for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
-            relative = path.relative_to(self.root).as_posix()
-            if relative.startswith(("meta/", "data/")):
-                digest.update(relative.encode() + path.read_bytes())
-            elif relative.startswith(("videos/", "images/")):
-                digest.update(f"{relative}:{path.stat().st_size}".encode())
-        return digest.hexdigest()
+        return content_hash(self.root)
+
+
+def content_hash(root: Path) -> str:
+    """sha256 of a dataset's metadata and tables, and of its videos' names and sizes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        relative = path.relative_to(root).as_posix()
+        if relative.startswith(("meta/", "data/")):
+            digest.update(relative.encode() + path.read_bytes())
+        elif relative.startswith(("videos/", "images/")):
+            digest.update(f"{relative}:{path.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def open_task(stage: StageConfig, config: DataConfig) -> Task:

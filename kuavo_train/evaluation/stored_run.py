@@ -101,6 +101,13 @@ def newest_run(outputs: Path) -> Path:
     return max(runs, key=touched)
 
 
+def finished_cells(study: Path) -> list[Path]:
+    """The run folders of a study.json's finished cells: beside the study's own, in a copy as well, or as it says."""
+    cells = [cell for cell in _read_json(study)["cells"] if cell["status"] == "finished"]
+    pairs = [(study.absolute().parent.parent / Path(cell["folder"]).name, Path(cell["folder"])) for cell in cells]
+    return [beside if beside.is_dir() else folder for beside, folder in pairs]
+
+
 def read_run(folder: Path | str) -> StoredRun:
     """Read everything a report needs.
 

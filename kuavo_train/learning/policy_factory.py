@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ class BuiltPolicy:
     policy: PreTrainedPolicy
     preprocessor: Any
     postprocessor: Any
+
+
+def policy_defaults(kind: str) -> dict[str, Any]:
+    """What a policy's LeRobot config holds where a configuration says nothing. Raises `ConfigError` for no policy."""
+    defaults = {}
+    for item in fields(_policy_class(kind).config_class):
+        value = item.default_factory() if item.default_factory is not MISSING else item.default
+        if value is not MISSING:
+            defaults[item.name] = list(value) if isinstance(value, tuple) else value
+    return defaults
 
 
 def configure_policy(

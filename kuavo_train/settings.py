@@ -1,0 +1,164 @@
+"""Which settings a stage answers for: what it was begun with against what is asked of it now, key by key.
+
+A stage's config.yaml is what its files mean. A key that differs later is obeyed where it cannot change the result
+(`FREE`) or is only measured with (`MEASURED`, while the stage is not finished), and refused by name otherwise.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from kuavo_train.config import ConfigError, RunConfig
+
+PLACES = "where files lie; what lies there is hashed"
+FOLLOWED = "training's keys follow it, and are compared"
+SPEED = "how fast, by how many, or where it is computed; results agree but for rounding"
+WATCHING = "what is told and kept on the way"
+ENTRY = "how the run is entered, or a check on the way in"
+FREE = {  # key, or group of keys → why it cannot change the result
+    "run": PLACES,
+    "outputs": PLACES,
+    "data.root": PLACES,
+    "data.cache_root": PLACES,
+    "stage.root": PLACES,
+    "stage.repo_id": PLACES,
+    "hf_endpoint": PLACES,
+    "offline": PLACES,
+    "profile": "a name; the keys that it sets are compared",
+    "learn": "the tasks learnt before, and their shares, are compared",
+    "dealt": "the shares are compared",
+    "stage.epochs": FOLLOWED,
+    "stage.lr": FOLLOWED,
+    "stage.warmup_steps": FOLLOWED,
+    "stage.decay_steps": FOLLOWED,
+    "data.frame_cache": SPEED,
+    "data.feature_cache": SPEED,
+    "data.feature_cache_limit_gib": SPEED,
+    "data.num_workers": SPEED,
+    "data.record_workers": SPEED,
+    "training.device": SPEED,
+    "policy.device": SPEED,
+    "policy.compile_model": SPEED,
+    "validation.batch_size": SPEED,
+    "rollout.parallel": SPEED,
+    "rollout.workers": SPEED,
+    "training.log_every": WATCHING,
+    "training.save_every": WATCHING,
+    "tracking": WATCHING,
+    "resume": ENTRY,
+    "data_only": ENTRY,
+    "data.claw_limits": ENTRY,
+    "allow_random_frozen_vlm": ENTRY,
+}
+MEASURED = (  # what is measured, judged or written with the result; obeyed as long as the stage is not finished
+    "rollout.episodes",
+    "rollout.every_epochs",
+    "validation.unseen_tasks",
+    "stage.loss_target",
+    "stage.final_loss_limit",
+    "forgetting.well_retained_change",
+    "forgetting.slight_change",
+    "forgetting.well_retained_loss",
+    "forgetting.slight_loss",
+    "licence",
+)
+SHARED = (  # what all stages of a run have in common: one policy, one way of keeping, comparable numbers
+    "seed",
+    "strategy",
+    "mixture",
+    "ewc",
+    "merge",
+    "policy",
+    "tiny_vlm",
+    "data.cameras",
+    "data.image_size",
+    "data.normalization",
+    "validation.draws",
+    "rollout.seed",
+    "rollout.max_steps",
+)
+PUT_BACK = "put them back, or choose another run=NAME"
+LONGEST_VALUE = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value is not what it was."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} (was {_text(self.was)}, is {_text(self.now)})"
+
+
+def differences(
+    was: Mapping[str, Any], now: RunConfig, *, policy_defaults: Mapping[str, Any], first: bool, finished: bool
+) -> list[Difference]:
+    """The keys in which a stage would be another than it was begun as.
+
+    Args:
+        was: the stage's config.yaml. A key that was not there yet had its default; one that is gone is left out.
+        policy_defaults: of the policy's LeRobot config.
+        first: whether it is the run's first stage.
+        finished: whether the stage is over, so that what is only measured cannot be obeyed any more.
+    """
+    idle = "training.freeze" if first else "training.freeze_first_stage"
+    free = [*FREE, idle, *(() if finished else MEASURED)]
+    return [each for each in _compare(was, now, policy_defaults) if not _among(each.key, free)]
+
+
+def shared_differences(
+    was: Mapping[str, Any], now: RunConfig, *, policy_defaults: Mapping[str, Any]
+) -> list[Difference]:
+    """The keys in which a stage would not belong to the run of another, whose config.yaml `was` is."""
+    found = _compare(was, now, policy_defaults)
+    return [each for each in found if _among(each.key, SHARED) and not is_free(each.key)]
+
+
+def is_free(key: str) -> bool:
+    """Whether what `key` holds cannot change a result."""
+    return _among(key, FREE)
+
+
+def refuse(different: Iterable[object], what: str) -> None:
+    """Raises `ConfigError` saying what must keep its settings and which differ, if any do."""
+    listed = ", ".join(map(str, different))
+    if listed:
+        raise ConfigError(f"{what}: {listed}; {PUT_BACK}")
+
+
+def _compare(was: Mapping[str, Any], now: Any, policy_defaults: Mapping[str, Any], where: str = "") -> list[Difference]:
+    found = []
+    for field in fields(now):
+        key, value = f"{where}{field.name}", getattr(now, field.name)
+        before = was.get(field.name, _default(field))
+        if before is MISSING:
+            continue
+        if is_dataclass(value) and isinstance(before, Mapping):
+            found += _compare(before, value, policy_defaults, f"{key}.")
+        elif key == "policy":
+            pairs = [{**policy_defaults, **each} for each in (before, value)]
+            names = dict.fromkeys([*pairs[0], *pairs[1]])
+            found += [Difference(f"policy.{name}", *(pair.get(name) for pair in pairs)) for name in names]
+        else:
+            found.append(Difference(key, before, asdict(value) if is_dataclass(value) else value))
+    return [each for each in found if each.was != each.now]
+
+
+def _default(field: Field) -> Any:
+    """What a key held before there was such a key."""
+    if field.default_factory is not MISSING:
+        made = field.default_factory()
+        return asdict(made) if is_dataclass(made) else made
+    return field.default
+
+
+def _among(key: str, keys: Iterable[str]) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def _text(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
