@@ -190,6 +190,7 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
     @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
     def entry(composed: DictConfig) -> None:
         def run() -> int:
+            quieten_libraries()
             set_hub(resolve(composed))
             return function(composed, list(HydraConfig.get().overrides.task))
 
@@ -246,9 +247,14 @@ def errors_in_one_line(function: Callable[[], int]) -> int:
         return 130
 
 
+def quieten_libraries() -> None:
+    """A line on stdout for every request to the hub, and for every video file that is opened to be written."""
+    for name in ("httpx", "lerobot"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def set_hub(config: RunConfig) -> None:
     """Where the hub is asked, and whether. The hub's library reads both once, when it is imported, which is later."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line on stdout for each of its requests otherwise
     if config.hf_endpoint is not None:
         os.environ["HF_ENDPOINT"] = config.hf_endpoint
     if config.offline:

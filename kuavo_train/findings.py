@@ -130,7 +130,7 @@ class Findings:
             *_groups_of_tasks("cameras", facts.get("tasks", []), _cameras_text),
             *_groups_of_tasks("state", facts.get("tasks", []), lambda task: _groups_text(task["state"])),
             *_groups_of_tasks("action", facts.get("tasks", []), lambda task: _groups_text(task["action"])),
-            *(_instruction_text(task) for task in facts.get("tasks", [])),
+            *(_instruction_text(task, _name_width(facts["tasks"])) for task in facts.get("tasks", [])),
         ]
         if "parameters" in facts:
             parts += [_parameter_table(facts["parameters"]), *_widened_text(facts["widened"])]
@@ -306,7 +306,15 @@ def _task_table(tasks: Sequence[Mapping[str, Any]], token_limit: int | None) -> 
         )
         for task in tasks
     ]
-    return "\n".join(f"  {row[0]:<14}" + "".join(f"{value!s:>10}" for value in row[1:]) for row in (columns, *rows))
+    width = _name_width(tasks)
+    return "\n".join(
+        f"  {row[0]:<{width}}" + "".join(f"{value!s:>10}" for value in row[1:]) for row in (columns, *rows)
+    )
+
+
+def _name_width(tasks: Sequence[Mapping[str, Any]]) -> int:
+    """Of the column that tasks are named in."""
+    return max([14, *(len(task["name"]) + 1 for task in tasks)])
 
 
 def _groups_of_tasks(
@@ -336,9 +344,9 @@ def _groups_text(groups: Mapping[str, int]) -> str:
     return f"{sum(groups.values())} = " + " + ".join(f"{count} {group}" for group, count in groups.items())
 
 
-def _instruction_text(task: Mapping[str, Any]) -> str:
-    indent = " " * 17
-    return textwrap.fill(task["instruction"], 118, initial_indent=f"  {task['name']:<15}", subsequent_indent=indent)
+def _instruction_text(task: Mapping[str, Any], width: int) -> str:
+    first, others = f"  {task['name']:<{width}} ", " " * (width + 3)
+    return textwrap.fill(task["instruction"], 118, initial_indent=first, subsequent_indent=others)
 
 
 def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:

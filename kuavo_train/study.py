@@ -23,7 +23,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from kuavo_train.compose import compose_run, errors_in_one_line, set_hub, stages_to_run
+from kuavo_train.compose import compose_run, errors_in_one_line, quieten_libraries, set_hub, stages_to_run
 from kuavo_train.config import ConfigError, RunConfig, RunError
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.evaluation.stored_run import finished_cells
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     run, shared, cells = compose_cells(arguments)
     first = cells[0].configs[0]
+    quieten_libraries()
     set_hub(first)
     # The heavy imports come after the configuration has been found good.
     from kuavo_train.opened_stage import record_missing_data

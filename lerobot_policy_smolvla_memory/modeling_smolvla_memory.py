@@ -13,7 +13,9 @@ How the passes are computed is backbone.py's, or lerobot_forward.py's with `fast
 prefix.py.
 """
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,8 @@ class MemoryFlowMatching(VLAFlowMatching):
         if config.load_vlm_weights:
             check_vlm_weights(config.vlm_model_name)
         compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
-        super().__init__(config, rtc_processor=rtc_processor)
+        with redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
+            super().__init__(config, rtc_processor=rtc_processor)
         config.compile_model = compile_expert
         layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
         self.backbone: Any = (

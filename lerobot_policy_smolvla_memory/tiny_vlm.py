@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+from transformers.utils import logging
 
 RECORD_NAME = "tiny_vlm.json"
 VOCABULARY_SIZE = 512  # 256 bytes, the special tokens, and merges for the words of a few instructions
@@ -182,13 +184,25 @@ def _write(folder: Path, settings: _Settings) -> None:
     _processor(tokenizer, settings).save_pretrained(folder)
     config = _model_config(tokenizer, settings)
     if settings.write_weights:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _no_progress_bar():
             torch.manual_seed(settings.seed)
             SmolVLMForConditionalGeneration(config).save_pretrained(folder)
     else:
         config.save_pretrained(folder)
     (folder / RECORD_NAME).write_text(json.dumps(asdict(settings), indent=2))
     os.chmod(folder, 0o755)  # mkdtemp makes folders that only their owner can enter
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers shows one for weights that are written in a blink."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _train_tokenizer(corpus: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Preflight tells everything about a stage at once, as a table and for machines, and leaves nothing behind."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> N
         assert words in table, words
     tokens = [task["tokens"] for task in findings.facts["tasks"]]
     assert all(10 < count <= findings.facts["token_limit"] for count in tokens)
+
+
+def test_preflight_prints_its_table_and_nothing_else(small_run: Overrides, here: Here) -> None:
+    shown = here("kuavo_train.preflight", *small_run("run=quiet"))
+    assert shown.stderr == ""
+    assert shown.stdout.splitlines()[0] == "stage 1 (moving_grasp) of run quiet"
+    assert shown.stdout.splitlines()[-1] == "no problems"
+
+
+def test_a_long_name_does_not_run_into_what_stands_beside_it(small_run: Overrides) -> None:
+    findings = examine(small_run())
+    for task in findings.facts["tasks"]:
+        task["name"] = f"{task['name']}_of_twenty_and_more"
+    lines = findings.table.splitlines()
+    assert any(re.match("  moving_grasp_of_twenty_and_more +Grasp the object", line) for line in lines)
+    assert len({len(row) for row in lines[:5]}) == 1  # the columns stand below each other
 
 
 def test_preflight_writes_nothing_into_the_runs_folder(small_run: Overrides) -> None:
