@@ -20,6 +20,7 @@ from kuavo_train.data.normalization import Normalization, fit_normalization, nor
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
 from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
+from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.evaluation.robots import Environment
 from kuavo_train.evaluation.rollout import environment_of
 from kuavo_train.findings import Findings
@@ -170,6 +171,10 @@ def open_stage(
     images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
     findings.look_at_plan(config, order.shares, timetable.steps, images)
     environments = attempt(_environments, config, curriculum)
+    own = {stage.name for stage in curriculum if stage.environment is not None} & set(environments or ())
+    trained_sizes = {camera: shape[1:] for camera, shape in image_shapes.items()}
+    for task in (task for task in tasks if task.name in own):
+        findings.notes += filter(None, [attempt(check_environment, environments[task.name], task, trained_sizes)])
     augment = attempt(_augmentation, config, order, accelerator.process_index)
     if findings.problems or environments is None or augment is None:
         return None

@@ -146,7 +146,7 @@ def run(overrides: list[str]) -> RunConfig:
     return configs[0]
 
 
-IN_THE_ARMS_WORLD = ("+stage.environment=worlds:Arms-v0", "rollout.episodes=5", "rollout.parallel=2")
+IN_THE_ARMS_WORLD = ("stage.environment=worlds:Arms-v0", "rollout.episodes=5", "rollout.parallel=2")
 
 
 def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_run: Callable[..., list[str]]) -> None:
@@ -195,6 +195,29 @@ def _noting_modes(roll_out: Callable[..., Any], modes: list[tuple[bool, bool]]) 
         return found
 
     return noting
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ("worlds:Missing-v0", r"environment worlds:Missing-v0 must begin an episode, got NameNotFound"),
+        ("no_such_module:Arms-v0", r"must begin an episode, got ModuleNotFoundError"),
+        (
+            "worlds:Counting-v0",
+            r"must show head_cam_h, wrist_cam_l, wrist_cam_r, got head\n(.|\n)*"
+            r"must have a state of 16 dimensions \(zarm_l1_link, .*\), got \[2\]\n(.|\n)*"
+            r"must take actions of 16 dimensions \(.*\), got ValueError: actions must be of shape \(2,\), got \(16,\)",
+        ),
+    ],
+)
+def test_an_environment_that_would_fail_after_training_is_refused_before(
+    small_run: Callable[..., list[str]], environment: str, told: str
+) -> None:
+    words = [f"stage.environment={environment}", "rollout.episodes=1"]
+    (config, *others) = compose_run([*small_run(), *words])
+    with pytest.raises(ConfigError, match=told):
+        run_stage(config, [config.stage, *(other.stage for other in others)])
+    assert not config.run_folder.exists()
 
 
 def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:

@@ -166,11 +166,19 @@ def _obey(places: dict[int, gymnasium.Env], place: int, order: Begin | Act, envi
                 places[place] = environment.make()
             observation, info = places[place].reset(seed=order.seed)
             return seen_in(observation, info)
+        _check_action(order.action, places[place])
         observation, reward, terminated, truncated, info = places[place].step(order.action)
         return seen_in(observation, info, reward=float(reward), ended=bool(terminated or truncated))
     except Exception as error:  # whatever an environment does, the others go on
         places.pop(place, None)
         return Failure(f"{type(error).__name__}: {error}")
+
+
+def _check_action(action: np.ndarray, environment: gymnasium.Env) -> None:
+    """Raises ValueError for one of another shape than the environment takes: some would be carried out in part."""
+    wanted = getattr(getattr(environment, "action_space", None), "shape", None)
+    if wanted is not None and action.shape != wanted:
+        raise ValueError(f"actions must be of shape {wanted}, got {action.shape}")
 
 
 def seen_in(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
