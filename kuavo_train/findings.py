@@ -22,7 +22,7 @@ from kuavo_train.config import ConfigError, Problems, RunConfig, StageConfig
 from kuavo_train.data.images import GIB, Images, size_text
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, columns_by_group, recorded_fps
-from kuavo_train.learning.freezing import parameter_counts
+from kuavo_train.learning.freezing import dtype_names, parameter_counts, parameter_groups, trainable_parameters
 from kuavo_train.learning.lora import adapted_state
 
 ADAM_MOMENTS = 2
@@ -79,8 +79,12 @@ class Findings:
         self.notes += _policy_notes(policy_config.type, tasks, lengths)
         self.problems += _width_problems(policy_config, normalization)
 
-    def look_at_policy(self, config: RunConfig, policy: Any) -> None:
-        """Parameters per group, and the memory and disk that they take."""
+    def look_at_policy(self, config: RunConfig, policy: Any, stored: Mapping[str, torch.dtype]) -> None:
+        """Parameters per group and their types, and the memory and disk that they take.
+
+        Args:
+            stored: parameter → the type that its weights were stored in; nothing of new ones.
+        """
         weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
         trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
         apart = sum(value.nbytes for layer in adapted_state(policy).values() for value in layer.values())
@@ -89,6 +93,8 @@ class Findings:
         on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
         self.facts["parameters"] = parameter_counts(policy)
         self.facts["widened"] = getattr(policy, "widened", {})
+        self.problems += _precision_problems(policy)
+        self.notes += _precision_notes(policy, stored)
         self.facts["memory_bytes"] = {
             "weights": weights,
             "gradients": trained,
@@ -218,6 +224,32 @@ def _width_problems(policy_config: Any, normalization: Normalization) -> list[st
         for key, names in (("max_state_dim", space.state_names), ("max_action_dim", space.action_names))
         if hasattr(policy_config, key) and getattr(policy_config, key) < len(names)
     ]
+
+
+def _precision_problems(policy: Any) -> list[str]:
+    """A step of training is smaller than what the weights of a narrower type can tell apart."""
+    trained, problems = trainable_parameters(policy), []
+    for group, names in parameter_groups(policy).items():
+        narrow = [trained[name].dtype for name in names if name in trained and trained[name].dtype != torch.float32]
+        if narrow:
+            problems.append(
+                f"parameter group {group} is trained and must be float32, got {dtype_names(narrow)}, which rounds its "
+                f"steps away; set the policy's own dtype, or hold it fixed (training.freeze=[{group}])"
+            )
+    return problems
+
+
+def _precision_notes(policy: Any, stored: Mapping[str, torch.dtype]) -> list[str]:
+    parameters, notes = dict(policy.named_parameters()), []
+    for group, names in parameter_groups(policy).items():
+        before = {name: stored.get(name.replace(".base_layer.", "."), parameters[name].dtype) for name in names}
+        narrower = [dtype for name, dtype in before.items() if dtype != parameters[name].dtype]
+        if narrower:
+            notes.append(
+                f"{group} was stored in {dtype_names(narrower)}: taken over as it is, and float32 from here on, in "
+                "which training rounds nothing away"
+            )
+    return notes
 
 
 def _room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_bytes: Mapping[str, int]) -> list[str]:
@@ -354,7 +386,8 @@ def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
     trained = sum(group["parameters"] for group in groups if group["trainable"])
     width = max(12, *(len(group["group"]) for group in groups))
     lines = [
-        f"  {group['group']:<{width}} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen'}"
+        f"  {group['group']:<{width}} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen':<8}"
+        f"{group['dtype']}".rstrip()
         for group in groups
     ]
     return "\n".join([*lines, f"  {'total':<{width}} {total:>13,}  {trained:,} in trained groups"])

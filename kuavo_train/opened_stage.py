@@ -155,7 +155,7 @@ def open_stage(
     built = attempt(build_policy, config, policy_config, **wanted)
     if built is None:
         return None
-    findings.look_at_policy(config, built.policy)
+    findings.look_at_policy(config, built.policy, built.stored)
     ordered = attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
     if ordered is None:
         return None

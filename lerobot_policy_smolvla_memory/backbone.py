@@ -243,8 +243,8 @@ class FastForward:
                 attended = self.attend(rotate(query, own_rotation), key, value, prefix.bias)
             else:
                 own_key = rotate(_heads(layer, "k_proj", normed), prefix.rotation)
-                key = torch.cat([key, own_key.to(key.dtype)], dim=1)
-                value = torch.cat([value, _heads(layer, "v_proj", normed).to(value.dtype)], dim=1)
+                key = torch.cat([key, own_key], dim=1)  # in the wider type of the two
+                value = torch.cat([value, _heads(layer, "v_proj", normed)], dim=1)
                 attended = self.attend(rotate(query, prefix.rotation), key, value, prefix.causal_bias)
             hidden = _finish_layer(layer, hidden, attended)
         return _rms_norm(self.model.lm_expert.norm, hidden)

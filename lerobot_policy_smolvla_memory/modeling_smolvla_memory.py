@@ -14,6 +14,7 @@ prefix.py.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -41,10 +42,12 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
 )
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
+from lerobot_policy_smolvla_memory.precision import StoredNarrower, in_own_dtype, make_room, settle, stored_dtypes
 from lerobot_policy_smolvla_memory.prefix import Prefix
 from lerobot_policy_smolvla_memory.pretrained_weights import (
     check_policy_weights,
     check_vlm_weights,
+    take_rounded_weights_again,
     widened_weights,
 )
 from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
@@ -64,6 +67,7 @@ PARAMETER_GROUPS = {
     ],
     "memory": ["model.memory"],
 }
+VLM_GROUPS = ("vision", "connector", "vlm_text")
 OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
 """What a memory that was stored without these had in their place."""
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
@@ -82,6 +86,10 @@ class MemoryFlowMatching(VLAFlowMatching):
         with redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
             super().__init__(config, rtc_processor=rtc_processor)
         config.compile_model = compile_expert
+        vlm = self.vlm_with_expert.get_vlm_model()
+        vlm.connector.register_forward_pre_hook(in_own_dtype)  # it may learn where the vision encoder does not
+        if config.load_vlm_weights:
+            take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
         layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
         self.backbone: Any = (
             FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)
@@ -217,6 +225,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         self.init_rtc_processor()
         self.model = MemoryFlowMatching(config, rtc_processor=self.rtc_processor)
         self.widened: dict[str, tuple[int, int]] = {}  # projection → dimensions it was stored for, and has
+        self._stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
+        self.settle_precision()
         self.reset()
 
     # ---------------------------------------------------------------- training
@@ -553,16 +563,37 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             groups[_group_of(name)].append(name)
         return groups
 
+    def settle_precision(self) -> None:
+        """Hold every parameter as precision.py says; to be called again once other parts are held fixed than before,
+        and before anything is trained."""
+        settle(self, self.parameter_groups(), self._stored, may_stay_narrow=VLM_GROUPS)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "SmolVLAMemoryPolicy":
-        """As LeRobot's. The vision-language model's description is the checkpoint's own, where it has one."""
+        """As LeRobot's. The vision-language model's description is the checkpoint's own, where it has one.
+
+        What learns is float32, whatever it was stored in; a `StoredNarrower` warning names what was not.
+        """
         download = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if config is None:
             config = PreTrainedConfig.from_pretrained(pretrained_name_or_path, **download)
         config.vlm_model_name = vlm_described_in(pretrained_name_or_path, config.vlm_model_name, **download)
+        if hasattr(config, "load_vlm_weights"):
+            config.load_vlm_weights = False  # they are in the checkpoint, and need not be where it is opened
         return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+
+    def _tell_of_narrower_weights(self, model_file: str) -> None:
+        learns = {name: parameter.dtype for name, parameter in self.named_parameters() if parameter.requires_grad}
+        narrower = sorted({_group_of(name) for name, dtype in learns.items() if self._stored.get(name, dtype) != dtype})
+        if narrower:
+            warnings.warn(
+                f"{', '.join(narrower)} of {model_file} were stored in less than float32, which rounds the steps of "
+                "training. They are loaded as they are, and are float32 from here on",
+                StoredNarrower,
+                stacklevel=2,
+            )
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict)
@@ -579,10 +610,14 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         with random weights and a warning.
         """
         missing = check_policy_weights(model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY)
+        model._stored = stored_dtypes(model_file)
+        make_room(model, model._stored)
         widened = widened_weights(model, model_file)
         stored = load_file(model_file, device=resolve_safetensors_device(map_location))
         model.load_state_dict({**stored, **{key: each.weight for key, each in widened.items()}}, strict=False)
         model.widened = {key.split(".")[1]: (each.before, each.now) for key, each in widened.items()}
+        model.settle_precision()
+        model._tell_of_narrower_weights(model_file)
         if missing <= OLDER_MEMORY.keys():
             for key in missing:
                 model.get_buffer(key).fill_(OLDER_MEMORY[key])

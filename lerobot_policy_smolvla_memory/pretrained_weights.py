@@ -120,6 +120,14 @@ def check_vlm_weights(vlm_model_name: str) -> None:
     _raise(f"{vlm_model_name} does not hold the model that its config describes", problems)
 
 
+def take_rounded_weights_again(vlm: nn.Module, vlm_model_name: str) -> None:
+    """LeRobot loads a vision-language model in bfloat16. What that has rounded becomes what is stored, in float32."""
+    stored = AutoModelForImageTextToText.from_pretrained(vlm_model_name, dtype=torch.float32).state_dict()
+    for name, parameter in vlm.named_parameters():
+        if not torch.equal(parameter.data.float(), stored[name]):
+            parameter.data = stored[name].clone()
+
+
 def _raise(complaint: str, problems: Sequence[str], hint: str = "") -> None:
     if not problems:
         return

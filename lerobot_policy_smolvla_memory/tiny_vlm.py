@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 RECORD_NAME = "tiny_vlm.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VOCABULARY_SIZE = 512  # 256 bytes, the special tokens, and merges for the words of a few instructions
 
 SPECIAL_TOKENS = {
@@ -66,6 +67,7 @@ class _Settings:
     write_weights: bool
     seed: int
     corpus: list[str]
+    dtype: str
     version: int = 1  # to be raised when this module writes something else for the same settings
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class _Settings:
             raise ValueError(f"key_value_heads must divide the {heads} heads, got {self.key_value_heads}")
         if self.vocabulary_size < VOCABULARY_SIZE:
             raise ValueError(f"vocabulary_size must be at least {VOCABULARY_SIZE}, got {self.vocabulary_size}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         patches = self.image_size // self.patch_size
         if self.image_size % self.patch_size or patches % self.scale_factor:
             raise ValueError(
@@ -109,6 +113,7 @@ def make_tiny_vlm(
     write_weights: bool = True,
     seed: int = 0,
     corpus: Sequence[str] = (),
+    dtype: str = "float32",
 ) -> Path:
     """Write a tiny SmolVLM to `folder`, or leave it as it is when it was written from the same settings.
 
@@ -127,6 +132,7 @@ def make_tiny_vlm(
         write_weights: false writes shapes only, for `load_vlm_weights=False`.
         corpus: instructions to train the tokenizer on. Sentences like these then take few tokens; any other
             text still tokenizes, byte by byte at worst.
+        dtype: "float32", or "bfloat16" as SmolVLM2 is stored: weights, config and the text model's config.
 
     Raises:
         ValueError: sizes that do not divide each other, or `folder` holds something else.
@@ -147,6 +153,7 @@ def make_tiny_vlm(
         write_weights=write_weights,
         seed=seed,
         corpus=list(corpus),
+        dtype=dtype,
     )
     folder = Path(folder)
     if _is_written(folder, settings):
@@ -186,8 +193,13 @@ def _write(folder: Path, settings: _Settings) -> None:
     if settings.write_weights:
         with torch.random.fork_rng(devices=[]), _no_progress_bar():
             torch.manual_seed(settings.seed)
-            SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+            model = SmolVLMForConditionalGeneration(config).to(
+                DTYPES[settings.dtype]
+            )  # rounded
+        config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
+        model.save_pretrained(folder)
     else:
+        config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
         config.save_pretrained(folder)
     (folder / RECORD_NAME).write_text(json.dumps(asdict(settings), indent=2))
     os.chmod(folder, 0o755)  # mkdtemp makes folders that only their owner can enter

@@ -62,9 +62,9 @@ def test_fresh_adapters_change_nothing_and_leave_the_rest_trainable() -> None:
     add_adapters(arm, LoraConfig(rank=RANK, alpha=4))
     assert torch.equal(arm(x), before)
     assert parameter_counts(arm) == [
-        {"group": "expert", "parameters": 3 * 5 + 5, "trainable": False},
-        {"group": "head", "parameters": 5 * 2 + 2, "trainable": True},
-        {"group": "lora", "parameters": RANK * (3 + 5), "trainable": True},
+        {"group": "expert", "parameters": 3 * 5 + 5, "trainable": False, "dtype": "float32"},
+        {"group": "head", "parameters": 5 * 2 + 2, "trainable": True, "dtype": "float32"},
+        {"group": "lora", "parameters": RANK * (3 + 5), "trainable": True, "dtype": "float32"},
     ]
 
 

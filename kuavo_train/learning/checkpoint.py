@@ -23,6 +23,7 @@ from safetensors.torch import load_model
 
 from kuavo_train.config import ConfigError
 from kuavo_train.learning.lora import adapters_merged
+from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,10 @@ class CheckpointFolder:
 
 
 def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
-    """Give `policy` the weights of a checkpoint of its own kind."""
-    load_model(policy, str(checkpoint.pretrained_model / "model.safetensors"))
+    """Give `policy` the weights of a checkpoint of its own kind, exactly."""
+    file = str(checkpoint.pretrained_model / "model.safetensors")
+    make_room(policy, stored_dtypes(file))
+    load_model(policy, file)
 
 
 def _folder_name(checkpoint: int | str) -> str:

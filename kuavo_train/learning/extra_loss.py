@@ -73,7 +73,7 @@ class Importance:
         kinds: dict[str, dict[str, Tensor]] = {"fisher": {}, "weights": {}}
         for key, value in load_file(path).items():
             kind, name = key.split("/", 1)
-            kinds[kind][name] = value
+            kinds[kind][name] = value.float()  # of a run that trained in bfloat16
         return cls(**kinds)
 
 

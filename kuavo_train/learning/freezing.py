@@ -1,7 +1,7 @@
 """Frozen means frozen: named parameter groups, counted, and fingerprinted before and after a stage."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,16 +75,22 @@ def trainable_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_counts(policy: nn.Module) -> list[dict[str, Any]]:
-    """Of every group its name, its number of parameters and whether it is trained."""
+    """Of every group its name, its number of parameters, whether it is trained, and in which types it is held."""
     parameters = dict(policy.named_parameters())
     return [
         {
             "group": group,
             "parameters": sum(parameters[name].numel() for name in names),
             "trainable": any(parameters[name].requires_grad for name in names),
+            "dtype": dtype_names(parameters[name].dtype for name in names),
         }
         for group, names in parameter_groups(policy).items()
     ]
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Each of them once: "bfloat16", or "bfloat16, float32"."""
+    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
 
 
 def take_fingerprints(policy: nn.Module) -> list[ParameterGroup]:

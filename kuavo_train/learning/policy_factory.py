@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
@@ -19,17 +20,17 @@ from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.lora import add_adapters
+from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
+from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-VLM_GROUPS = ("vision", "connector", "vlm_text")
 WEIGHTS_OF_PARTS = {"load_vlm_weights": False, "pretrained_backbone_weights": None}
 """Fields of policies that say which weights a part of it starts from, and what says none."""
 NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
@@ -38,9 +39,15 @@ NOT_LOADED = (HfHubHTTPError, HFValidationError, SafetensorError)
 
 @dataclass(frozen=True)
 class BuiltPolicy:
+    """
+    Attributes:
+        stored: parameter → the type that its weights were stored in; nothing of new ones.
+    """
+
     policy: PreTrainedPolicy
     preprocessor: Any
     postprocessor: Any
+    stored: Mapping[str, torch.dtype]
 
 
 def policy_defaults(kind: str) -> dict[str, Any]:
@@ -120,14 +127,18 @@ def build_policy(
     if misnamed := _misnamed("policy.pretrained_path", source):
         raise ConfigError(misnamed[0])
     _check_frozen_vlm(config, policy_config, frozen, source)
-    policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoredNarrower)  # preflight tells it, of what learns in this stage
+        policy: Any = _with_weights(_policy_class(policy_config.type), policy_config, source)
     if hasattr(policy_config, "pretrained_backbone_weights"):
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
     freeze(policy, frozen)
+    if hasattr(policy, "settle_precision"):
+        policy.settle_precision()
     add_adapters(policy, config.training.lora)
     statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
-    return BuiltPolicy(policy.to(device), preprocessor, postprocessor)
+    return BuiltPolicy(policy.to(device), preprocessor, postprocessor, _stored_dtypes(source))
 
 
 def _check_frozen_vlm(
@@ -258,6 +269,15 @@ def _with_weights(
         return policy_class.from_pretrained(str(source), config=config, strict=True)
     except (OSError, ValueError, RuntimeError, *NOT_LOADED) as error:
         raise ConfigError(_not_had("policy.pretrained_path", source, error)) from error
+
+
+def _stored_dtypes(source: str | Path | None) -> dict[str, torch.dtype]:
+    """Parameter → type of the weights of `source`, which have just been loaded."""
+    if source is None:
+        return {}
+    if Path(source).is_dir():
+        return stored_dtypes(str(Path(source) / constants.SAFETENSORS_SINGLE_FILE))
+    return stored_dtypes(hf_hub_download(str(source), constants.SAFETENSORS_SINGLE_FILE, local_files_only=True))
 
 
 def _not_had(key: str, source: str | Path, error: Exception) -> str:
