@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
@@ -25,16 +25,21 @@ SMOLVLA_PARAMETERS = 450_046_176
 def write_smolvlm(folder: Path, corpus: Sequence[str]) -> None:
     """Config, tokenizer and processor; of its 32 layers SmolVLA takes 16, whose weights it brings along."""
     full = SIZES["full"]
-    make_tiny_vlm(folder, image_size=full.image, text_layers=32, corpus=corpus, **full.vlm)
+    make_tiny_vlm(folder, image_size=full.image, text_layers=32, corpus=corpus, dtype="bfloat16", **full.vlm)
 
 
-def write_smolvla(folder: Path, vlm: Path) -> None:
-    """A policy of three cameras and six joints, in bfloat16."""
+def write_smolvla(folder: Path, vlm: Path, **settings: Any) -> None:
+    """A policy of three cameras and six joints, in LeRobot's types: mostly bfloat16, which the VLM's config names.
+
+    Args:
+        settings: of its config, in place of smolvla_base's.
+    """
     camera = PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
     config = SmolVLAConfig(
         vlm_model_name=str(vlm),
+        load_vlm_weights=False,
         device="cpu",
-        num_vlm_layers=16,
+        **{"num_vlm_layers": 16, **settings},
         input_features={
             **{f"{OBS_IMAGES}.camera{number}": camera for number in (1, 2, 3)},
             OBS_STATE: PolicyFeature(FeatureType.STATE, (6,)),
@@ -42,7 +47,8 @@ def write_smolvla(folder: Path, vlm: Path) -> None:
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (6,))},
     )
     torch.manual_seed(0)
-    policy = SmolVLAPolicy(config).to(torch.bfloat16)
+    policy = SmolVLAPolicy(config)
+    policy.model.vlm_with_expert.vlm.to(torch.bfloat16)  # as LeRobot loads it
     config.vlm_model_name, config.load_vlm_weights = SMOLVLM, True
     policy.save_pretrained(folder)
 
