@@ -193,9 +193,7 @@ def _write(folder: Path, settings: _Settings) -> None:
     if settings.write_weights:
         with torch.random.fork_rng(devices=[]), _no_progress_bar():
             torch.manual_seed(settings.seed)
-            model = SmolVLMForConditionalGeneration(config).to(
-                DTYPES[settings.dtype]
-            )  # rounded
+            model = SmolVLMForConditionalGeneration(config).to(DTYPES[settings.dtype])  # rounded
         config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
         model.save_pretrained(folder)
     else:

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def tiny_vlm(tmp_path_factory) -> Path:
         scale_factor=2,
         corpus=["put the red block into the box"],
     )
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> dict[str, Any]:
+    """Settings of a policy on a VLM that is stored as SmolVLM2 is: in bfloat16, in its configs as well."""
+    sizes = {"text_hidden": 32, "head_dim": 16, "vision_hidden": 32, "vision_layers": 1, "image_size": 32}
+    vlm = make_tiny_vlm(tmp_path_factory.mktemp("hub") / "vlm", dtype="bfloat16", **sizes)
+    return {"vlm_model_name": str(vlm), "load_vlm_weights": True}
 
 
 @pytest.fixture(scope="session")

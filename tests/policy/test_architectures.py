@@ -21,9 +21,9 @@ def test_mixed_precision_trains_and_keeps_the_memory_in_float32(make_policy, mak
 
 
 @every_layout
-def test_a_vlm_in_bfloat16_as_lerobot_loads_it(make_config, make_batch, make_noise, layout):
+def test_a_vlm_in_bfloat16_as_the_hub_has_it(make_config, make_batch, make_noise, hub, layout):
     torch.manual_seed(0)
-    policy = SmolVLAMemoryPolicy(make_config(load_vlm_weights=True, train_expert_only=True, **LAYOUTS[layout]))
+    policy = SmolVLAMemoryPolicy(make_config(**hub, train_expert_only=True, **LAYOUTS[layout]))
     assert policy.model.vlm_with_expert.vlm.dtype == torch.bfloat16
     loss, output = policy(make_batch(4), **make_noise(4), queries=2)
     loss.backward()

@@ -11,23 +11,9 @@ from test_fast_forward import FREEZING, learn
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower
-from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 VLM = ("vision", "connector", "vlm_text")
 FROZEN = FREEZING["VLM frozen"]
-
-
-@pytest.fixture(scope="module")
-def hub_vlm(tmp_path_factory):
-    """Stored as SmolVLM2 is: bfloat16 in its weights, its config and its text model's config."""
-    sizes = {"text_hidden": 32, "head_dim": 16, "vision_hidden": 32, "vision_layers": 1, "image_size": 32}
-    return make_tiny_vlm(tmp_path_factory.mktemp("hub") / "vlm", dtype="bfloat16", **sizes)
-
-
-@pytest.fixture
-def hub(hub_vlm):
-    """Settings of a policy on it."""
-    return {"vlm_model_name": str(hub_vlm), "load_vlm_weights": True}
 
 
 @pytest.fixture
