@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +36,20 @@ from kuavo_train.config import (
     require,
 )
 from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
+
+OF_A_TASKS_DATA = (
+    "episodes",
+    "cameras",
+    "repo_id",
+    "revision",
+    "state_names",
+    "action_names",
+    "scale",
+    "simulation_task",
+    "environment",
+    "environment_settings",
+)
+"""Fields of a task's stage that no other stage may take over."""
 
 
 def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
@@ -160,9 +174,16 @@ def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
         decay_steps=sum(config.training.decay_steps for config in configs),
         max_steps=None if max_steps is None else max_steps * len(configs),
     )
-    stage = replace(first.stage, name="joint", index=1, replay={"joint": 1.0})
+    stage = replace(without_data(first.stage), name="joint", index=1, replay={"joint": 1.0})
     passes = {config.stage.name: config.training.epochs for config in configs}
     return [replace(first, stage=stage, training=training, passes=passes)]
+
+
+def without_data(stage: StageConfig) -> StageConfig:
+    """The recipe alone, without what is said of the task's own dataset and simulation."""
+    own = (item for item in fields(StageConfig) if item.name in OF_A_TASKS_DATA)
+    empty = {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in own}
+    return replace(stage, **empty)
 
 
 def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:

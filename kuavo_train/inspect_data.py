@@ -18,6 +18,9 @@ from kuavo_train.config import require
 
 def main(composed: DictConfig, overrides: list[str], *, episode: str | None = None) -> int:
     config, _ = compose_stage(composed, overrides)
+    require(
+        config.strategy != "joint", "strategy", "be one with a stage for each task: it chooses the dataset", "joint"
+    )
     # The heavy imports come after the configuration has been found good.
     from kuavo_train.data.frames import DecodedFrames
     from kuavo_train.data.inspection import episodes_in_use, overview, save_sheet

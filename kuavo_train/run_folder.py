@@ -128,6 +128,7 @@ def write_run_facts(
                 "instruction": task.instruction,
                 "loss_target": stage.loss_target,
                 "final_loss_limit": stage.final_loss_limit,
+                "recipe": asdict(stage),
                 "dataset": {
                     "root": str(task.root),
                     "hash": task.content_hash,

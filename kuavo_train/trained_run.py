@@ -18,7 +18,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from omegaconf import OmegaConf
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
-from kuavo_train.compose import resolve
+from kuavo_train.compose import resolve, without_data
 from kuavo_train.config import ConfigError, RunConfig, StageConfig, require
 from kuavo_train.data.frames import open_frames
 from kuavo_train.data.mixture import MixedDataset, frames_of_sample
@@ -82,8 +82,11 @@ class TrainedRun:
             if config.stage.name == name:
                 return config.stage
         entry = next(task for task in self.stored.tasks if task["name"] == name)
+        if "recipe" in entry:
+            return StageConfig(**entry["recipe"])
+        # Recorded by an earlier version: nothing of another task's may stand in for what is not known of this one.
         about = {key: entry[key] for key in ("name", "index", "instruction")}
-        return replace(self.settings.stage, **about, root=entry["dataset"]["root"], replay={name: 1.0}, episodes=None)
+        return replace(without_data(self.settings.stage), **about, root=entry["dataset"]["root"], replay={name: 1.0})
 
     def recipe(self, name: str) -> StageConfig:
         """Raises `ConfigError` for a task that the run does not have."""

@@ -13,15 +13,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.contest import Contestant
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.evaluation.matrix import write_matrix
+from kuavo_train.evaluation.request import Request
 from kuavo_train.learning.extra_loss import ElasticPenalty, Importance, measure_importance
 from kuavo_train.learning.merging import set_merged_weights, sweep_merges
 from kuavo_train.learning.recurrence import NoRecurrence
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
+from kuavo_train.trained_run import TrainedRun
 
 Overrides = Callable[..., list[str]]
 STRATEGIES = ("replay", "sequential", "joint", "ewc", "merge")
@@ -224,6 +228,28 @@ def test_runs_of_all_strategies_begin_with_the_same_policy_and_normalization(
         hashes.add(json.loads((configs[0].run_folder / "normalization.json").read_text())["hash"])
     assert len(starts) == len(hashes) == 1
     assert len(starts.pop()) == 4
+
+
+def test_a_joint_run_knows_every_task_as_its_own_and_takes_nothing_over_from_the_first(
+    runs: dict[str, list[RunConfig]],
+) -> None:
+    run = TrainedRun.open(runs["joint"][0].run_folder)
+    assert run.curriculum == [config.stage for config in runs["joint"]]
+    result = stage_folder(stages_to_run(runs["joint"])[0]).path / "checkpoints" / "best"
+    contestant, request = Contestant.open("joint", str(result)), Request({"joint": str(result)})
+    played = {task: contestant.environment(task, request).id for task in EPOCHS}
+    assert played == {task: f"kuavo_sim:{ENVIRONMENT_IDS[task]}" for task in EPOCHS}
+    with pytest.raises(ConfigError, match=r"task must be one of the run's \(moving_grasp, .*\), got 'joint'"):
+        run.recipe("joint")
+
+
+def test_a_joint_stage_says_nothing_of_the_first_tasks_data() -> None:
+    first, *_ = compose_run(["strategy=joint"])
+    special = replace(first.stage, environment="a:b", scale={"action.left_claw": 0.5}, cameras={"there": "here"})
+    (joint,) = stages_to_run([replace(first, stage=special)])
+    own = ("simulation_task", "environment", "episodes", "repo_id", "state_names", "action_names")
+    assert [getattr(joint.stage, name) for name in own] == [None] * len(own)
+    assert (joint.stage.scale, joint.stage.cameras, joint.stage.environment_settings) == ({}, {}, {})
 
 
 def test_ewc_holds_weights_nearer_to_where_they_were_than_learning_without_it(
