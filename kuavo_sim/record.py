@@ -25,7 +25,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 import kuavo_sim
 from kuavo_sim.arguments import boolean, parse_arguments
+from kuavo_sim.children import born_deaf, follow_parent
 from kuavo_sim.cpus import usable_cpus
 from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
 from kuavo_sim.expert import Demonstration, demonstrate
@@ -250,28 +250,16 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
         return
     # Workers are spawned, not forked: the parent may have threads (torch, video encoders).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
     pending: deque[Future[Demonstration]] = deque()
     try:
         for seed in seeds:
-            pending.append(pool.submit(_demonstrate_seed, settings, seed))
+            with born_deaf():  # submitting is what starts them
+                pending.append(pool.submit(_demonstrate_seed, settings, seed))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """Leave Ctrl-C, which reaches the whole process group, to the parent, and do not outlive it if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def exit_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _demonstrate_seed(settings: RecordSettings, seed: int) -> Demonstration:

@@ -7,7 +7,6 @@ adding a task is adding a file.
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from kuavo_train.config import (
     check_curriculum,
     require,
 )
+from kuavo_train.interruption import end_on_signals
 from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
 
 OF_A_TASKS_DATA = (
@@ -206,7 +206,7 @@ def overrides_for_all_tasks(overrides: Sequence[str]) -> list[str]:
 def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[], None]:
     """A command line around `function(composed config, overrides) -> exit status`, with errors in one line."""
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    end_on_signals()
 
     @hydra.main(config_path=str(CONFIG_FOLDER), config_name="train", version_base="1.3")
     def entry(composed: DictConfig) -> None:

@@ -30,6 +30,19 @@ class RunError(RuntimeError):
     """A run that cannot go on; its text says where it stopped and what is kept."""
 
 
+class Interrupted(BaseException):
+    """A signal asked for the end. No `Exception`: what catches those would take it for a fault of the work it ends."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
+        return 128 + self.number
+
+
 class Problems(list[str]):
     """What is wrong, told all at once instead of the first thing only."""
 

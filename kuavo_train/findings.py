@@ -19,7 +19,7 @@ from lerobot.configs import PreTrainedConfig
 from transformers import AutoTokenizer
 
 from kuavo_train.config import ConfigError, Problems, RunConfig, StageConfig
-from kuavo_train.data.images import GIB, Images, size_text
+from kuavo_train.data.images import Images, size_text
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task, columns_by_group, recorded_fps
 from kuavo_train.learning.freezing import dtype_names, parameter_counts, parameter_groups, trainable_parameters
@@ -257,13 +257,13 @@ def _room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_byte
     needed = sum(memory_bytes.values()) - memory_bytes["there"]
     if needed > memory_bytes["there"]:
         problems.append(
-            f"weights, gradients and optimizer need {needed / GIB:.1f} GiB, {config.training.device} has "
-            f"{memory_bytes['there'] / GIB:.1f} GiB; freeze more groups (training.freeze) or take a smaller model"
+            f"weights, gradients and optimizer need {size_text(needed)}, {config.training.device} has "
+            f"{size_text(memory_bytes['there'])}; freeze more groups (training.freeze) or take a smaller model"
         )
     if disk_bytes["checkpoints"] > disk_bytes["free"]:
         problems.append(
-            f"the checkpoints need {disk_bytes['checkpoints'] / GIB:.1f} GiB below {config.outputs}, "
-            f"{disk_bytes['free'] / GIB:.1f} GiB are free; free some or set outputs to another disk"
+            f"the checkpoints need {size_text(disk_bytes['checkpoints'])} below {config.outputs}, "
+            f"{size_text(disk_bytes['free'])} are free; free some or set outputs to another disk"
         )
     return problems
 

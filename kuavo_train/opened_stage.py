@@ -1,5 +1,6 @@
 """What a stage needs, opened: data, policy, order of samples, where images come from, simulators."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from kuavo_train.data.normalization import Normalization, fit_normalization, nor
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
 from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
+from kuavo_train.data.workers import room_problems
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.evaluation.robots import Environment
 from kuavo_train.evaluation.rollout import environment_of
@@ -170,6 +172,13 @@ def open_stage(
     encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
     images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
     findings.look_at_plan(config, order.shares, timetable.steps, images)
+    sample = MixedDataset(tasks, list(decoded.values()), normalization, **frames_of_sample(built.policy.config))
+    findings.problems += room_problems(
+        data.num_workers,
+        sample.bytes_of_batch(training.batch_size, look=images.look),
+        batches_per_step=training.gradient_accumulation_steps,
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as torchrun says
+    )
     environments = attempt(_environments, config, curriculum)
     own = {stage.name for stage in curriculum if stage.environment is not None} & set(environments or ())
     trained_sizes = {camera: shape[1:] for camera, shape in image_shapes.items()}

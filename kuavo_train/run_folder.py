@@ -7,6 +7,7 @@ outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation
                               merge.json
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,9 +63,19 @@ class StageFolder:
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
     def tell(self, **values: Any) -> None:
-        """Update stage.json in one move."""
+        """Update stage.json in one move; None takes a value out."""
         about = {**(self.about if self.status != "absent" else {}), **values}
-        write_json(self.path / "stage.json", about)
+        write_json(self.path / "stage.json", {key: value for key, value in about.items() if value is not None})
+
+    def tell_end(self, **values: Any) -> None:
+        """As `tell`, also on a full disk, where only what lies on it already can be written over."""
+        try:
+            self.tell(**values)
+        except OSError:
+            about = {**self.about, **values}
+            with contextlib.suppress(OSError), open(self.path / "stage.json", "r+") as file:
+                file.write(json.dumps(about))
+                file.truncate()
 
     @property
     def checkpoints(self) -> CheckpointFolder:
@@ -184,8 +195,12 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write in one move, so that a kill leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content)
-    os.replace(partial, path)
+    try:
+        partial.write_text(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _hash(content: Any) -> str:
@@ -196,7 +211,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git_commit() -> str | None:
+def _git_commit() -> str:
+    """Of the code, where it lies in a repository and git is there to ask."""
     root = Path(__file__).resolve().parents[1]
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

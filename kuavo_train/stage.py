@@ -7,9 +7,9 @@ knows the whole.
 import contextlib
 import json
 import math
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import batched
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
 
-from kuavo_train.config import ConfigError, EwcConfig, MergeConfig, RunConfig, StageConfig
+from kuavo_train.config import ConfigError, Interrupted, MergeConfig, RunConfig, RunError, StageConfig
 from kuavo_train.data import known_tasks
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
@@ -27,6 +27,7 @@ from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.rollout import Rollouts, evaluation_seeds, roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
+from kuavo_train.interruption import Listening, listening
 from kuavo_train.learning import model_card
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
 from kuavo_train.learning.extra_loss import (
@@ -48,29 +49,55 @@ from kuavo_train.learning.policy_factory import (
     choose_device,
 )
 from kuavo_train.learning.tracking import make_tracker
-from kuavo_train.learning.trainer import Interrupted, Progress, Trainer, TrainingDiverged, Validated, step_seed
+from kuavo_train.learning.trainer import Progress, Trainer, Validated, step_seed
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
-from kuavo_train.run_folder import now, stage_folder, write_json, write_run_facts, write_text
+from kuavo_train.remedies import told_in_one_line
+from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 
 def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
-    """Run the stage of `config` within its curriculum; returns the exit status (130 or 143 when interrupted).
+    """Run the stage of `config` within its curriculum; returns the exit status (130, 143 or 138 when interrupted).
 
     Raises:
         ConfigError: before training; nothing is written that a later run would stumble over.
-        TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
+        RunError: something the user can mend, or TrainingDiverged: loss or gradient not finite. The last good
+            checkpoint is kept.
     """
-    accelerator, findings = _accelerator(config), Findings()
-    with accelerator.main_process_first():  # what the first process records and caches, the others find
+    accelerator = _accelerator(config)
+    with listening() as listener:
+        try:
+            _run_stage(config, curriculum, accelerator, listener)
+        except Interrupted as interrupted:
+            accelerator.print(f"interrupted: {_kept(stage_folder(config))}", flush=True)
+            return interrupted.exit_status
+    return 0
+
+
+def _run_stage(
+    config: RunConfig, curriculum: Sequence[StageConfig], accelerator: Accelerator, listener: Listening
+) -> None:
+    findings = Findings()
+    with told_in_one_line(config), listener.giving_up(), accelerator.main_process_first():
+        # What the first process records and caches, the others find.
         resumed = checkpoint_to_resume(config, curriculum)
         before = result_before(config, curriculum)
         record_missing_data(config, curriculum)
         opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
         findings.raise_problems()
     assert opened is not None, "what cannot be opened is a problem"
-    return Stage(opened, before).run(resumed)
+    Stage(opened, before, listener).run(resumed)
+    if listener.number is not None:  # in the midst of the last files: the stage is whole, but no other begins
+        raise Interrupted(listener.number)
+
+
+def _kept(folder: StageFolder) -> str:
+    if folder.status == "absent":
+        return "nothing was trained yet; the same command begins again"
+    last = folder.checkpoints.latest()
+    kept = f"the checkpoint of step {last.step} is in {last.folder}" if last else "nothing was trained yet"
+    return f"{kept}; continue with resume=true"
 
 
 def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findings:
@@ -97,24 +124,30 @@ def _accelerator(config: RunConfig) -> Accelerator:
 class Stage:
     """An opened stage carried out: train, validate, checkpoint, conclude."""
 
-    def __init__(self, opened: OpenedStage, before: Checkpoint | None):
+    def __init__(self, opened: OpenedStage, before: Checkpoint | None, listener: Listening):
         """
         Args:
             before: what the stage before ended in; None for the first stage.
         """
-        self.opened, self.before = opened, before
+        self.opened, self.before, self.listener = opened, before, listener
         self.config, self.folder, self.accelerator = opened.config, opened.folder, opened.accelerator
         self.built, self.order, self.recurrence = opened.built, opened.order, opened.recurrence
-        self.timetable = opened.timetable
+        self.timetable, self.progress = opened.timetable, Progress()
 
-    def run(self, resumed: Checkpoint | None) -> int:
-        """From `resumed`, or from the beginning, to the end; returns the exit status."""
+    def run(self, resumed: Checkpoint | None) -> None:
+        """From `resumed`, or from the beginning, to the end."""
         config = self.config
         self.gate, self.extra_loss = self._gate(), self._extra_loss()
         where = f"stage {config.stage.index} ({config.stage.name}) of run {config.run}, in {self.folder.path}"
         self.accelerator.print(f"\n{where}\n{self.opened.table}", flush=True)
-        self._fill_images()
+        with told_in_one_line(config):
+            self._repeatable(self._fill_images)
         self._open_folder(resumed)
+        with self._true_end():
+            self._carry_out(resumed)
+
+    def _carry_out(self, resumed: Checkpoint | None) -> None:
+        config = self.config
         groups = self._fingerprints_before(resumed)
         parameters = self.built.policy.parameters()
         optimizer, self.scheduler = build_optimizer(
@@ -130,26 +163,46 @@ class Stage:
             autocast=self.accelerator.autocast,
             progress=self.accelerator.is_main_process,
         )
-        progress = self._restore(resumed)
+        self._restore(resumed)
         if resumed is None and self.before is None:
             self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
+        self._train()
+        self._conclude(groups)
+
+    @contextlib.contextmanager
+    def _true_end(self) -> Iterator[None]:
+        """However the stage ends, stage.json says how, and what the user can mend is told in a line."""
         try:
-            self._train(progress)
-        except Interrupted as interrupted:
-            self._tell(status="interrupted", steps=interrupted.step)
-            self.accelerator.print(
-                f"interrupted: the checkpoint of step {interrupted.step} is in {self.folder.path / 'checkpoints'}; "
-                "continue with resume=true",
-                flush=True,
-            )
-            return 128 + interrupted.signal_number
-        except TrainingDiverged as error:
-            self._tell(status="failed")
+            with told_in_one_line(self.config):
+                yield
+        except (Interrupted, KeyboardInterrupt):
+            self._tell_end(status="interrupted")
+            raise
+        except RunError as error:
+            self._tell_end(status="failed", reason=str(error))
             last = self.folder.checkpoints.latest()
             kept = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written yet"
-            raise TrainingDiverged(f"{error}; {kept}") from error
-        self._conclude(progress, groups)
-        return 0
+            raise type(error)(f"{error}; {kept}") from error
+        except BaseException as error:
+            self._tell_end(status="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+
+    def _repeatable[T](self, work: Callable[[], T]) -> T:
+        """What `work` gives, which can be done again: a signal to any of the processes raises `Interrupted` in all."""
+        done: list[T] = []
+        with contextlib.suppress(Interrupted), self.listener.giving_up():
+            done.append(work())
+        number = self._agreed()
+        if number is not None:
+            raise Interrupted(number)
+        return done[0]
+
+    def _agreed(self) -> int | None:
+        """The signal that any process has received: all stop at the same place."""
+        number = self.listener.number or 0
+        if self.accelerator.num_processes > 1:
+            number = max(gather_object([number]))
+        return number or None
 
     def _gate(self) -> Gate:
         learnt, gated = {}, self.config.forgetting.budget is not None
@@ -180,14 +233,13 @@ class Stage:
         return ElasticPenalty(self.built.policy, earlier, strength=self.config.ewc.strength)
 
     def _fill_images(self) -> None:
-        """Each process computes a share of what is missing; all go on when all are done."""
+        """Each process computes a share of what is missing."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.opened.images.fill(process=process, processes=processes, progress=self.accelerator.is_main_process)
-        self.accelerator.wait_for_everyone()
 
-    def _tell(self, **values: Any) -> None:
+    def _tell_end(self, **values: Any) -> None:
         if self.accelerator.is_main_process:
-            self.folder.tell(**values)
+            self.folder.tell_end(steps=self.progress.step, **values)
 
     def _open_folder(self, resumed: Checkpoint | None) -> None:
         """Create the stage's files; forget what lies beyond the checkpoint the stage resumes from."""
@@ -198,8 +250,9 @@ class Stage:
         self.opened.normalization.save(config.run_folder / "normalization.json")
         write_run_facts(config, self.opened.curriculum, self.opened.tasks, self.opened.normalization)
         folder.path.mkdir(parents=True, exist_ok=True)
+        step = resumed.step if resumed else -1
         for lines in (folder.metrics, folder.validations, folder.rollouts, folder.gate):
-            lines.forget_after(resumed.step if resumed else -1)
+            lines.forget(lambda line: line["step"] > step or line.get("kind") == "end")
         began = {} if resumed else {"started": now()}
         stage = {
             "name": config.stage.name,
@@ -207,7 +260,7 @@ class Stage:
             "epochs": config.training.epochs,
             "result": config.validation.result,
         }
-        folder.tell(**stage, total_steps=self.timetable.steps, status="running", **began)
+        folder.tell(**stage, total_steps=self.timetable.steps, status="running", reason=None, **began)
         folder.answer_for(config)
         (folder.path / "checkpoints").mkdir(exist_ok=True)
 
@@ -221,9 +274,9 @@ class Stage:
             return groups
         return [ParameterGroup.when_begun(record) for record in json.loads(path.read_text())["groups"]]
 
-    def _restore(self, resumed: Checkpoint | None) -> Progress:
+    def _restore(self, resumed: Checkpoint | None) -> None:
         if resumed is None:
-            return Progress()
+            return
         state = resumed.training_state()
         restore_adapted(self.built.policy, state["adapted"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -231,9 +284,12 @@ class Stage:
         self.accelerator.print(f"  resumed at step {resumed.step}", flush=True)
         mine = state["processes"][self.accelerator.process_index]
         self.recurrence.load_state_dict(mine["memory"])
-        return Progress(**mine["progress"])
+        self.progress = Progress(**mine["progress"])
+        if self.progress.validation_due and self.accelerator.is_main_process:
+            for lines in (self.folder.validations, self.folder.rollouts, self.folder.gate):
+                lines.forget(lambda line: line["step"] >= self.progress.step)
 
-    def _train(self, progress: Progress) -> None:
+    def _train(self) -> None:
         config = self.config
         tracker = make_tracker(
             config.tracking if self.accelerator.is_main_process else "off",
@@ -248,41 +304,33 @@ class Stage:
                 self.folder.metrics.append({"step": step, **values})
                 tracker.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
 
-        with listening_for_signals() as received:
-            trainer = Trainer(
-                accelerator=self.accelerator,
-                policy=self.policy,
-                preprocessor=self.built.preprocessor,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                dataset=self.opened.dataset(self.order.tasks),
-                order=self.order,
-                recurrence=self.recurrence,
-                extra_loss=self.extra_loss,
-                augment=self.opened.augment,
-                config=config.training,
-                timetable=self.timetable,
-                current=config.learns[0],
-                validate_every=config.validation.every_epochs,
-                result=config.validation.result,
-                num_workers=config.data.num_workers,
-                log=log,
-                validate=self._validate_epoch,
-                save=self._save,
-                stop_signal=lambda: self._agreed(received),
-                description=config.stage.folder_name,
-            )
-            try:
-                trainer.run(progress)
-            finally:
-                tracker.finish()
-
-    def _agreed(self, received: Sequence[int]) -> int | None:
-        """The signal any process has received: all stop after the same step."""
-        number = received[0] if received else 0
-        if self.accelerator.num_processes > 1:
-            number = max(gather_object([number]))
-        return number or None
+        trainer = Trainer(
+            accelerator=self.accelerator,
+            policy=self.policy,
+            preprocessor=self.built.preprocessor,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            dataset=self.opened.dataset(self.order.tasks),
+            order=self.order,
+            recurrence=self.recurrence,
+            extra_loss=self.extra_loss,
+            augment=self.opened.augment,
+            config=config.training,
+            timetable=self.timetable,
+            current=config.learns[0],
+            validate_every=config.validation.every_epochs,
+            result=config.validation.result,
+            num_workers=config.data.num_workers,
+            log=log,
+            validate=self._validate_epoch,
+            save=self._save,
+            stop_signal=self._agreed,
+            description=config.stage.folder_name,
+        )
+        try:
+            trainer.run(self.progress)
+        finally:
+            tracker.finish()
 
     def _validate_epoch(self, step: int, epoch: int) -> Validated:
         """All tasks seen; then the gate."""
@@ -302,7 +350,8 @@ class Stage:
 
     def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> list[dict[str, Any]]:
         """A record per task, also appended to validation.jsonl."""
-        records = self.validator.validate_all_tasks(self.accelerator.unwrap_model(self.policy), names)
+        policy = self.accelerator.unwrap_model(self.policy)
+        records = self._repeatable(lambda: self.validator.validate_all_tasks(policy, names))
         seen = [] if kind == "start" else self.opened.seen
         stage = self.config.stage
         about = {"stage": stage.index, "stage_name": stage.name, "kind": kind, "epoch": epoch, "step": step}
@@ -334,7 +383,8 @@ class Stage:
                 with_rollouts.append(record)
                 continue
             share = seeds[process::processes]
-            mine = roll_out(
+            play = partial(
+                roll_out,
                 robot,
                 environment,
                 share,
@@ -342,6 +392,7 @@ class Stage:
                 workers=config.workers,
                 progress=self.accelerator.is_main_process,
             )
+            mine = self._repeatable(play)
             rollouts = Rollouts.joined(gather_object([mine]))
             if self.accelerator.is_main_process:
                 self.folder.rollouts.append({**about, "task": record["task"], **rollouts.record()})
@@ -389,9 +440,9 @@ class Stage:
             "normalization": self.opened.normalization.hash,
         }
 
-    def _conclude(self, progress: Progress, groups_before: Sequence[ParameterGroup]) -> None:
+    def _conclude(self, groups_before: Sequence[ParameterGroup]) -> None:
         """The stage's result is its best checkpoint, or what merging makes of it: validate it, audit, record."""
-        config, folder = self.config, self.folder
+        config, folder, progress = self.config, self.folder, self.progress
         self.accelerator.wait_for_everyone()
         policy = self.accelerator.unwrap_model(self.policy)
         groups = compare_fingerprints(groups_before, take_fingerprints(policy))
@@ -406,11 +457,11 @@ class Stage:
         epoch = math.ceil(self.timetable.epoch(best.step))
         records = self._validate("end", step=best.step, epoch=epoch, names=names)
         drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
+        measured = self._repeatable(lambda: self._importance(policy))
         if not self.accelerator.is_main_process:
             return
-        if config.ewc is not None:
-            importance = self._importance(policy, config.ewc)
-            importance.after(self._importance_before()).save(folder.importance)
+        if measured is not None:
+            measured.after(self._importance_before()).save(folder.importance)
         write_json(folder.path / "parameters.json", groups)
         audit = self.order.audit(
             [frames for frames, _ in drawn],
@@ -441,7 +492,7 @@ class Stage:
         load_weights(policy, best)
 
         def validate() -> dict[str, float]:
-            records = self.validator.validate_all_tasks(policy, self.opened.seen)
+            records = self._repeatable(lambda: self.validator.validate_all_tasks(policy, self.opened.seen))
             return {record["task"]: record["loss"] for record in records}
 
         sweep = sweep_merges(policy, old, new, merge.alphas, validate)
@@ -461,8 +512,11 @@ class Stage:
         self.accelerator.wait_for_everyone()
         return self.folder.checkpoints.at(name), sweep["loss"]
 
-    def _importance(self, policy: Any, ewc: EwcConfig) -> Importance:
-        """Measured on the first batches of the stage, clip by clip."""
+    def _importance(self, policy: Any) -> Importance | None:
+        """Measured on the first batches of the stage, clip by clip, by the first process; None without ewc."""
+        ewc = self.config.ewc
+        if ewc is None or not self.accelerator.is_main_process:
+            return None
         order, dataset = self.order, self.opened.dataset(self.order.tasks)
         clips = (
             dataset.__getitems__(draws)
@@ -481,22 +535,3 @@ class Stage:
 
 def mean_loss(records: Sequence[dict[str, Any]]) -> float:
     return float(np.mean([record["loss"] for record in records]))
-
-
-@contextlib.contextmanager
-def listening_for_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("\nstopping after this step …", flush=True)
-
-    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

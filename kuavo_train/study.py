@@ -11,7 +11,6 @@ to it. outputs/<run>-study/ holds study.json and report/, the comparison of all 
 """
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from kuavo_train.compose import compose_run, errors_in_one_line, quieten_librari
 from kuavo_train.config import ConfigError, RunConfig, RunError
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.evaluation.stored_run import finished_cells
+from kuavo_train.interruption import end_on_signals
 from kuavo_train.settings import Difference, is_free, refuse
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
@@ -197,5 +197,5 @@ def _compare(study: StudyFile) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_signals()
     sys.exit(errors_in_one_line(lambda: main(sys.argv[1:])))

@@ -5,13 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-import logging
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from filelock import FileLock
+from forked import Forked, fork, run_main
 from lerobot.datasets import dataset_metadata
 from lerobot.datasets.utils import EPISODES_DIR
 from small_datasets import TASK_NAMES, write_dataset
@@ -83,20 +80,28 @@ def here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.Complet
     """`python -m module words` in this process, which has imported already what takes another one seconds."""
 
     def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
-        root, status = logging.getLogger(), 0
-        handlers, level, on_term = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
-        with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [module, *words]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, where a test has imported the module
-            try:
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            except SystemExit as end:
-                status = int(end.code or 0)
-            finally:
-                root.handlers, root.level = handlers, level  # Hydra puts its own in their place
-                signal.signal(signal.SIGTERM, on_term)
-        return subprocess.CompletedProcess([module, *words], status, *capsys.readouterr())
+        return subprocess.CompletedProcess([module, *words], run_main(module, *words), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> Iterator[Callable[..., Forked]]:
+    """`python -m module words` in a process forked from this one; `before` is called in it first."""
+    started: list[Forked] = []
+
+    def start(module: str, *words: str, before: Callable[[], Any] = lambda: None) -> Forked:
+        def run() -> int:
+            before()
+            return run_main(module, *words)
+
+        started.append(fork(run, tmp_path / f"printed{len(started)}", module, *words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.send(signal.SIGKILL)
+        each.process.join()
 
 
 @pytest.fixture(scope="session")

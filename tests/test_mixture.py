@@ -105,7 +105,7 @@ def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], no
     batches = []
     for workers in (0, 2):
         sampler = StepSampler(order, start=0, stop=3)
-        batches.append(list(dataset.loader(sampler, num_workers=workers, pin_memory=False)))
+        batches.append(list(dataset.batches(sampler, num_workers=workers, pin_memory=False)))
     for alone, parallel in zip(*batches, strict=True):
         assert torch.equal(alone["frame_index"], parallel["frame_index"])
         assert torch.equal(alone["action"], parallel["action"])

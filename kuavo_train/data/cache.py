@@ -58,7 +58,12 @@ class EpisodeCache:
     def size(self, episodes: Iterable[int]) -> int:
         """Bytes that these episodes take."""
         frames = sum(int(np.diff(self.task.bounds[episode]).item()) for episode in episodes)
-        return frames * sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+        return frames * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one frame, all cameras together."""
+        return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
     def missing(self, episodes: Iterable[int]) -> list[int]:
         if not self.path.is_dir():

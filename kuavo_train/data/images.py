@@ -29,6 +29,7 @@ class Images:
         image_key: name of a camera → name in a batch of what it gives.
         fill: `fill(process=0, processes=1, progress=True)` computes this process's share of what is missing.
         description: what was chosen and why, what it takes on the disk and how much of that is there.
+        look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
     """
 
@@ -36,6 +37,7 @@ class Images:
     image_key: Callable[[str], str]
     fill: Callable[..., None]
     description: str
+    look: int
     problems: Sequence[str] = ()
 
 
@@ -79,6 +81,7 @@ def plan_images(
         encoder.image_key,
         fill,
         _description(what, caches, episodes),
+        _look(caches),
         _disk_problems(config, "feature_cache", caches, episodes),
     )
 
@@ -90,11 +93,10 @@ def _frames(
     why_not_embeddings: str,
 ) -> Images:
     because = f"(no embeddings: {why_not_embeddings})"
-    if not config.frame_cache:
-        return Images(
-            decoded, str, lambda **_: None, f"  images: decoded anew for every batch, data.frame_cache=false {because}"
-        )
     caches = {name: frame_cache(frames, config.cache_folder) for name, frames in decoded.items()}
+    if not config.frame_cache:
+        description = f"  images: decoded anew for every batch, data.frame_cache=false {because}"
+        return Images(decoded, str, lambda **_: None, description, _look(caches))
 
     def fill(**how: object) -> None:
         for name, cache in caches.items():
@@ -105,6 +107,7 @@ def _frames(
         str,
         fill,
         _description(f"frames {because}", caches, episodes),
+        _look(caches),
         _disk_problems(config, "frame_cache", caches, episodes),
     )
 
@@ -138,6 +141,10 @@ def _disk_problems(
     ]
 
 
+def _look(caches: Mapping[str, EpisodeCache]) -> int:
+    return max(cache.row_bytes for cache in caches.values())
+
+
 def _bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
     return sum(cache.size(episodes[name]) for name, cache in caches.items())
 
@@ -148,4 +155,7 @@ def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Se
 
 def size_text(count: int) -> str:
     """Bytes, to be read."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size / 10:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,7 +1,6 @@
 """Frames of several tasks in one space: fetched in batches, by name, whatever task they are from."""
 
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,12 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import DataLoader, Dataset
 
+from kuavo_sim.children import born_deaf
 from kuavo_train.data.cache import ImageSource
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.order import Draw, StepSampler
 from kuavo_train.data.tasks import Task
+from kuavo_train.data.workers import PREFETCHED, begin_as_worker
 
 Batch = dict[str, Any]
 BOOKKEEPING = ("task_position", "episode_index", "frame_index", "stream")
@@ -102,21 +103,26 @@ class MixedDataset(Dataset):
             MEMORY_RESET: torch.from_numpy(begins.astype(bool)),
         }
 
-    def loader(self, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
-        """Batches in the sampler's order, whatever the number of workers."""
-        return DataLoader(
+    def batches(self, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """In the sampler's order, whatever the number of workers."""
+        loader = DataLoader(
             self,
             batch_sampler=sampler,
             collate_fn=lambda batch: batch,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent,
+            prefetch_factor=PREFETCHED if num_workers else None,
+            worker_init_fn=begin_as_worker,
         )
+        with born_deaf():
+            batches = iter(loader)
+        yield from batches
 
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent finishes its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def bytes_of_batch(self, size: int, *, look: int) -> int:
+        """Of a batch of `size` samples, as a worker hands it over; all cameras together give `look` bytes a frame."""
+        observed = len(self.observations) * (look + self.fill_state.nbytes)
+        acted = len(self.actions) * (self.fill_action.nbytes + 1) + len(self.fill_action)
+        return size * (observed + acted)
 
 
 def frames_of_sample(policy_config: Any) -> dict[str, Any]:

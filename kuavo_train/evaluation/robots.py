@@ -9,7 +9,6 @@ seen; a process that dies or hangs fails at all its places, and is replaced.
 """
 
 import multiprocessing
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,6 +17,7 @@ from typing import Any, Self
 import gymnasium
 import numpy as np
 
+from kuavo_sim.children import born_deaf, follow_parent, let_children_hear
 from kuavo_sim.cpus import usable_cpus
 
 STEP_TIMEOUT = 120.0  # seconds until a process that does not answer is given up
@@ -125,7 +125,8 @@ class _Process:
         context = multiprocessing.get_context("spawn")  # not forked: the parent may have threads
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_host, args=(theirs, environment), daemon=True)
-        self._process.start()
+        with born_deaf():
+            self._process.start()
         theirs.close()  # so that its death is the end of the pipe
 
     def order(self, orders: Mapping[int, Begin | Act]) -> None:
@@ -149,7 +150,8 @@ class _Process:
 
 def _host(pipe: Connection, environment: Environment) -> None:
     """What a process does: carry out orders until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    follow_parent()
+    let_children_hear()  # an environment may be a program of its own
     places: dict[int, gymnasium.Env] = {}
     while True:
         try:

@@ -107,27 +107,43 @@ class CheckpointFolder:
         documents: Mapping[str, str],
         training_state: dict[str, Any] | None,
     ) -> Checkpoint:
+        """Whole or not at all: what is half-written when something fails, such as the disk's room, is removed."""
         if not (self.folder / name).is_dir():
             partial = self.folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            model, state = partial / "pretrained_model", partial / "training_state"
-            model.mkdir(parents=True)
-            with adapters_merged(policy):
-                policy.save_pretrained(model)
-            for processor in processors:
-                processor.save_pretrained(model)
-            for file, text in documents.items():
-                (model / file).write_text(text)
-            if training_state is not None:
-                state.mkdir()
-                torch.save(training_state, state / "state.pt")
-            files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
-            (partial / "manifest.json").write_text(json.dumps({**about, "files": files}, indent=1))
-            for path in [*_files(partial), *partial.iterdir(), partial]:
-                _flush(path)
-            partial.rename(self.folder / name)
+            try:
+                self._write_into(partial, about, policy, processors, documents, training_state)
+                partial.rename(self.folder / name)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
             _flush(self.folder)
         return self.at(name)
+
+    def _write_into(
+        self,
+        partial: Path,
+        about: dict[str, Any],
+        policy: Any,
+        processors: tuple[Any, ...],
+        documents: Mapping[str, str],
+        training_state: dict[str, Any] | None,
+    ) -> None:
+        model, state = partial / "pretrained_model", partial / "training_state"
+        model.mkdir(parents=True)
+        with adapters_merged(policy):
+            policy.save_pretrained(model)
+        for processor in processors:
+            processor.save_pretrained(model)
+        for file, text in documents.items():
+            (model / file).write_text(text)
+        if training_state is not None:
+            state.mkdir()
+            torch.save(training_state, state / "state.pt")
+        files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
+        (partial / "manifest.json").write_text(json.dumps({**about, "files": files}, indent=1))
+        for path in [*_files(partial), *partial.iterdir(), partial]:
+            _flush(path)
 
     def point(self, link: str, target: int | str) -> None:
         """Let `last` or `best` name a checkpoint, in one move."""

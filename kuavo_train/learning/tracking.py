@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -23,11 +24,11 @@ class JsonLines:
         lines = self.path.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
 
-    def forget_after(self, step: int) -> None:
-        """Drop what was recorded beyond `step`: a resumed stage records it again."""
+    def forget(self, doubtful: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the records that a resumed stage makes again."""
         if not self.path.is_file():
             return
-        kept = [record for record in self.read() if record["step"] <= step]
+        kept = [record for record in self.read() if not doubtful(record)]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, self.path)

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from kuavo_train.config import RunError, TrainingConfig
+from kuavo_train.config import Interrupted, RunError, TrainingConfig
 from kuavo_train.data.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.order import Order, StepSampler
@@ -33,14 +33,6 @@ from kuavo_train.learning.timetable import Timetable
 
 class TrainingDiverged(RunError):
     """The loss or the gradient is no longer finite; names the step and the samples."""
-
-
-class Interrupted(Exception):
-    """A signal asked for the end; the checkpoint of `step` is written."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"signal {signal_number} at step {step}")
-        self.signal_number, self.step = signal_number, step
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,7 @@ class Progress:
         raises: the changes of shares so far, as {"step", "shares"}.
         best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
+        validation_due: whether the validation of `step` was given up, and comes first when the stage goes on.
     """
 
     step: int = 0
@@ -76,6 +69,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float = math.inf
     stopped: str | None = None
+    validation_due: bool = False
     seconds: float = 0.0
 
     def count(self, batch: Batch) -> None:
@@ -126,7 +120,8 @@ class Trainer:
         """Train from `progress.step` to the end, or to where a validation asks to stop.
 
         Raises:
-            Interrupted: a signal arrived; a checkpoint of the current step is written first.
+            Interrupted: a signal arrived; a checkpoint of the current step is written first. A validation is given up
+                for it and made up for on resuming.
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
         self.policy.train()
@@ -140,6 +135,8 @@ class Trainer:
             unit="step",
             disable=not self.accelerator.is_main_process,
         ) as bar:
+            if progress.validation_due:
+                self._validate_and_save(progress)
             for batches in self._batches_by_step(progress):
                 window.start_step()
                 values = self._step(progress.step, batches, window)
@@ -157,7 +154,7 @@ class Trainer:
                 signal_number = self.stop_signal()
                 if signal_number is not None:
                     self.save(progress)
-                    raise Interrupted(signal_number, progress.step)
+                    raise Interrupted(signal_number)
         return progress
 
     def _batches_by_step(self, progress: Progress) -> Iterator[list[Batch]]:
@@ -174,7 +171,7 @@ class Trainer:
                 processes=self.accelerator.num_processes,
             )
             pin_memory = self.accelerator.device.type == "cuda"
-            batches = iter(self.dataset.loader(sampler, num_workers=self.num_workers, pin_memory=pin_memory))
+            batches = self.dataset.batches(sampler, num_workers=self.num_workers, pin_memory=pin_memory)
             for _ in range(progress.step, self.timetable.steps):
                 yield [next(batches) for _ in range(per_step)]
                 if progress.stopped is not None or len(progress.raises) > raises:
@@ -247,20 +244,29 @@ class Trainer:
         )
 
     def _validate_and_save(self, progress: Progress) -> None:
+        if self.timetable.validates(progress.step, every=self.validate_every):
+            progress.validation_due = True
+            try:
+                self._validate(progress)
+            except Interrupted:
+                self.save(progress)
+                raise
+            progress.validation_due = False
+            self.save(progress)
+        elif progress.step % self.config.save_every == 0:
+            self.save(progress)
+
+    def _validate(self, progress: Progress) -> None:
         step = progress.step
-        if self.timetable.validates(step, every=self.validate_every):
-            found = self.validate(step, math.ceil(self.timetable.epoch(step)))
-            self.policy.train()
-            if self.result == "last" or found.loss < progress.best_loss:
-                progress.best_loss, progress.best_step = found.loss, step
-            progress.stopped = found.stop
-            if found.shares is not None:
-                progress.raises.append({"step": step, "shares": found.shares})
-                progress.drawn.append({})
-                self._deal_by(step, found.shares)
-            self.save(progress)
-        elif step % self.config.save_every == 0:
-            self.save(progress)
+        found = self.validate(step, math.ceil(self.timetable.epoch(step)))
+        self.policy.train()
+        if self.result == "last" or found.loss < progress.best_loss:
+            progress.best_loss, progress.best_step = found.loss, step
+        progress.stopped = found.stop
+        if found.shares is not None:
+            progress.raises.append({"step": step, "shares": found.shares})
+            progress.drawn.append({})
+            self._deal_by(step, found.shares)
 
 
 STEP_PARTS = ("wait", "data", "forward", "backward", "optimizer")

@@ -1,0 +1,73 @@
+"""Signals to the whole process group, as schedulers, docker and terminals send them: in every phase of a stage."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forked import Forked, send, when
+
+from kuavo_train.data.cache import EpisodeCache
+from kuavo_train.evaluation.robots import Robots
+from kuavo_train.evaluation.validation import Validator
+from kuavo_train.learning.trainer import Trainer
+from kuavo_train.run_folder import StageFolder
+
+Overrides = Callable[..., list[str]]
+Start = Callable[..., Forked]
+
+PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
+    # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
+    ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
+    ("first validation", lambda: when(Validator, "_validate", send(signal.SIGINT)), 2, "interrupted", None),
+    ("training", lambda: when(Trainer, "_step", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
+    ("validation", lambda: when(Validator, "_validate", send(signal.SIGTERM)), 15, "interrupted", 3),
+    ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 3),
+    ("last validation", lambda: when(Validator, "_validate", send(signal.SIGTERM), call=3), 15, "interrupted", 6),
+    ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=2), 15, "finished", 6),
+]
+
+
+def test_a_run_stopped_in_every_phase_ends_as_one_that_never_was(
+    small_run: Overrides, tmp_path: Path, forked: Start
+) -> None:
+    words = small_run(
+        "learn=[moving_grasp]",
+        "training.max_steps=6",
+        "training.batch_size=16",
+        "training.save_every=100",
+        "validation.every_epochs=1",
+        "data.num_workers=2",
+        "+stage.environment=worlds:Arms-v0",
+        "rollout.episodes=3",
+        "rollout.every_epochs=1",
+        "rollout.workers=2",
+        "resume=true",
+    )
+    whole = StageFolder(tmp_path / "outputs" / "whole" / "stage1_moving_grasp")
+    assert forked("kuavo_train", *words, "run=whole").wait().returncode == 0
+    cut = StageFolder(tmp_path / "outputs" / "cut" / "stage1_moving_grasp")
+    for phase, interrupt, number, status, step in PHASES:
+        running = forked("kuavo_train", *words, "run=cut", f"data.cache_root={tmp_path / 'cache'}", before=interrupt)
+        done = running.wait()
+        assert done.returncode == 128 + number, (phase, done)
+        assert "interrupted: " in done.stdout, phase
+        assert "Traceback" not in done.stderr, (phase, done.stderr)
+        assert running.survivors() == [], phase
+        assert cut.status == status, phase
+        last = cut.checkpoints.latest() if status != "absent" else None
+        assert (last and last.step) == step, phase
+    assert results(cut) == results(whole)
+
+
+def results(folder: StageFolder) -> dict[str, Any]:
+    """What must not depend on how often a stage was stopped."""
+    last = folder.path / "checkpoints" / "last"
+    return {
+        "weights": (last / "pretrained_model" / "model.safetensors").read_bytes(),
+        "validations": [{**line, "seconds": None} for line in folder.validations.read()],
+        "rollouts": folder.rollouts.read(),
+        "audit": json.loads((folder.path / "replay_audit.json").read_text()),
+        "about": {key: folder.about[key] for key in ("best", "steps", "status")},
+    }
