@@ -47,6 +47,7 @@ from lerobot_policy_smolvla_memory.prefix import Prefix
 from lerobot_policy_smolvla_memory.pretrained_weights import (
     check_policy_weights,
     check_vlm_weights,
+    no_progress_bar,
     take_rounded_weights_again,
     widened_weights,
 )
@@ -80,16 +81,16 @@ class MemoryFlowMatching(VLAFlowMatching):
     """LeRobot's SmolVLA network with memory tokens in the prefix. With 0 tokens it has none of them."""
 
     def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: Any = None):
-        if config.load_vlm_weights:
-            check_vlm_weights(config.vlm_model_name)
         compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
-        with redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
+        with no_progress_bar(), redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
+            if config.load_vlm_weights:
+                check_vlm_weights(config.vlm_model_name)
             super().__init__(config, rtc_processor=rtc_processor)
+            if config.load_vlm_weights:
+                take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
         config.compile_model = compile_expert
         vlm = self.vlm_with_expert.get_vlm_model()
         vlm.connector.register_forward_pre_hook(in_own_dtype)  # it may learn where the vision encoder does not
-        if config.load_vlm_weights:
-            take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
         layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
         self.backbone: Any = (
             FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)

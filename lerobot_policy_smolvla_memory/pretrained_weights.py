@@ -3,13 +3,15 @@
 LeRobot and transformers would both go on with random ones in their place, and a warning.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
 
 LISTED = 10
 WIDENED = {
@@ -118,6 +120,18 @@ def check_vlm_weights(vlm_model_name: str) -> None:
         for key, stored, shape in sorted(found["mismatched_keys"])
     ]
     _raise(f"{vlm_model_name} does not hold the model that its config describes", problems)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers shows one for weights that are written or read in a blink."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def take_rounded_weights_again(vlm: nn.Module, vlm_model_name: str) -> None:

@@ -13,8 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
-from transformers.utils import logging
+
+from lerobot_policy_smolvla_memory.pretrained_weights import no_progress_bar
 
 RECORD_NAME = "tiny_vlm.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -191,28 +191,16 @@ def _write(folder: Path, settings: _Settings) -> None:
     _processor(tokenizer, settings).save_pretrained(folder)
     config = _model_config(tokenizer, settings)
     if settings.write_weights:
-        with torch.random.fork_rng(devices=[]), _no_progress_bar():
+        with torch.random.fork_rng(devices=[]), no_progress_bar():
             torch.manual_seed(settings.seed)
             model = SmolVLMForConditionalGeneration(config).to(DTYPES[settings.dtype])  # rounded
-        config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
-        model.save_pretrained(folder)
+            config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
+            model.save_pretrained(folder)
     else:
         config.dtype = config.text_config.dtype = DTYPES[settings.dtype]
         config.save_pretrained(folder)
     (folder / RECORD_NAME).write_text(json.dumps(asdict(settings), indent=2))
     os.chmod(folder, 0o755)  # mkdtemp makes folders that only their owner can enter
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers shows one for weights that are written in a blink."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _train_tokenizer(corpus: Sequence[str]) -> PreTrainedTokenizerFast:
