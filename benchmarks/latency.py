@@ -80,7 +80,7 @@ def compare(name: str, precisions: tuple[str, ...], folder: Path, *, rounds: int
     tables: list[Table] = []
     for precision in precisions:
         for policy in policies.values():
-            policy.model.vlm_with_expert.to(PRECISIONS[precision])
+            policy.model.vlm_with_expert.to(PRECISIONS[precision])  # ours: as the wrapper's dtype=bfloat16
         queries = {who: Query(policy, batch, noise) for who, policy in policies.items()}
         errors: dict[str, float | None] = {who: relative_error(query.actions, truth) for who, query in queries.items()}
         errors["ours, memory"] = None  # what it remembers changes what is asked: its actions are others

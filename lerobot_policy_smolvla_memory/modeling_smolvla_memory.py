@@ -569,6 +569,14 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         and before anything is trained."""
         settle(self, self.parameter_groups(), self._stored, may_stay_narrow=VLM_GROUPS)
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Hold the vision-language model and the expert in `dtype`, to ask for actions and no more: it rounds weights.
+
+        The memory, the projections of state and actions and the denoising stay float32.
+        """
+        for parameter in self.model.vlm_with_expert.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any

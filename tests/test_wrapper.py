@@ -68,6 +68,22 @@ def test_the_same_seed_and_observations_give_the_same_actions(checkpoint: Path, 
     assert not np.array_equal(episode(other), first)
 
 
+def test_it_computes_in_bfloat16_what_it_computes_in_float32_but_for_rounding(checkpoint: Path) -> None:
+    given, exact, half = (
+        SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", dtype=dtype, seed=3)
+        for dtype in (None, "float32", "bfloat16")
+    )
+    whole, walked = episode(exact), episode(half)
+    assert np.array_equal(episode(given), whole)
+    assert not np.array_equal(walked, whole)
+    np.testing.assert_allclose(walked, whole, atol=0.02)  # rad
+    types = {parameter.dtype for parameter in half._policy.model.vlm_with_expert.parameters()}
+    assert types == {torch.bfloat16}
+    assert half._policy.get_memory().tokens.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, or None, got 'float16'"):
+        SmolVLAPolicyWrapper.from_pretrained(checkpoint, dtype="float16")
+
+
 def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) -> None:
     whole = look()
     floats = {

@@ -44,6 +44,8 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPoli
 LIKE_A_TRAINED_ONE = 0.6
 """Instructions whose words match one the policy was trained with to at least this ratio are taken without a warning."""
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 READ_INSTEAD = "instruction"
 """Key of an observation: what the policy reads in place of the task's instruction; `task` still decides the rest."""
 
@@ -74,24 +76,33 @@ class SmolVLAPolicyWrapper:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | None = None, seed: int | None = None
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, seed: int | None = None
     ) -> "SmolVLAPolicyWrapper":
         """
         Args:
             path: a checkpoint (`checkpoints/best`), its `pretrained_model`, or a hub id.
             device: cpu, cuda or mps; None takes a GPU where there is one.
+            dtype: of SmolVLA's vision-language model and action expert, float32 or bfloat16; None leaves them as they
+                are stored. bfloat16 takes half the room and, where the processor has it, time; what it changes of the
+                actions is in docs/PERFORMANCE.md. Memory, state, actions and their denoising are float32 in any case.
 
         Raises:
             FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.
-            ValueError: weights that do not fit the policy.
+            ValueError: weights that do not fit the policy, or a dtype that it does not compute in.
         """
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or None, got {dtype!r}")
         folder = folder_of(path)
         known = KnownTasks.load(folder)
         config = PreTrainedConfig.from_pretrained(folder)
         config.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(config, SmolVLAConfig) and not isinstance(config, SmolVLAMemoryConfig):
             config = SmolVLAMemoryConfig.from_smolvla(config, num_mem_tokens=0)
+        if dtype == "bfloat16" and not isinstance(config, SmolVLAConfig):
+            raise ValueError(f"dtype of policy {config.type} must be float32, got {dtype}")
         policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+        if dtype is not None and isinstance(policy, SmolVLAMemoryPolicy):
+            policy.compute_in(DTYPES[dtype])
         processors = make_pre_post_processors(
             config,
             pretrained_path=str(folder),
