@@ -41,6 +41,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     image_features_key,
 )
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
+from lerobot_policy_smolvla_memory.looks import Looks
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, in_own_dtype, make_room, settle, stored_dtypes
 from lerobot_policy_smolvla_memory.prefix import Prefix
@@ -440,6 +441,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             self._memory: MemoryState | None = None
             self._chunk: Tensor | None = None  # [B, n_action_steps, A] of the last query of each element
             self._executed: list[int] = []  # how many actions of it each element has executed
+            self._looks = Looks(self.config.n_action_steps)
             return
         if self._memory is not None and self.model.memory is not None:
             self._memory = self._memory.put(indices, self.model.memory.initial(len(indices)).detach())
@@ -453,10 +455,16 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """One policy query: actions [B, T, A], normalized. The memory advances by one."""
+        """One policy query: actions [B, T, A], normalized. The memory advances by one.
+
+        With `prev_chunk_left_over`, of LeRobot's real-time chunking, it advances as `Looks` says.
+        """
         self.eval()
         batch = self._prepare_batch(batch)
-        actions, self._memory = self.sample_actions_with(batch, self._memory, noise, **kwargs)
+        actions, memory = self.sample_actions_with(batch, self._memory, noise, **kwargs)
+        if self._looks.advances(kwargs.get("prev_chunk_left_over")):
+            self._memory = memory
+        self._looks.plan(actions)
         return actions
 
     @torch.no_grad()

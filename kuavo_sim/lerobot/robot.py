@@ -25,27 +25,28 @@ logger = logging.getLogger(__name__)
 class KuavoSimRobotConfig(RobotConfig):
     """The robot before one of the jobs.
 
-    A policy of several jobs gets no word here of which dimensions this one lacks, as it does from the evaluator; those
-    beyond the robot's own are left out of its actions.
+    A policy of several jobs gets no word here of which dimensions this one lacks, as it does from the evaluator.
+    Real-time chunking sends all that the policy has: the robot takes them, and leaves those beyond its own.
 
     Args:
         task: one of kuavo_sim's `TASKS`.
-        image_size: of the policy; by default that of the one named by `--policy.path`. The side of square pictures,
-            or [height, width].
+        image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is the
+            side of square pictures, or [height, width].
         renderer, phase_visible: of the environment.
         seed: of the layout; below `EVALUATION_SEED_START` are those of demonstrations.
     """
 
     task: str = "weighing"
     image_size: int | list[int] | None = None
+    action_dim: int | None = None
     renderer: str = "rays"
     phase_visible: bool = True
     seed: int = EVALUATION_SEED_START
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits_the_policy = KuavoSimEnvConfig(task=self.task, image_size=self.image_size)
-        self.image_size = fits_the_policy.image_size
+        fitted = KuavoSimEnvConfig(task=self.task, image_size=self.image_size, action_dim=self.action_dim)
+        self.image_size, self.action_dim = fitted.image_size, fitted.action_dim
 
 
 class KuavoSimRobot(Robot):
@@ -67,8 +68,7 @@ class KuavoSimRobot(Robot):
 
     @property
     def action_features(self) -> dict[str, type]:
-        names = STATE_NAMES + (BASE_NAMES if TASKS[self.config.task].mobile else ())
-        return {_feature(name): float for name in names}
+        return {_feature(name): float for name in (STATE_NAMES + BASE_NAMES)[: self.config.action_dim]}
 
     @property
     def is_connected(self) -> bool:
@@ -90,9 +90,10 @@ class KuavoSimRobot(Robot):
         return {**{_feature(name): float(value) for name, value in positions}, **self._observation["pixels"]}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """A step towards the targets; a base that is told nothing stays."""
+        """A step towards the targets; a base that is told nothing stays, and so does a robot's that has none."""
         assert self._env is not None, "connect() comes first"
-        targets = {name: float(action.get(name, 0.0)) for name in self.action_features}
+        names = STATE_NAMES + (BASE_NAMES if TASKS[self.config.task].mobile else ())
+        targets = {_feature(name): float(action.get(_feature(name), 0.0)) for name in names}
         self._observation, _, terminated, truncated, info = self._env.step(np.array(list(targets.values())))
         if not self._over:
             self._info, self._over = info, terminated or truncated

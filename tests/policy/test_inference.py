@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from tiny_sizes import ACTION_DIM, CHUNK
 
 
@@ -45,6 +46,20 @@ def test_a_chunk_is_a_query_as_well(make_policy, make_batch, noise):
     assert torch.equal(policy.predict_action_chunk(make_batch(2, seed=1), noise), second)
     assert torch.equal(policy.get_memory().tokens, memory.tokens)
     assert first.shape == (2, CHUNK, ACTION_DIM)
+
+
+def test_under_real_time_chunking_memory_advances_by_steps_carried_out_not_by_queries(make_policy, make_batch, noise):
+    policy = make_policy(n_action_steps=2, rtc_config=RTCConfig(enabled=True)).eval()
+    plan = policy.predict_action_chunk(make_batch(1), noise[:1], inference_delay=0, prev_chunk_left_over=None)
+    memories = [policy.get_memory().tokens]
+    for step in (1, 2):  # a query after every single step
+        left = plan[0, 1:]
+        plan = policy.predict_action_chunk(
+            make_batch(1, seed=step), noise[:1], inference_delay=0, prev_chunk_left_over=left
+        )
+        memories.append(policy.get_memory().tokens)
+    assert torch.equal(memories[0], memories[1])
+    assert not torch.equal(memories[1], memories[2])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])

@@ -53,19 +53,37 @@ def test_the_evaluator_works_without_further_flags(
     assert found["overall"]["pc_success"] == 0.0  # it has been trained for one step
 
 
+RTC = ["--inference.type=rtc", "--inference.rtc.execution_horizon=4", "--inference.queue_threshold=4"]
+
+
 @pytest.mark.parametrize("task", ["weighing", "sorting"])
+@pytest.mark.parametrize(
+    "inference", [["--fps=100", "--duration=0.5"], [*RTC, "--fps=5", "--duration=2.5"]], ids=["sync", "rtc"]
+)
 def test_the_rollout_command_drives_the_simulated_robot(
-    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, task: str
+    small_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    task: str,
+    inference: list[str],
 ) -> None:
+    """Also one of 16 dimensions, whom real-time chunking sends the 20 of a policy that has learnt to drive as well."""
     robot = ["--robot.type=kuavo_sim", f"--robot.task={task}", "--robot.renderer=none"]
-    short = ["--task=do it", "--fps=100", "--duration=0.5", "--return_to_initial_position=false"]
+    short = ["--task=do it", "--return_to_initial_position=false", *inference]
     policy = [f"--policy.path={small_checkpoint / 'pretrained_model'}", "--policy.device=cpu"]
     monkeypatch.setattr(sys, "argv", ["lerobot-rollout", *policy, *robot, *short])
     monkeypatch.setattr(ProcessSignalHandler, "_register_handlers", lambda _self: None)
     monkeypatch.setattr(lerobot_rollout, "init_logging", lambda: None)
+    sent: list[int] = []
+    send = KuavoSimRobot.send_action
+    monkeypatch.setattr(
+        KuavoSimRobot, "send_action", lambda self, action: sent.append(len(action)) or send(self, action)
+    )
     with caplog.at_level(logging.INFO):
         lerobot_rollout.main()
     assert f"{task}: not done, sub-goals reached: none" in caplog.messages  # it has been trained for one step
+    assert set(sent) == {20}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_the_robot_does_what_it_is_sent() -> None:

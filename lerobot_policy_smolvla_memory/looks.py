@@ -1,0 +1,49 @@
+"""When a memory advances under real-time chunking, where a policy is asked whenever its queue runs low.
+
+In training the memory advances once every `n_action_steps`. LeRobot's real-time chunking asks as often as the robot's
+clock and its `queue_threshold` make it, and hands over what is left of the last plan: so it can be told how many steps
+of it have been carried out.
+"""
+
+from torch import Tensor
+
+
+class Looks:
+    """Tells of each look at the world whether the memory advances with it.
+
+    It does with the first of an episode, and with the first after every `n_action_steps` carried out: asked more often,
+    the policy plans anew from the memory that it has; asked more seldom, it advances with every look.
+    """
+
+    def __init__(self, n_action_steps: int):
+        self._every = n_action_steps
+        self._plan: Tensor | None = None
+        self._executed = 0  # steps since the memory last advanced
+
+    def advances(self, left_over: Tensor | None) -> bool:
+        """
+        Args:
+            left_over: [T, A] or [B, T, A], what has not been carried out of the plan before; None where there is none.
+        """
+        executed = None if self._plan is None or left_over is None else self._place_in_plan(left_over)
+        if executed is None:  # a first look, or none of the plan is left
+            self._executed = 0
+            return True
+        self._executed += executed
+        if self._executed < self._every:
+            return False
+        self._executed %= self._every
+        return True
+
+    def plan(self, actions: Tensor) -> None:
+        """[B, T, A] what comes of the look."""
+        self._plan = actions
+
+    def _place_in_plan(self, left_over: Tensor) -> int | None:
+        """How many steps of the plan come before what is left of it; None when that is not of the plan."""
+        assert self._plan is not None, "looked up only where there is one"
+        plan, first = self._plan[0], left_over.reshape(-1, left_over.shape[-1])[0]
+        if first.shape != plan[0].shape:
+            return None
+        found = (plan == first.to(plan)).all(dim=-1).nonzero()
+        return int(found[0]) if len(found) else None
