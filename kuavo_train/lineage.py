@@ -1,6 +1,7 @@
 """What a stage comes from: the stages before it, and the checkpoint that it resumes or begins with."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,8 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
     """Raises `ConfigError` that names each key in which the stage, or its run, was begun otherwise."""
     folder, stage = stage_folder(config), config.stage
     _check_places(config, [stage] if config.passes else curriculum)
-    begun = folder.status == "finished" or folder.checkpoints.latest() is not None
-    was = folder.settings if begun else None
+    latest = folder.checkpoints.latest()
+    was = folder.settings if folder.status == "finished" or latest is not None else None
     if was is not None:
         finished = folder.status == "finished"
         found = differences(
@@ -28,6 +29,9 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
             first=not stages_before(config, curriculum),
             finished=finished,
         )
+        # Two processes may halve the batch of one: the samples of a step, which the order is cut by, stay the same.
+        if latest is not None and latest.manifest.get("samples") == config.training.batch_size * processes_here():
+            found = [each for each in found if each.key != "training.batch_size"]
         does = "is finished" if finished else "was begun"
         changed = _other_datasets(config, [stage] if not config.passes else curriculum) if finished else []
         refuse([*found, *changed], f"stage {stage.index} ({stage.name}) {does} in {folder.path} with other settings")
@@ -37,6 +41,11 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
             found = shared_differences(other.settings, config, policy_defaults=policy_defaults(config.policy["type"]))
             refuse(found, f"run {config.run} must keep the settings it began with ({path.name}/config.yaml)")
             return
+
+
+def processes_here() -> int:
+    """How many train together, as torchrun and accelerate say it to each."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _other_datasets(config: RunConfig, stages: Sequence[StageConfig]) -> list[str]:

@@ -29,7 +29,7 @@ from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy
-from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
+from kuavo_train.learning.recurrence import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import step_seed
 from kuavo_train.lineage import seen_tasks, stages_before
@@ -55,7 +55,6 @@ class OpenedStage:
     normalization: Normalization
     built: BuiltPolicy
     order: Order
-    recurrence: Recurrence
     timetable: Timetable
     environments: dict[str, Environment]
     augment: Augmentation
@@ -158,15 +157,13 @@ def open_stage(
     if built is None:
         return None
     findings.look_at_policy(config, built.policy, built.stored)
-    ordered = attempt(_order, config, tasks, built.policy) if len(tasks) == len(curriculum) else None
-    if ordered is None:
+    processes = accelerator.num_processes
+    order = attempt(_order, config, tasks, built.policy, processes) if len(tasks) == len(curriculum) else None
+    if order is None:
         return None
-    order, recurrence = ordered
     timetable = Timetable(
         epochs=training.epochs,
-        steps_per_epoch=order.steps_per_epoch(
-            config.learns[0], training.gradient_accumulation_steps * accelerator.num_processes
-        ),
+        steps_per_epoch=order.steps_per_epoch(config.learns[0], training.gradient_accumulation_steps),
         max_steps=training.max_steps,
     )
     encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
@@ -197,7 +194,6 @@ def open_stage(
         normalization=normalization,
         built=built,
         order=order,
-        recurrence=recurrence,
         timetable=timetable,
         environments=environments,
         augment=augment,
@@ -213,7 +209,7 @@ def _environments(config: RunConfig, curriculum: Sequence[StageConfig]) -> dict[
     return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
 
 
-def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order, Recurrence]:
+def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, processes: int) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
     shares = config.replay
     if config.passes:  # every task is passed as often as in a stage of its own
@@ -224,23 +220,23 @@ def _order(config: RunConfig, tasks: Sequence[Task], policy: Any) -> tuple[Order
         "tasks": [task for task in tasks if task.name in shares],
         "shares": shares,
         "batch_size": config.training.batch_size,
+        "processes": processes,
     }
     depth = getattr(policy.config, "mem_backprop_depth", 0)
     if depth == 0 or policy.config.num_mem_tokens == 0:
-        return SampleOrder(**about), NoRecurrence()
+        return SampleOrder(**about)
     stride, jitter = policy.config.n_action_steps, config.training.query_jitter
     try:
-        order = LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
+        return LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return order, fresh_memory(order, policy)
 
 
-def fresh_memory(order: Order, policy: Any) -> Recurrence:
-    """Nothing remembered yet in any stream."""
+def fresh_memory(order: Order, policy: Any, exchange: Exchange = dict) -> Recurrence:
+    """Nothing remembered yet in any stream; `exchange` as `CarriedMemory` takes it."""
     if not isinstance(order, LaneOrder):
         return NoRecurrence()
-    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip)
+    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip, exchange=exchange)
 
 
 def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:

@@ -6,9 +6,8 @@ knows the whole.
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import batched
 from typing import Any
@@ -49,7 +48,7 @@ from kuavo_train.learning.policy_factory import (
     choose_device,
 )
 from kuavo_train.learning.tracking import make_tracker
-from kuavo_train.learning.trainer import Progress, Trainer, Validated, step_seed
+from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.remedies import told_in_one_line
@@ -131,8 +130,8 @@ class Stage:
         """
         self.opened, self.before, self.listener = opened, before, listener
         self.config, self.folder, self.accelerator = opened.config, opened.folder, opened.accelerator
-        self.built, self.order, self.recurrence = opened.built, opened.order, opened.recurrence
-        self.timetable, self.progress = opened.timetable, Progress()
+        self.built, self.order, self.timetable = opened.built, opened.order, opened.timetable
+        self.progress = Progress()
 
     def run(self, resumed: Checkpoint | None) -> None:
         """From `resumed`, or from the beginning, to the end."""
@@ -142,16 +141,18 @@ class Stage:
         self.accelerator.print(f"\n{where}\n{self.opened.table}", flush=True)
         with told_in_one_line(config):
             self._repeatable(self._fill_images)
+        state = {} if resumed is None else resumed.training_state()
+        self.progress = self._progress(state)
         self._open_folder(resumed)
         with self._true_end():
-            self._carry_out(resumed)
+            self._carry_out(resumed, state)
 
-    def _carry_out(self, resumed: Checkpoint | None) -> None:
+    def _carry_out(self, resumed: Checkpoint | None, state: dict[str, Any]) -> None:
         config = self.config
         groups = self._fingerprints_before(resumed)
         parameters = self.built.policy.parameters()
         optimizer, self.scheduler = build_optimizer(
-            parameters, config.training, steps=self.timetable.steps, planned=self.timetable.planned
+            parameters, config.training, steps=self.timetable.planned_steps, planned=self.timetable.planned
         )
         self.policy, self.optimizer = self.accelerator.prepare(self.built.policy, optimizer)
         self.validator = Validator(
@@ -163,7 +164,7 @@ class Stage:
             autocast=self.accelerator.autocast,
             progress=self.accelerator.is_main_process,
         )
-        self._restore(resumed)
+        self._restore(state)
         if resumed is None and self.before is None:
             self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
         self._train()
@@ -274,17 +275,34 @@ class Stage:
             return groups
         return [ParameterGroup.when_begun(record) for record in json.loads(path.read_text())["groups"]]
 
-    def _restore(self, resumed: Checkpoint | None) -> None:
-        if resumed is None:
-            return
-        state = resumed.training_state()
-        restore_adapted(self.built.policy, state["adapted"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.accelerator.print(f"  resumed at step {resumed.step}", flush=True)
-        mine = state["processes"][self.accelerator.process_index]
-        self.recurrence.load_state_dict(mine["memory"])
-        self.progress = Progress(**mine["progress"])
+    def _progress(self, state: dict[str, Any]) -> Progress:
+        """Where the stage stands; order and timetable as the changes on record, and the processes of now, make them."""
+        config = self.config.training
+        progress = Progress(**state.get("progress", {}))
+        samples = config.batch_size * self.accelerator.num_processes
+        before = progress.sizes[-1]["samples"] if progress.sizes else samples
+        for change in progress.changes(samples):
+            deal_by(
+                change,
+                self.order,
+                self.timetable,
+                current=self.config.learns[0],
+                batches_per_step=config.gradient_accumulation_steps,
+            )
+        if state:
+            other = "" if samples == before else f", with batches of {samples} samples from here on, {before} before"
+            self.accelerator.print(f"  resumed at step {progress.step}{other}", flush=True)
+        if not self.accelerator.is_main_process:  # what all have drawn is counted there
+            progress = replace(progress, drawn=[{} for _ in progress.drawn], drawn_episodes={})
+        return progress
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.recurrence = fresh_memory(self.order, self.built.policy, self.accelerator.gather)
+        if state:
+            restore_adapted(self.built.policy, state["adapted"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.recurrence.load_state_dict(state["memory"])
         if self.progress.validation_due and self.accelerator.is_main_process:
             for lines in (self.folder.validations, self.folder.rollouts, self.folder.gate):
                 lines.forget(lambda line: line["step"] >= self.progress.step)
@@ -403,7 +421,7 @@ class Stage:
         return with_rollouts
 
     def _save(self, progress: Progress) -> None:
-        per_process = gather_object([{"progress": asdict(progress), "memory": self.recurrence.state_dict()}])
+        of_all = progress.joined(gather_object([progress])[1:])
         if not self.accelerator.is_main_process:
             return
         checkpoints = self.folder.checkpoints
@@ -416,7 +434,8 @@ class Stage:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "adapted": adapted_state(self.built.policy),
-                "processes": per_process,
+                "progress": asdict(of_all),
+                "memory": self.recurrence.state_dict(),
             },
             about=self._about,
         )
@@ -438,6 +457,7 @@ class Stage:
             "stage": self.config.stage.folder_name,
             "seed": self.config.seed,
             "normalization": self.opened.normalization.hash,
+            "samples": self.config.training.batch_size * self.accelerator.num_processes,  # of a batch
         }
 
     def _conclude(self, groups_before: Sequence[ParameterGroup]) -> None:
@@ -454,7 +474,7 @@ class Stage:
         if config.merge is not None and self.before is not None:
             result, loss = self._merge(policy, self.before, best, config.merge)
         names = [task.name for task in self.opened.tasks] if config.validation.unseen_tasks else self.opened.seen
-        epoch = math.ceil(self.timetable.epoch(best.step))
+        epoch = self.timetable.number(best.step)
         records = self._validate("end", step=best.step, epoch=epoch, names=names)
         drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
         measured = self._repeatable(lambda: self._importance(policy))
@@ -521,11 +541,12 @@ class Stage:
         clips = (
             dataset.__getitems__(draws)
             for number in range(ewc.batches)
-            for draws in batched(order.batch(number), order.clip)
+            for process in range(order.processes)
+            for draws in batched(order.batch(number, process=process), order.clip)
         )
         return measure_importance(
             policy,
-            tqdm(clips, "importance", ewc.batches * order.batch_size // order.clip, leave=False, unit="clip"),
+            tqdm(clips, "importance", order.turn(ewc.batches), leave=False, unit="clip"),
             preprocessor=self.built.preprocessor,
             recurrence=fresh_memory(order, policy),
             autocast=self.accelerator.autocast,

@@ -124,13 +124,13 @@ def test_epochs_after_a_raise_are_longer_and_the_plan_goes_by_passes() -> None:
     timetable = Timetable(epochs=5, steps_per_epoch=10)
     assert timetable.steps == 50
     assert [timetable.planned(step) for step in (0, 7, 20)] == [0, 7, 20]
-    timetable.lengthen(20, 15)
+    timetable.change(20, 15)
     assert timetable.steps == 20 + 3 * 15
     assert [timetable.epoch(step) for step in (10, 20, 35, 65)] == [1, 2, 3, 5]
     assert [timetable.planned(step) for step in (10, 20, 35, 65)] == [10, 20, 30, 50]
     assert [s for s in range(1, 66) if timetable.validates(s, every=2)] == [20, 50, 65]
-    with pytest.raises(ValueError, match="an epoch must end at the step"):
-        timetable.lengthen(36, 20)
+    timetable.change(65, 20)
+    assert timetable.steps == 65
     assert Timetable(epochs=5, steps_per_epoch=10, max_steps=33).steps == 33
 
 
@@ -304,3 +304,15 @@ def test_a_stage_resumed_across_a_raise_is_bit_identical(
     for file in ("replay_audit.json", "gate.jsonl"):
         assert (folders[0].path / file).read_text() == (folders[1].path / file).read_text()
     assert len(json.loads((folders[1].path / "replay_audit.json").read_text())["segments"]) == 2
+
+
+def test_in_the_middle_of_an_epoch_as_well_and_no_pass_is_shortened() -> None:
+    timetable = Timetable(epochs=3, steps_per_epoch=10)
+    timetable.change(4, 5)  # twice the processes: the other six tenths in three steps
+    assert timetable.steps == 17
+    assert [step for step in range(1, 18) if timetable.validates(step, every=1)] == [7, 12, 17]
+    timetable.change(8, 7)
+    assert timetable.steps == 21  # 1.8 epochs of 7 steps, rounded up
+    assert [step for step in range(1, 22) if timetable.validates(step, every=1)] == [7, 14, 21]
+    assert [timetable.number(step) for step in (3, 7, 8, 14, 20, 21)] == [1, 1, 2, 2, 3, 3]
+    assert [timetable.planned(step) for step in (4, 7)] == [4, 10]

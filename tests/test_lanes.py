@@ -1,6 +1,7 @@
 """Clips of consecutive queries: walks as the robot makes them, shares to the clip, memory never across episodes."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def test_no_stream_is_asked_twice_in_a_batch() -> None:
 
 def test_every_frame_comes_once_in_as_many_passes_as_the_stride() -> None:
     order = lanes()
-    walks = order.walks(0, process=0)
+    walks = order.walks(0)
     rows: list[int] = []
     while len(rows) < len(TASKS[0].train_rows):
         rows += next(walks)
@@ -99,14 +100,19 @@ def test_held_out_episodes_are_never_walked() -> None:
             assert TASKS[draw.task].episode[draw.row] not in TASKS[draw.task].held_out_episodes
 
 
-def test_the_order_is_a_function_of_seed_stage_process_and_batch() -> None:
+def test_the_order_is_a_function_of_seed_stage_and_batch() -> None:
     whole = [lanes().batch(number) for number in range(12)]
     order = lanes()
     assert order.batch(9) == whole[9]  # as after a resume
     assert order.batch(3) == whole[3]  # and back
     assert lanes(seed=1).batch(5) != whole[5]
     assert lanes(stage=4).batch(5) != whole[5]
-    assert lanes().batch(5, process=1, processes=2) != whole[5]
+
+
+def test_an_order_of_one_process_is_that_of_stages_begun_before_it_could_change() -> None:
+    order = lanes()
+    drawn = [(draw.task, draw.row, draw.begins) for number in range(60) for draw in order.batch(number)]
+    assert sha256(repr(drawn).encode()).hexdigest().startswith("675b74efef7caeea")
 
 
 def test_after_a_change_of_shares_no_walk_is_lost_and_no_stream_asked_twice() -> None:
@@ -132,6 +138,46 @@ def test_after_a_change_of_shares_no_walk_is_lost_and_no_stream_asked_twice() ->
     for place, share in enumerate(later.values()):
         assert abs((drawn == place).sum() - share * len(drawn)) < order.clip
     assert {draw.stream for draw in order.batch(59)} - {draw.stream for draw in unchanged.batch(59)}
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(12, 2), (6, 4), (24, 1)])
+def test_several_processes_share_the_clips_of_one(batch_size: int, processes: int) -> None:
+    alone, together = lanes(), lanes(batch_size=batch_size, processes=processes)
+    for number in (0, 1, 7, 30):
+        parts = [together.batch(number, process=rank) for rank in range(processes)]
+        assert [draw for part in parts for draw in part] == alone.batch(number)
+
+
+@pytest.mark.parametrize(("sizes", "processes"), [((12, 24), 2), ((24, 12), 1), ((9, 24, 12), 4)])
+def test_when_the_number_of_processes_changes_no_walk_is_lost_and_shares_hold(
+    sizes: tuple[int, ...], processes: int
+) -> None:
+    order = lanes(batch_size=sizes[-1] // processes, processes=processes)
+    for place, samples in enumerate(sizes):
+        order.change_samples(samples, batch=10 * place)
+    streams: dict[int, list[Draw]] = {}
+    drawn = []
+    for number in range(10 * (len(sizes) - 1), 10 * len(sizes) + 20):  # as the processes of now may draw
+        batch = [draw for rank in range(processes) for draw in order.batch(number, process=rank)]
+        assert len(batch) == sizes[-1]
+        asked = [clip[0].stream for clip in clips(batch)]
+        assert len(set(asked)) == len(asked)
+        assert max(asked) < order.stream_count
+    replay = lanes(batch_size=sizes[-1])
+    for place, samples in enumerate(sizes):
+        replay.change_samples(samples, batch=10 * place)
+    for number in range(10 * len(sizes) + 20):
+        for draw in replay.batch(number):
+            streams.setdefault(draw.stream, []).append(draw)
+            drawn.append(draw.task)
+    for draws in streams.values():
+        assert draws[0].begins
+        for before, after in pairwise(draws):
+            assert after.begins or after.row == before.row + STRIDE
+    for place, share in enumerate(SHARES.values()):
+        assert abs(drawn.count(place) - share * len(drawn)) < order.clip
+    began = lanes(batch_size=sizes[0])
+    assert [began.batch(number) for number in range(10)] == [replay.batch(number) for number in range(10)]
 
 
 def test_jitter_moves_queries_within_their_episode() -> None:
@@ -171,3 +217,20 @@ def test_a_stream_gets_back_the_memory_it_left_and_no_other() -> None:
     restored = CarriedMemory(memory.initial(5), depth=2)
     restored.load_state_dict(carried.state_dict())
     assert torch.equal(restored.states.tokens, carried.states.tokens)
+
+
+def test_every_process_knows_what_the_others_wrote_and_streams_may_be_added() -> None:
+    import torch
+
+    memory = RecurrentMemory(2, 8)
+    other = {"streams": torch.tensor([4]), "tokens": torch.full((1, 2, 8), 4.0)}
+    carried = CarriedMemory(
+        memory.initial(5), depth=1, exchange=lambda mine: {key: torch.cat([mine[key], other[key]]) for key in mine}
+    )
+    state = memory.initial(1)
+    carried.after({"stream": torch.tensor([0])}, {"memory": state.__class__(torch.full((1, 2, 8), 7.0))})
+    assert carried.states.tokens[:, 0, 0].tolist()[0::4] == [7.0, 4.0]
+    grown = CarriedMemory(memory.initial(9), depth=1)
+    grown.load_state_dict(carried.state_dict())
+    assert torch.equal(grown.states.tokens[:5], carried.states.tokens)
+    assert torch.equal(grown.states.tokens[5:], memory.initial(4).tokens)

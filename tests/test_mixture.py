@@ -28,10 +28,17 @@ def normalization(tasks: list[Task]) -> Normalization:
 
 
 def order_of(
-    tasks: list[Task], shares: dict[str, float], *, seed: int = 0, stage: int = 4, batch_size: int = 8
+    tasks: list[Task],
+    shares: dict[str, float],
+    *,
+    seed: int = 0,
+    stage: int = 4,
+    batch_size: int = 8,
+    processes: int = 1,
 ) -> SampleOrder:
     chosen = [task for task in tasks if task.name in shares]
-    return SampleOrder(seed=seed, stage=stage, tasks=chosen, shares=shares, batch_size=batch_size)
+    about = {"tasks": chosen, "shares": shares, "batch_size": batch_size, "processes": processes}
+    return SampleOrder(seed=seed, stage=stage, **about)
 
 
 @pytest.mark.parametrize("shares", [*STAGE_SHARES, SKIPPED, {"a": 1 / 3, "b": 2 / 3}, {"a": 0.137, "b": 0.863}])
@@ -92,8 +99,8 @@ def test_an_epoch_passes_once_over_the_current_task_whatever_is_replayed(tasks: 
 
 def test_several_processes_share_the_order_of_one(tasks: list[Task]) -> None:
     alone = StepSampler(order_of(tasks, STAGE_SHARES[1]), start=3, stop=6)
-    halves = order_of(tasks, STAGE_SHARES[1], batch_size=4)
-    pair = [StepSampler(halves, start=3, stop=6, process=rank, processes=2) for rank in range(2)]
+    halves = order_of(tasks, STAGE_SHARES[1], batch_size=4, processes=2)
+    pair = [StepSampler(halves, start=3, stop=6, process=rank) for rank in range(2)]
     together = [first + second for first, second in zip(*pair, strict=True)]
     assert together == list(alone)
 
@@ -194,8 +201,25 @@ def test_a_change_of_shares_holds_from_its_batch_on_and_every_task_goes_on_in_it
         size = len(order.tasks[place].train_rows)
         for first in range(0, len(rows) - size + 1, size):
             assert sorted(rows[first : first + size]) == list(order.tasks[place].train_rows)
-    halves = [order.batch(number, process=rank, processes=2) for number in (6, 7, 8) for rank in range(2)]
-    together = order(6 * 2 * 8, 9 * 2 * 8, processes=2)
-    assert [(draw.task, draw.row) for half in halves for draw in half] == [tuple(row) for row in together]
     with pytest.raises(ValueError, match="shares must change after batch 7, got 7"):
         order.change_shares(shares, batch=7)
+
+
+def test_the_sequence_is_the_same_whatever_the_number_of_processes_becomes(tasks: list[Task]) -> None:
+    shares, later = {"moving_grasp": 0.2, "weighing": 0.8}, {"moving_grasp": 0.4, "weighing": 0.6}
+    order = order_of(tasks, shares, batch_size=4, processes=2)  # now; the stage began with one process
+    order.change_samples(4, batch=0)
+    order.change_samples(8, batch=3)
+    order.change_shares(later, batch=5)
+    parts = [order.batch(number, process=rank) for number in (3, 4, 5, 6) for rank in range(2)]
+    drawn = [(draw.task, draw.row) for part in parts for draw in part]
+    assert [len(part) for part in parts] == [4] * 8
+    assert drawn == [tuple(row) for row in order(12, 44)]
+    assert drawn[:16] == [tuple(row) for row in order_of(tasks, shares)(12, 28)]  # 3 batches of 4 are done by then
+    assert order.steps_per_epoch("weighing", 1) == -(-len(tasks[1].train_rows) // (0.6 * 8))
+    counts = [[{0: 6, 1: 22}, {0: 6, 1: 10}]]
+    audit = order.audit(counts, [{}])
+    assert [(each["from_step"], each["declared"]) for each in audit["segments"]] == [(0, shares), (5, later)]
+    order.audit([[{0: 4, 1: 8}, {0: 0, 1: 2}], [{0: 2, 1: 14}, {0: 6, 1: 8}]], [{}, {}])  # as two counted it
+    with pytest.raises(RuntimeError, match=r"replay share of moving_grasp must be 0.2, drawn 7 of 28"):
+        order.audit([[{0: 7, 1: 21}, {0: 6, 1: 10}]], [{}])

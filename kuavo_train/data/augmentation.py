@@ -43,7 +43,7 @@ class ClipAugmentation:
         self, config: AugmentationConfig, *, cameras: Sequence[str], queries: int, seed: int, stage: int, process: int
     ):
         self.cameras, self.queries = list(cameras), queries
-        self.key = [STREAM, seed, stage, process]
+        self.key, self.process = [STREAM, seed, stage, 0], process
         self.transforms = _transforms(config)
 
     def __call__(self, batch: Batch, step: int, number: int) -> Batch:
@@ -51,7 +51,8 @@ class ClipAugmentation:
         with torch.random.fork_rng(devices=[]):
             for place, camera in enumerate(self.cameras):
                 clips = []
-                for lane, clip in enumerate(batch[camera].split(self.queries)):
+                lanes = batch[camera].split(self.queries)
+                for lane, clip in enumerate(lanes, start=self.process * len(lanes)):
                     key = [*self.key, step, number, lane, place]
                     # The CPU's generator alone: parameters are drawn there, a GPU's is the policy's.
                     torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

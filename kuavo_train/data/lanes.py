@@ -9,16 +9,17 @@ and after `stride` passes over its episodes, each from another offset, every fra
 """
 
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kuavo_train.data.order import Draw, Order, Quota
+from kuavo_train.data.order import Draw, Order
 from kuavo_train.data.tasks import Task
 
 
 class LaneOrder(Order):
-    """Lane-major batches of `lanes` clips of `depth` queries; a pure function of (seed, stage, process, batch).
+    """Lane-major batches of clips of `depth` queries; a pure function of (seed, stage, batch) and of what changed.
 
     Args:
         depth: K, the queries of a clip.
@@ -37,6 +38,7 @@ class LaneOrder(Order):
         depth: int,
         stride: int,
         jitter: int = 0,
+        processes: int = 1,
     ):
         if batch_size % depth:
             raise ValueError(
@@ -47,46 +49,58 @@ class LaneOrder(Order):
                 f"training.query_jitter must be in [0, policy.n_action_steps / 2 = {stride / 2}), got {jitter}"
             )
         self.clip, self.stride, self.jitter = depth, stride, jitter
-        self.lanes = batch_size // depth
-        super().__init__(seed=seed, stage=stage, tasks=tasks, shares=shares, batch_size=batch_size)
-        self.streams = [self._streams_needed(self.segments[0].quota)]  # of each segment, per task
-        self._replayed: dict[int, _Replay] = {}
+        about = {"seed": seed, "stage": stage, "tasks": tasks, "shares": shares}
+        super().__init__(**about, batch_size=batch_size, processes=processes)
+        self._changed()
 
     @property
     def stream_count(self) -> int:
         """An upper limit of the streams' numbers, whatever the shares become."""
-        return len(self.tasks) * self.lanes
+        return len(self.tasks) * max(cut.turns for cut in self.cuts)
 
     def change_shares(self, shares: Mapping[str, float], *, batch: int) -> None:
         """A task that gets more clips gets more streams; one that gets fewer keeps its own, or walks would be lost."""
         super().change_shares(shares, batch=batch)
-        needed = self._streams_needed(self.segments[-1].quota)
-        self.streams.append([max(pair) for pair in zip(self.streams[-1], needed, strict=True)])
-        self._replayed.clear()
+        self._changed()
 
-    def _streams_needed(self, quota: Quota) -> list[int]:
-        """As many streams per task as it may have clips in one batch: no stream is asked twice in it."""
-        batches = np.arange(len(quota.pattern) * self.lanes).reshape(-1, self.lanes)
-        tasks_of, _ = quota.deal(batches)
-        return [int((tasks_of == place).sum(axis=1).max()) for place in range(len(self.tasks))]
+    def change_samples(self, samples: int, *, batch: int) -> None:
+        """As with a change of shares, no stream is lost."""
+        super().change_samples(samples, batch=batch)
+        self._changed()
 
-    def tolerance(self, processes: int) -> int:
-        """Whole clips are dealt, by each process on its own."""
-        return self.clip * processes
+    def _changed(self) -> None:
+        self._replay = _Replay(self)
+        self._streams = list(self._streams_by_batch())
 
-    def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
-        """The draws of a batch. Each process has its own streams: their memory never changes place."""
-        replay = self._replayed.get(process)
-        if replay is None or replay.number > number:
-            replay = self._replayed[process] = _Replay(self, process)
-        while replay.number < number:
-            replay.next_batch()
-        return replay.next_batch()
+    def streams(self, number: int) -> list[int]:
+        """How many each task has in a batch."""
+        return next(streams for first, streams in reversed(self._streams) if first <= number)
 
-    def walks(self, place: int, process: int) -> Iterator[list[int]]:
+    def _streams_by_batch(self) -> Iterator[tuple[int, list[int]]]:
+        """From which batch on how many: as many as a task may have clips in a batch, so that none is asked twice."""
+        streams = [0] * len(self.tasks)
+        for batch in sorted({change.first for change in (*self.segments, *self.cuts)}):
+            segment = next(segment for segment in reversed(self.segments) if segment.first <= batch)
+            lanes = next(cut.turns for cut in reversed(self.cuts) if cut.first <= batch)
+            turns = self.turn(batch) - segment.turn + np.arange(len(segment.quota.pattern) * lanes)
+            tasks_of, _ = segment.quota.deal(turns.reshape(-1, lanes))
+            needed = [int((tasks_of == place).sum(axis=1).max()) for place in range(len(self.tasks))]
+            streams = [max(pair) for pair in zip(streams, needed, strict=True)]
+            yield batch, streams
+
+    def batch(self, number: int, *, process: int = 0) -> list[Draw]:
+        if self._replay.number > number:
+            self._replay = _Replay(self)
+        while self._replay.number < number:
+            self._replay.next_batch()
+        draws = self._replay.next_batch()
+        part = len(draws) // self.processes
+        return draws[process * part : (process + 1) * part]
+
+    def walks(self, place: int) -> Iterator[list[int]]:
         """The rows of a task's walks, forever: passes over its training episodes in a new order each time."""
         task, number = self.tasks[place], 0
-        key = [self.seed, self.stage, zlib.crc32(task.name.encode()), process]
+        key = [self.seed, self.stage, zlib.crc32(task.name.encode()), 0]
         while True:
             round_number, turn = divmod(number, self.stride)
             for episode in np.random.default_rng([*key, number]).permutation(task.train_episodes):
@@ -102,25 +116,28 @@ class LaneOrder(Order):
 
 
 class _Replay:
-    """The streams of one process as they stand before batch `number`."""
+    """The streams as they stand before batch `number`."""
 
-    def __init__(self, order: LaneOrder, process: int):
+    def __init__(self, order: LaneOrder):
         self.order, self.number = order, 0
-        self.walks = [order.walks(place, process) for place in range(len(order.tasks))]
-        self.left: list[list[list[int]]] = [[[] for _ in range(order.lanes)] for _ in order.tasks]
+        self.walks = [order.walks(place) for place in range(len(order.tasks))]
+        self.left: defaultdict[tuple[int, int], list[int]] = defaultdict(
+            list
+        )  # rows of a stream's walk, the last first
 
     def next_batch(self) -> list[Draw]:
-        order, lanes = self.order, self.order.lanes
-        segment = sum(segment.first <= self.number for segment in order.segments) - 1
-        tasks, ranks = order._deal(self.number * lanes, (self.number + 1) * lanes, turns=lanes)
+        """That of all processes, one after another."""
+        order, streams = self.order, self.order.streams(self.number)
+        tasks, ranks = order._deal(order.turn(self.number), order.turn(self.number + 1))
         self.number += 1
         draws = []
         for task, rank in zip(tasks.tolist(), ranks.tolist(), strict=True):
-            stream = rank % order.streams[segment][task]
+            stream = rank % streams[task]
             for _ in range(order.clip):
-                begins = not self.left[task][stream]
+                begins = not self.left[task, stream]
                 if begins:
-                    self.left[task][stream] = next(self.walks[task])[::-1]
-                row = self.left[task][stream].pop()
-                draws.append(Draw(task, row, task * lanes + stream, begins))
+                    self.left[task, stream] = next(self.walks[task])[::-1]
+                row = self.left[task, stream].pop()
+                # Numbered so that a stream keeps its memory when there come to be more of them.
+                draws.append(Draw(task, row, stream * len(order.tasks) + task, begins))
         return draws

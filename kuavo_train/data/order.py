@@ -1,8 +1,10 @@
 """Which frames, from which task, in which order.
 
 The order of samples is a pure function of (seed, stage, position) and of the changes of shares on record: no global
-random state, no dependence on workers. A task's share is a quota: after any n samples |n_task − w_task·n| < 1, counted
-anew from each change of shares. Inside a task, frames come without replacement, pass by pass, whatever the shares.
+random state, no dependence on workers. It is one sequence: a batch is cut from it, and each process takes its part of
+the batch, so that a stage goes on in it with any number of processes. A task's share is a quota: after any n samples
+|n_task − w_task·n| < 1, counted anew from each change of shares. Inside a task, frames come without replacement, pass
+by pass, whatever the shares.
 """
 
 import math
@@ -78,33 +80,76 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """The batches that are dealt by one quota: from `first` on, up to the next segment's."""
+    """What is dealt by one quota: from the batch `first` on, where `turn` turns are dealt, up to the next segment's."""
 
     first: int
+    turn: int
     quota: Quota
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Batches of `turns` turns, of all processes together: from `first` on, where `turn` turns have been dealt."""
+
+    first: int
+    turn: int
+    turns: int
 
 
 class Order(ABC):
     """Which samples make up a batch. `tasks` are those with a share, the current one among them.
 
-    `clip` is the number of samples that are dealt together, to one task.
+    `clip` is the number of samples that are dealt together, to one task: a turn.
+
+    Args:
+        batch_size: samples of a batch of one process.
+        processes: that train together.
     """
 
     clip = 1
 
-    def __init__(self, *, seed: int, stage: int, tasks: Sequence[Task], shares: Mapping[str, float], batch_size: int):
-        self.seed, self.stage, self.tasks, self.batch_size = seed, stage, list(tasks), batch_size
-        self.segments = [Segment(0, self._quota(shares))]
+    def __init__(
+        self,
+        *,
+        seed: int,
+        stage: int,
+        tasks: Sequence[Task],
+        shares: Mapping[str, float],
+        batch_size: int,
+        processes: int = 1,
+    ):
+        self.seed, self.stage, self.tasks = seed, stage, list(tasks)
+        self.batch_size, self.processes = batch_size, processes
+        self.segments = [Segment(0, 0, self._quota(shares))]
+        self.cuts = [Cut(0, 0, processes * batch_size // self.clip)]
 
     @abstractmethod
-    def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
+    def batch(self, number: int, *, process: int = 0) -> list[Draw]:
         """The samples of a process's batch, `number` counting from the stage's beginning."""
 
     def change_shares(self, shares: Mapping[str, float], *, batch: int) -> None:
         """Deal by `shares` from a batch on. Every task goes on in the pass over its frames where it stands."""
         if batch <= self.segments[-1].first:
             raise ValueError(f"shares must change after batch {self.segments[-1].first}, got {batch}")
-        self.segments.append(Segment(batch, self._quota(shares)))
+        self.segments.append(Segment(batch, self.turn(batch), self._quota(shares)))
+
+    def change_samples(self, samples: int, *, batch: int) -> None:
+        """Cut batches of so many samples, of all processes together, from a batch on. The sequence stays what it is."""
+        if batch < self.cuts[-1].first:
+            raise ValueError(f"batches must change after batch {self.cuts[-1].first}, got {batch}")
+        cut = Cut(batch, self.turn(batch), samples // self.clip)
+        self.cuts = [*(each for each in self.cuts if each.first < batch), cut]
+
+    def turn(self, number: int) -> int:
+        """The turns that are dealt before a batch."""
+        cut = next(cut for cut in reversed(self.cuts) if cut.first <= number)
+        return cut.turn + (number - cut.first) * cut.turns
+
+    def _part(self, number: int, process: int) -> tuple[int, int]:
+        """First turn and the end of a process's part of a batch."""
+        first, end = self.turn(number), self.turn(number + 1)
+        part = (end - first) // self.processes
+        return first + process * part, first + (process + 1) * part
 
     def _quota(self, shares: Mapping[str, float]) -> Quota:
         return Quota([shares[task.name] for task in self.tasks])
@@ -117,29 +162,24 @@ class Order(ABC):
     def _named(self, quota: Quota) -> dict[str, float]:
         return {task.name: float(share) for task, share in zip(self.tasks, quota.shares, strict=True)}
 
-    def _deal(self, start: int, stop: int, *, turns: int) -> tuple[np.ndarray, np.ndarray]:
-        """Task of each turn from `start` up to `stop`, and how many turns it had before; `turns` make up a batch."""
+    def _deal(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Task of each turn from `start` up to `stop`, and how many turns it had before."""
         before = np.zeros(len(self.tasks), dtype=np.int64)
         tasks, ranks = [], []
-        ends = [following.first * turns for _, following in pairwise(self.segments)]
+        ends = [following.turn for _, following in pairwise(self.segments)]
         for segment, end in zip(self.segments, [*ends, stop], strict=True):
-            first = segment.first * turns
-            here = np.arange(max(start, first), min(stop, end)) - first
+            here = np.arange(max(start, segment.turn), min(stop, end)) - segment.turn
             dealt, rank = segment.quota.deal(here)
             tasks.append(dealt)
             ranks.append(rank + before[dealt])
-            before = before + segment.quota.dealt(max(end - first, 0))
+            before = before + segment.quota.dealt(max(end - segment.turn, 0))
         return np.concatenate(tasks), np.concatenate(ranks)
 
     def steps_per_epoch(self, current: str, batches_per_step: int) -> int:
         """Steps in which the current task's training frames come once; replayed frames are on top."""
         place = [task.name for task in self.tasks].index(current)
         frames = len(self.tasks[place].train_rows) / self.segments[-1].quota.shares[place]
-        return math.ceil(frames / (self.batch_size * batches_per_step))
-
-    def tolerance(self, processes: int) -> int:
-        """How many samples a task's count stays below being off its share, within a segment."""
-        return 1
+        return math.ceil(frames / (self.cuts[-1].turns * self.clip * batches_per_step))
 
     def audit(
         self,
@@ -155,7 +195,7 @@ class Order(ABC):
         Args:
             frames_drawn: per process and segment, place in `tasks` → number of samples.
             episodes_drawn: per process, place in `tasks` → the episodes they came from.
-            batches_per_step: of one process.
+            batches_per_step: those of one optimizer step.
 
         Raises:
             RuntimeError: a share is off by more than the order allows, or a held-out episode was drawn.
@@ -165,12 +205,11 @@ class Order(ABC):
             held_out = episodes & set(task.held_out_episodes)
             if held_out:
                 raise RuntimeError(f"held-out episodes of {task.name} must never be drawn, got {sorted(held_out)}")
-        tolerance = self.tolerance(len(frames_drawn))
         segments, counts, due = [], np.zeros(len(self.tasks), dtype=np.int64), [Fraction()] * len(self.tasks)
         for segment, *drawn in zip(self.segments, *frames_drawn, strict=True):
             frames = [sum(process.get(place, 0) for process in drawn) for place in range(len(self.tasks))]
             for place, share in enumerate(segment.quota.shares):
-                if abs(frames[place] - share * sum(frames)) >= tolerance:
+                if abs(frames[place] - share * sum(frames)) >= self.clip:  # that are dealt together
                     raise RuntimeError(
                         f"replay share of {self.tasks[place].name} must be {float(share)}, drawn {frames[place]} of "
                         f"{sum(frames)} samples"
@@ -184,7 +223,7 @@ class Order(ABC):
             "declared": {task.name: float(share / total) for task, share in zip(self.tasks, due, strict=True)},
             "drawn": self._drawn(counts.tolist()),
             "total_frames": total,
-            "dealt_together": tolerance * len(segments),
+            "dealt_together": self.clip * len(segments),
             "held_out_frames_drawn": 0,
             "passes": {t.name: count / len(t.train_rows) for t, count in zip(self.tasks, counts.tolist(), strict=True)},
             "segments": segments,
@@ -198,15 +237,14 @@ class Order(ABC):
 
 
 class SampleOrder(Order):
-    """Every sample on its own; the batches of all processes together are one sequence."""
+    """Every sample on its own."""
 
-    def batch(self, number: int, *, process: int = 0, processes: int = 1) -> list[Draw]:
-        first = (number * processes + process) * self.batch_size
-        return [Draw(int(task), int(row)) for task, row in self(first, first + self.batch_size, processes=processes)]
+    def batch(self, number: int, *, process: int = 0) -> list[Draw]:
+        return [Draw(int(task), int(row)) for task, row in self(*self._part(number, process))]
 
-    def __call__(self, start: int, stop: int, *, processes: int = 1) -> np.ndarray:
+    def __call__(self, start: int, stop: int) -> np.ndarray:
         """[stop − start, 2] (place in `tasks`, row) of the samples from `start` up to `stop`."""
-        tasks, ranks = self._deal(start, stop, turns=self.batch_size * processes)
+        tasks, ranks = self._deal(start, stop)
         rows = np.empty_like(ranks)
         for place, task in enumerate(self.tasks):
             mine = tasks == place
@@ -228,15 +266,13 @@ class SampleOrder(Order):
 class StepSampler(Sampler[list[Draw]]):
     """Batches of this process from step `start` to `stop`."""
 
-    def __init__(
-        self, order: Order, *, start: int, stop: int, batches_per_step: int = 1, process: int = 0, processes: int = 1
-    ):
+    def __init__(self, order: Order, *, start: int, stop: int, batches_per_step: int = 1, process: int = 0):
         self.order, self.start, self.stop, self.batches_per_step = order, start, stop, batches_per_step
-        self.process, self.processes = process, processes
+        self.process = process
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.batches_per_step
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for number in range(self.start * self.batches_per_step, self.stop * self.batches_per_step):
-            yield self.order.batch(number, process=self.process, processes=self.processes)
+            yield self.order.batch(number, process=self.process)

@@ -1,11 +1,14 @@
 """The memory that training carries from one optimizer step to the next, detached."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from kuavo_train.data.mixture import Batch
 from lerobot_policy_smolvla_memory.memory import MemoryState
+
+Exchange = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class Recurrence(Protocol):
@@ -36,21 +39,27 @@ class NoRecurrence:
 class CarriedMemory:
     """One memory per stream of walks, handed to the clips that continue it.
 
+    Every process holds those of all streams, whichever process a stream's next clip falls to.
+
     Args:
-        streams: how many there are.
+        initial: the memory of as many episodes that have not begun as there are streams.
         depth: K, the queries of a clip; gradients flow through them and no further.
-        initial: the memory of `streams` episodes that have not begun.
+        exchange: named tensors of this process, [lanes, …] → those of all processes, one after another.
     """
 
-    def __init__(self, initial: MemoryState, *, depth: int):
-        self.depth = depth
+    def __init__(self, initial: MemoryState, *, depth: int, exchange: Exchange = dict):
+        self.depth, self.exchange = depth, exchange
         self.states = initial.detach().clone()
 
     def before(self, batch: Batch) -> dict[str, Any]:
         return {"memory": self.states.select(self._streams(batch)), "queries": self.depth}
 
     def after(self, batch: Batch, outputs: dict[str, Any]) -> None:
-        self.states = self.states.put(self._streams(batch), outputs["memory"].detach())
+        written = outputs["memory"].detach()
+        tensors = {name: getattr(written, name) for name in written.shapes}
+        streams = torch.tensor(self._streams(batch), device=written.device)
+        everywhere = self.exchange({"streams": streams, **tensors})
+        self.states = self.states.put(everywhere.pop("streams").tolist(), MemoryState(**everywhere))
 
     def _streams(self, batch: Batch) -> list[int]:
         """The stream of each lane; a batch is lane-major."""
@@ -60,4 +69,6 @@ class CarriedMemory:
         return {name: getattr(self.states, name).cpu() for name in self.states.shapes}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.states = MemoryState(**state).to(self.states.device)
+        """There may be more streams now than were stored: those have not begun."""
+        stored = MemoryState(**state).to(self.states.device)
+        self.states = self.states.put(list(range(stored.batch_size)), stored)

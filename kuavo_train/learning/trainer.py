@@ -1,8 +1,8 @@
 """The loop: batch → loss → step. Knows no task names and no files.
 
 The randomness of step n (noise, time, dropout) is a pure function of (seed, stage, n, process), and so is the
-order of samples, given the raises of replay on record. A resumed run therefore needs weights, optimizer, scheduler,
-the step and those raises, and continues bit-identically; what validation draws cannot touch it.
+order of samples, given the changes on record of shares and of samples per batch. A resumed run therefore needs weights,
+optimizer, scheduler, the step and those changes, and continues bit-identically; what validation draws cannot touch it.
 
 How tasks are learnt one after another without losing the earlier ones is decided elsewhere: by the order (which
 samples), by an extra loss, and by what a validation asks for.
@@ -11,15 +11,16 @@ samples), by an extra loss, and by what a validation asks for.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from kuavo_train.config import Interrupted, RunError, TrainingConfig
@@ -57,6 +58,7 @@ class Progress:
     Attributes:
         drawn: place of a task in the mixture → frames drawn; one dictionary until the shares change, then another.
         raises: the changes of shares so far, as {"step", "shares"}.
+        sizes: samples of a batch of all processes together, from a step on, as {"step", "samples"}.
         best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
         validation_due: whether the validation of `step` was given up, and comes first when the stage goes on.
@@ -66,6 +68,7 @@ class Progress:
     drawn: list[dict[int, int]] = field(default_factory=lambda: [{}])
     drawn_episodes: dict[int, list[int]] = field(default_factory=dict)
     raises: list[dict[str, Any]] = field(default_factory=list)
+    sizes: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float = math.inf
     stopped: str | None = None
@@ -81,9 +84,42 @@ class Progress:
             episodes = set(self.drawn_episodes.get(place, [])) | set(batch["episode_index"][mine].tolist())
             self.drawn_episodes[place] = sorted(episodes)
 
+    def joined(self, others: Sequence["Progress"]) -> "Progress":
+        """With what other processes have drawn."""
+        drawn = [
+            sum(map(Counter, each), Counter()) for each in zip(*(one.drawn for one in (self, *others)), strict=True)
+        ]
+        episodes: dict[int, list[int]] = {}
+        for place, found in (item for one in (self, *others) for item in one.drawn_episodes.items()):
+            episodes[place] = sorted({*episodes.get(place, []), *found})
+        return replace(self, drawn=[dict(each) for each in drawn], drawn_episodes=episodes)
+
+    def changes(self, samples: int) -> list[dict[str, Any]]:
+        """All of raises and sizes in their order, once a batch has so many `samples` from now on."""
+        if not self.sizes or self.sizes[-1]["samples"] != samples:
+            self.sizes.append({"step": self.step, "samples": samples})
+        return sorted([*self.sizes, *self.raises], key=lambda change: change["step"])
+
     def total_drawn(self) -> dict[int, int]:
         """Place of a task → frames drawn so far."""
         return dict(sum((Counter(drawn) for drawn in self.drawn), Counter()))
+
+
+def deal_by(
+    change: Mapping[str, Any], order: Order, timetable: Timetable, *, current: str, batches_per_step: int
+) -> None:
+    """Deal by other shares or in other batches from a step on, in epochs as long as that makes them.
+
+    Args:
+        change: one of `Progress.changes`.
+        current: the task that epochs are counted in.
+    """
+    batch = change["step"] * batches_per_step
+    if "shares" in change:
+        order.change_shares(change["shares"], batch=batch)
+    else:
+        order.change_samples(change["samples"], batch=batch)
+    timetable.change(change["step"], order.steps_per_epoch(current, batches_per_step))
 
 
 @dataclass
@@ -125,8 +161,6 @@ class Trainer:
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
         self.policy.train()
-        for raised in progress.raises:
-            self._deal_by(**raised)
         window = MetricsWindow()
         with tqdm(
             total=self.timetable.steps,
@@ -168,7 +202,6 @@ class Trainer:
                 stop=self.timetable.steps,
                 batches_per_step=per_step,
                 process=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
             )
             pin_memory = self.accelerator.device.type == "cuda"
             batches = self.dataset.batches(sampler, num_workers=self.num_workers, pin_memory=pin_memory)
@@ -176,13 +209,6 @@ class Trainer:
                 yield [next(batches) for _ in range(per_step)]
                 if progress.stopped is not None or len(progress.raises) > raises:
                     break
-
-    def _deal_by(self, step: int, shares: dict[str, float]) -> None:
-        """Other shares from `step` on, and epochs as long as they make them."""
-        per_step = self.config.gradient_accumulation_steps
-        self.order.change_shares(shares, batch=step * per_step)
-        steps_per_epoch = self.order.steps_per_epoch(self.current, per_step * self.accelerator.num_processes)
-        self.timetable.lengthen(step, steps_per_epoch)
 
     def _step(self, step: int, batches: list[Batch], window: "MetricsWindow") -> dict[str, float]:
         torch.manual_seed(step_seed(self.order.seed, self.order.stage, step, self.accelerator.process_index))
@@ -229,12 +255,13 @@ class Trainer:
         )
 
     def _report(self, progress: Progress, window: "MetricsWindow", bar: tqdm) -> None:
+        drawn = sum((Counter(each) for each in gather_object([progress.total_drawn()])), Counter())
         values = {
             "epoch": self.timetable.epoch(progress.step),
             "lr": self.optimizer.param_groups[0]["lr"],
             **window.summary(),
             "seconds": round(progress.seconds, 3),
-            "task_frames": {self.order.tasks[place].name: n for place, n in sorted(progress.total_drawn().items())},
+            "task_frames": {self.order.tasks[place].name: n for place, n in sorted(drawn.items())},
         }
         self.log(values, progress.step)
         bar.set_postfix_str(
@@ -258,7 +285,7 @@ class Trainer:
 
     def _validate(self, progress: Progress) -> None:
         step = progress.step
-        found = self.validate(step, math.ceil(self.timetable.epoch(step)))
+        found = self.validate(step, self.timetable.number(step))
         self.policy.train()
         if self.result == "last" or found.loss < progress.best_loss:
             progress.best_loss, progress.best_step = found.loss, step
@@ -266,7 +293,8 @@ class Trainer:
         if found.shares is not None:
             progress.raises.append({"step": step, "shares": found.shares})
             progress.drawn.append({})
-            self._deal_by(step, found.shares)
+            per_step = self.config.gradient_accumulation_steps
+            deal_by(progress.raises[-1], self.order, self.timetable, current=self.current, batches_per_step=per_step)
 
 
 STEP_PARTS = ("wait", "data", "forward", "backward", "optimizer")
