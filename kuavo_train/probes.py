@@ -39,7 +39,7 @@ from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Progress, Trainer, Validated
-from kuavo_train.opened_stage import open_stage
+from kuavo_train.opened_stage import fresh_memory, open_stage
 from kuavo_train.report import OUTPUTS, write_report
 from kuavo_train.run_folder import write_json
 from kuavo_train.trained_run import TrainedRun
@@ -123,7 +123,7 @@ def _relearn(
         scheduler=scheduler,
         dataset=dataset,
         order=stage.order,
-        recurrence=stage.recurrence,
+        recurrence=fresh_memory(stage.order, stage.built.policy),
         extra_loss=NoExtraLoss(),
         config=training,
         timetable=Timetable(epochs=-(-steps // every), steps_per_epoch=every, max_steps=steps),

@@ -143,16 +143,20 @@ def _compare(was: Mapping[str, Any], now: Any, policy_defaults: Mapping[str, Any
             names = dict.fromkeys([*pairs[0], *pairs[1]])
             found += [Difference(f"policy.{name}", *(pair.get(name) for pair in pairs)) for name in names]
         else:
-            found.append(Difference(key, before, asdict(value) if is_dataclass(value) else value))
+            found.append(Difference(key, before, _plain(value)))
     return [each for each in found if each.was != each.now]
 
 
 def _default(field: Field) -> Any:
     """What a key held before there was such a key."""
     if field.default_factory is not MISSING:
-        made = field.default_factory()
-        return asdict(made) if is_dataclass(made) else made
+        return _plain(field.default_factory())
     return field.default
+
+
+def _plain(value: Any) -> Any:
+    """As YAML holds it."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _among(key: str, keys: Iterable[str]) -> bool:

@@ -49,8 +49,7 @@ class LaneOrder(Order):
                 f"training.query_jitter must be in [0, policy.n_action_steps / 2 = {stride / 2}), got {jitter}"
             )
         self.clip, self.stride, self.jitter = depth, stride, jitter
-        about = {"seed": seed, "stage": stage, "tasks": tasks, "shares": shares}
-        super().__init__(**about, batch_size=batch_size, processes=processes)
+        super().__init__(seed=seed, stage=stage, tasks=tasks, shares=shares, batch_size=batch_size, processes=processes)
         self._changed()
 
     @property
@@ -79,7 +78,7 @@ class LaneOrder(Order):
     def _streams_by_batch(self) -> Iterator[tuple[int, list[int]]]:
         """From which batch on how many: as many as a task may have clips in a batch, so that none is asked twice."""
         streams = [0] * len(self.tasks)
-        for batch in sorted({change.first for change in (*self.segments, *self.cuts)}):
+        for batch in sorted({segment.first for segment in self.segments} | {cut.first for cut in self.cuts}):
             segment = next(segment for segment in reversed(self.segments) if segment.first <= batch)
             lanes = next(cut.turns for cut in reversed(self.cuts) if cut.first <= batch)
             turns = self.turn(batch) - segment.turn + np.arange(len(segment.quota.pattern) * lanes)

@@ -86,13 +86,14 @@ class Progress:
 
     def joined(self, others: Sequence["Progress"]) -> "Progress":
         """With what other processes have drawn."""
+        everyone = (self, *others)
         drawn = [
-            sum(map(Counter, each), Counter()) for each in zip(*(one.drawn for one in (self, *others)), strict=True)
+            dict(sum(map(Counter, each), Counter[int]())) for each in zip(*(p.drawn for p in everyone), strict=True)
         ]
         episodes: dict[int, list[int]] = {}
-        for place, found in (item for one in (self, *others) for item in one.drawn_episodes.items()):
+        for place, found in (item for progress in everyone for item in progress.drawn_episodes.items()):
             episodes[place] = sorted({*episodes.get(place, []), *found})
-        return replace(self, drawn=[dict(each) for each in drawn], drawn_episodes=episodes)
+        return replace(self, drawn=drawn, drawn_episodes=episodes)
 
     def changes(self, samples: int) -> list[dict[str, Any]]:
         """All of raises and sizes in their order, once a batch has so many `samples` from now on."""
