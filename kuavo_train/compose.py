@@ -182,7 +182,9 @@ def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
 def without_data(stage: StageConfig) -> StageConfig:
     """The recipe alone, without what is said of the task's own dataset and simulation."""
     own = (item for item in fields(StageConfig) if item.name in OF_A_TASKS_DATA)
-    empty = {item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in own}
+    empty: dict[str, Any] = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in own
+    }
     return replace(stage, **empty)
 
 

@@ -177,10 +177,12 @@ def open_stage(
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as torchrun says
     )
     environments = attempt(_environments, config, curriculum)
-    own = {stage.name for stage in curriculum if stage.environment is not None} & set(environments or ())
-    trained_sizes = {camera: shape[1:] for camera, shape in image_shapes.items()}
-    for task in (task for task in tasks if task.name in own):
-        findings.notes += filter(None, [attempt(check_environment, environments[task.name], task, trained_sizes)])
+    own = {stage.name for stage in curriculum if stage.environment is not None}
+    trained_sizes = {camera: (shape[1], shape[2]) for camera, shape in image_shapes.items()}
+    for task in tasks:
+        environment = (environments or {}).get(task.name)
+        if environment is not None and task.name in own:
+            findings.notes += filter(None, [attempt(check_environment, environment, task, trained_sizes)])
     augment = attempt(_augmentation, config, order, accelerator.process_index)
     if findings.problems or environments is None or augment is None:
         return None
