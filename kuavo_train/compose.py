@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kuavo_train.config import (
     CONFIG_FOLDER,
@@ -56,7 +57,19 @@ def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
     """The files of configs/tasks/ in the order of learning (their `stage.index`)."""
     files = sorted((folder / "tasks").glob("*.yaml"))
     require(bool(files), str(folder / "tasks"), "hold at least one task file", "none")
-    return sorted(files, key=lambda file: OmegaConf.load(file).stage.index)
+    return sorted(files, key=_index_of)
+
+
+def _index_of(file: Path) -> int:
+    """A task's place in the order of learning. Raises `ConfigError` for a file that does not tell it."""
+    try:
+        index = OmegaConf.select(OmegaConf.load(file), "stage.index")
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{file} must be YAML with the stage of a task, got {' '.join(str(error).split())}"
+        ) from error
+    require(isinstance(index, int), f"{file}: stage.index", "be a whole number, the place in the order", index)
+    return index
 
 
 def register_task_aliases(folder: Path = CONFIG_FOLDER) -> None:
@@ -121,7 +134,7 @@ def resolve(composed: DictConfig) -> RunConfig:
     try:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).split("\n")[0]) from error
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     plain.pop("task", None)  # the group's own, empty node
     for key, section in optional_sections():  # decoded alone, because a failed `X | None` does not say what failed
         value = OmegaConf.select(composed, key)
@@ -221,7 +234,6 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
         if status:
             sys.exit(status)
 
-    register_task_aliases()
     return lambda: sys.exit(errors_in_one_line(lambda: _run_under_hydra(entry)))
 
 
@@ -229,13 +241,17 @@ def _run_under_hydra(entry: Callable[[], None]) -> int:
     """Call Hydra with this process's command line; raises `ConfigError` for what Hydra refuses."""
     parser = get_args_parser()
     parser.error = _refuse_arguments  # type: ignore[method-assign]
-    overrides = parser.parse_args(sys.argv[1:]).overrides
+    arguments = parser.parse_args(sys.argv[1:])
+    only_one = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, name)]
+    require(len(only_one) < 2, "arguments", "hold one of --cfg, --multirun and the like", only_one)
+    register_task_aliases()
+    overrides = arguments.overrides
     words = {word: words_for_hydra([word]) for word in overrides}
     sys.argv[1:] = [each for word in sys.argv[1:] for each in words.get(word, [word])]
     try:
         with _hydra_raises():
             entry()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return 0
 

@@ -209,6 +209,7 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("zebra=1", r"zebra must be a key of the configuration, got one that is not; --cfg job shows all keys"),
     ("training=5", r"training must be a mapping of settings, such as training.epochs=…, got 5"),
     ("~training.lora", r"training.lora must be set to a value \(training.lora=…\), not deleted"),
+    ("training.epochs=${nothing.there}", r"training.epochs: .*nothing"),
     ("training.lr", r"arguments must be key=value, got 'training.lr'"),
     ("training.lr=[1", r"arguments must be key=value, got 'training.lr=\[1'"),
     ("data.cameras=head", r"data.cameras must be a list, got 'head'"),
@@ -294,6 +295,26 @@ def test_a_bad_task_file_is_refused(tmp_path: Path, text: str, replacement: str,
     file = folder / "tasks" / "task2_weighing.yaml"
     assert text in file.read_text()
     file.write_text(file.read_text().replace(text, replacement))
+    with pytest.raises(ConfigError, match=message):
+        compose_run(folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: [unclosed", r"task9_own.yaml must be YAML with the stage of a task, got while parsing"),
+        ("- a list", r"task9_own.yaml must be YAML with the stage of a task"),
+        ("", r"task9_own.yaml: stage.index must be a whole number, the place in the order, got None"),
+        (
+            "stage: {index: two}",
+            r"task9_own.yaml: stage.index must be a whole number, the place in the order, got 'two'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_tasks_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIG_FOLDER, folder)
+    (folder / "tasks" / "task9_own.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         compose_run(folder=folder)
 
