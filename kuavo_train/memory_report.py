@@ -32,7 +32,7 @@ from kuavo_train.evaluation.memory_questions import (
     trace_of,
 )
 from kuavo_train.evaluation.stored_run import RunFolderError
-from kuavo_train.trained_run import TrainedRun, load_policy, stage_folder_above
+from kuavo_train.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
 KEYS = ("checkpoint", "task", "data", "episodes", "output")
@@ -78,7 +78,7 @@ def report(
     cues = cues_of(asked)
     found: dict[str, Any] = {
         "run": run.stored.record["run"],
-        "checkpoint": str(folder.resolve().parent.name),
+        "checkpoint": checkpoint_name(folder),
         "stage": next(stage.name for stage in run.stages if stage.folder.name == stage_folder.name),
         "task": task,
         "data": str(asked.root),

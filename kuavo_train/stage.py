@@ -491,6 +491,7 @@ class Stage:
         write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
         card = model_card.model_card(config, self.opened.learnt, self.order.shares, records, steps=progress.step)
         write_text(result.pretrained_model / model_card.FILE_NAME, card)
+        folder.checkpoints.point("best", result.folder.name)  # a copy of it, where there are no links, has the card too
         folder.tell(
             status="finished",
             steps=progress.step,

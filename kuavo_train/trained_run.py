@@ -35,6 +35,12 @@ def stage_folder_above(checkpoint: Path) -> Path | None:
     return next((up for up in checkpoint.absolute().parents if (up / "config.yaml").is_file()), None)
 
 
+def checkpoint_name(pretrained_model: Path) -> str:
+    """That of the folder of its step, where it lies in the one of `best` or `last`."""
+    folder = pretrained_model.parent
+    return CheckpointFolder(folder.parent).at(folder.name).folder.name
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """A run folder and what can be opened from it. `stages` are those begun, in the order of training."""
@@ -64,7 +70,14 @@ class TrainedRun:
         require(path.is_file(), str(path), "be there", "no file")
         # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
         folder = self.folder.absolute()
-        return replace(resolve(OmegaConf.load(path)), outputs=str(folder.parent), run=folder.name)  # type: ignore[arg-type]
+        config = resolve(OmegaConf.load(path))  # type: ignore[arg-type]
+        data = replace(config.data, root=moved(config.data.root, config.outputs, folder.parent))
+        here = {"outputs": str(folder.parent), "run": folder.name, "data": data}
+        return replace(config, stage=self._here(config.stage, config.outputs), **here)
+
+    def _here(self, stage: StageConfig, outputs: str) -> StageConfig:
+        """With its data where it is now. `outputs` are those that the run was trained in."""
+        return replace(stage, root=moved(stage.root, outputs, self.folder.absolute().parent))
 
     @cached_property
     def settings(self) -> RunConfig:
@@ -83,7 +96,8 @@ class TrainedRun:
                 return config.stage
         entry = next(task for task in self.stored.tasks if task["name"] == name)
         if "recipe" in entry:
-            return StageConfig(**entry["recipe"])
+            began = OmegaConf.load(self.stages[-1].folder / "config.yaml").outputs
+            return self._here(StageConfig(**entry["recipe"]), began)
         # Recorded by an earlier version: nothing of another task's may stand in for what is not known of this one.
         about = {key: entry[key] for key in ("name", "index", "instruction")}
         return replace(without_data(self.settings.stage), **about, root=entry["dataset"]["root"], replay={name: 1.0})
@@ -140,6 +154,14 @@ class TrainedRun:
     def policy(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
         """The policy of a checkpoint, and its preprocessor, on the run's device."""
         return load_policy(checkpoint.pretrained_model, self.device)
+
+
+def moved(path: str, was: str, now: Path) -> str:
+    """Where what lay below the outputs `was` lies below `now`, where all of them were moved; else as it is."""
+    if not Path(path).is_relative_to(was):
+        return path
+    there = now / Path(path).relative_to(was)
+    return str(there) if there.exists() else path
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[Any, Any]:

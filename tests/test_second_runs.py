@@ -3,21 +3,27 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import RunConfig
+from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.trainer import Trainer
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
+from kuavo_train.trained_run import TrainedRun
 
 Overrides = Callable[..., list[str]]
 
@@ -72,12 +78,104 @@ def test_a_stage_goes_on_with_another_number_of_processes(
     assert state["progress"]["sizes"] == [{"step": 0, "samples": 4}, {"step": 2, "samples": 8}]
     assert sum(state["progress"]["drawn"][0].values()) == 2 * 4 + 2 * 8
     monkeypatch.setattr(Trainer, "_step", take_step)
-    assert run(configs, resume=True) == 0
+    copy = folder.path.parents[2] / "copy"
+    shutil.copytree(folder.path.parents[1], copy, symlinks=False)  # as scp or an object store would
+    configs = [replace(config, outputs=str(copy)) for config in configs]
+    folder = stage_folder(configs[0])
+    with without_links():
+        assert run(configs, resume=True) == 0
+    result = folder.checkpoints.at("best")
+    assert result.folder.name == folder.about["checkpoint"].split("/")[1] == "000006"
+    assert not (folder.path / "checkpoints" / "best").is_symlink()
+    for name in ("model.safetensors", "README.md"):
+        opened = folder.path / "checkpoints" / "best" / "pretrained_model" / name
+        assert opened.read_bytes() == (result.pretrained_model / name).read_bytes()
     audit = json.loads((folder.path / "replay_audit.json").read_text())
     assert audit["total_frames"] == 2 * 4 + 2 * 8 + 2 * 4
     assert audit["passes"]["moving_grasp"] == pytest.approx(32 / audit_rows(configs))
     assert [line["task_frames"]["moving_grasp"] for line in folder.metrics.read()] == [8, 24, 32]
     assert "with batches of 8 samples from here on, 4 before" in capfd.readouterr().out
+
+
+@contextmanager
+def without_links(error: Exception | None = None) -> Iterator[None]:
+    with mock.patch.object(os, "symlink", side_effect=error or PermissionError(1, "Operation not permitted")):
+        yield
+
+
+class Weights(torch.nn.Linear):
+    """As much of a policy as a checkpoint asks for."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text(str(self.weight.tolist()))
+
+
+def saved(folder: Path, *steps: int, best: int | None = None) -> CheckpointFolder:
+    checkpoints = CheckpointFolder(folder)
+    for step in steps:
+        parts = {"policy": Weights(1, 1), "processors": (), "documents": {}, "about": {}}
+        checkpoints.save(step, training_state={"step": step}, **parts)
+    if best is not None:
+        checkpoints.point("best", best)
+    return checkpoints
+
+
+def test_a_copy_whose_links_became_folders_or_were_lost_goes_on_as_the_original(tmp_path: Path) -> None:
+    saved(tmp_path / "one", 1, 2, best=1)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy", symlinks=False)
+    shutil.rmtree(tmp_path / "copy" / "000002" / "training_state")
+    (tmp_path / "copy" / "000002" / "manifest.json").unlink()  # cut off while it was copied
+    copy = CheckpointFolder(tmp_path / "copy")
+    assert (copy.at("best").folder.name, copy.latest().step) == ("000001", 1)
+    assert saved(tmp_path / "copy", 2, 3, best=2).at("best").folder.name == "000002"
+    assert {path.name for path in copy.folder.iterdir()} == {"000001", "000002", "000003", "last", "best"}
+    assert (copy.folder / "best").readlink() == Path("000002")
+    copy.at("best").verify()
+    for link in ("best", "last"):
+        (copy.folder / link).unlink()
+    (tmp_path / "stage.json").write_text(json.dumps({"checkpoint": "copy/000001"}))
+    assert copy.at("best").step == 1
+    with pytest.raises(ConfigError, match=r"there must be a checkpoint at .*000009"):
+        copy.at(9)
+
+
+@pytest.mark.parametrize("error", [PermissionError(1, "no"), OSError(95, "no"), NotImplementedError()], ids=str)
+def test_without_links_best_is_a_folder_that_opens(tmp_path: Path, error: Exception) -> None:
+    with without_links(error):
+        checkpoints = saved(tmp_path, 1, 2, best=1)
+        for best in (2, 1, 1):
+            checkpoints.point("best", best)
+            files = {path.name for path in (tmp_path / "best" / "pretrained_model").iterdir()}
+            assert files == {"config.json", "model.safetensors"}
+            assert checkpoints.at("best").folder.name == f"00000{best}"
+        checkpoints.at("best").verify()
+        checkpoints.prune(keep={2})
+        assert checkpoints.at("best").step == 1  # what the folder holds
+        with mock.patch.object(os, "link", side_effect=error):
+            checkpoints.point("best", 2)
+        assert checkpoints.at("best").step == 2
+    checkpoints.point("best", 2)  # where there are links again
+    assert (tmp_path / "best").is_symlink()
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_a_best_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path / "one", 1, 2, best=1)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy", symlinks=False)
+    copy = CheckpointFolder(tmp_path / "copy")
+    with mock.patch.object(os, "replace", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        copy.point("best", 2)
+    assert copy.at("best").step == 1
+    copy.point("best", 2)
+    assert copy.at("best").step == 2
+    assert not [path for path in copy.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_outputs_that_were_moved_as_a_whole_bring_their_data_along(simulated_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(simulated_run.parent, tmp_path / "moved", symlinks=False)
+    run = TrainedRun.open(tmp_path / "moved" / "smoke")
+    assert [Path(task.root).parents[1] for task in run.tasks] == [tmp_path / "moved"] * 2
+    assert run.checkpoint(run.stages[-1]).folder.name.isdigit()
 
 
 def audit_rows(configs: list[RunConfig]) -> int:

@@ -4,9 +4,10 @@
     checkpoints/000500/training_state/     optimizer, scheduler, progress, adapters
     checkpoints/000500/manifest.json       sha256 of every file, the step, the normalization's hash
     checkpoints/merged-0.6/                weights mixed from those of two stages; like a step, without training_state/
-    checkpoints/last, best                 links to one of them
+    checkpoints/last, best                 links to one of them; folders that hold the same where there are no links
 
-Written to a hidden folder, flushed to disk, hashed and renamed into place.
+Written to a hidden folder, flushed to disk, hashed and renamed into place. Copying may turn links into folders, or lose
+them: what they stood for is found all the same, and the next save puts links there again.
 """
 
 import hashlib
@@ -24,6 +25,9 @@ from safetensors.torch import load_model
 from kuavo_train.config import ConfigError
 from kuavo_train.learning.lora import adapters_merged
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
+
+MANIFEST = "manifest.json"
+LINKS = ("last", "best")
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,12 @@ class CheckpointFolder:
         training_state: dict[str, Any] | None,
     ) -> Checkpoint:
         """Whole or not at all: what is half-written when something fails, such as the disk's room, is removed."""
-        if not (self.folder / name).is_dir():
+        if not (self.folder / name / MANIFEST).is_file():
             partial = self.folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 self._write_into(partial, about, policy, processors, documents, training_state)
+                _remove(self.folder / name)  # a part of a checkpoint, of a copy that was cut off
                 partial.rename(self.folder / name)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -141,26 +146,54 @@ class CheckpointFolder:
             state.mkdir()
             torch.save(training_state, state / "state.pt")
         files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
-        (partial / "manifest.json").write_text(json.dumps({**about, "files": files}, indent=1))
+        (partial / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
         for path in [*_files(partial), *partial.iterdir(), partial]:
             _flush(path)
 
     def point(self, link: str, target: int | str) -> None:
-        """Let `last` or `best` name a checkpoint, in one move."""
-        partial = self.folder / f".{link}.partial"
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(_folder_name(target))
-        os.replace(partial, self.folder / link)
+        """Let `last` or `best` name a checkpoint, in one move.
+
+        On a file system without links it is a folder with the same weights, whose files are hard links where there are
+        such. A folder is replaced in two moves; in between `at` finds what it was.
+        """
+        path, partial, old = self.folder / link, self.folder / f".{link}.partial", self.folder / f".{link}.old"
+        _remove(partial)
+        try:
+            partial.symlink_to(_folder_name(target))
+        except (OSError, NotImplementedError):
+            _copy_weights(self.folder / _folder_name(target), partial)
+        if path.is_dir() and not path.is_symlink():
+            _remove(old)
+            path.rename(old)
+        elif partial.is_dir() and not partial.is_symlink():
+            _remove(path)
+        os.replace(partial, path)
+        _remove(old)
 
     def at(self, step: int | str) -> Checkpoint:
-        folder = self.folder / _folder_name(step)
-        if not (folder / "manifest.json").is_file():
-            raise ConfigError(f"there must be a checkpoint at {folder}, got none")
-        return Checkpoint(folder.resolve(), json.loads((folder / "manifest.json").read_text()))
+        """The checkpoint of a step, or of the name that is given to one. Raises `ConfigError` where there is none."""
+        name = _folder_name(step)
+        places = [self.folder / name, self.folder / f".{name}.old", *self._told(name)]
+        folder = next((place for place in places if (place / MANIFEST).is_file()), None)
+        if folder is None:
+            raise ConfigError(f"there must be a checkpoint at {self.folder / name}, got none")
+        manifest = (folder / MANIFEST).read_text()
+        if not folder.is_symlink() and name in LINKS:  # a folder in a link's place: what it holds is that of a step
+            steps = [path.parent for path in self.folder.glob(f"[!.]*/{MANIFEST}") if path.parent.name not in LINKS]
+            folder = next((each for each in steps if (each / MANIFEST).read_text() == manifest), folder)
+        return Checkpoint(folder.resolve(), json.loads(manifest))
+
+    def _told(self, name: str) -> list[Path]:
+        """Where a finished stage says that its result is, for a copy that lost the links."""
+        stage = self.folder.parent / "stage.json"
+        if name != "best" or not stage.is_file():
+            return []
+        checkpoint = json.loads(stage.read_text()).get("checkpoint")
+        return [] if checkpoint is None else [self.folder.parent / checkpoint]
 
     def latest(self) -> Checkpoint | None:
         """The complete checkpoint of the highest step."""
-        complete = [path.parent for path in self.folder.glob("[0-9]*/manifest.json")]
+        complete = [path.parent for path in self.folder.glob(f"[0-9]*/{MANIFEST}")]
         return self.at(int(max(complete).name)) if complete else None
 
     def prune(self, keep: set[int]) -> None:
@@ -177,6 +210,28 @@ def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
     file = str(checkpoint.pretrained_model / "model.safetensors")
     make_room(policy, stored_dtypes(file))
     load_model(policy, file)
+
+
+def _copy_weights(checkpoint: Path, into: Path) -> None:
+    """What opens as a policy, and the manifest: no second copy on the disk where there are hard links."""
+    into.mkdir()
+    shutil.copytree(checkpoint / "pretrained_model", into / "pretrained_model", copy_function=_link_or_copy)
+    _link_or_copy(checkpoint / MANIFEST, into / MANIFEST)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target)
+
+
+def _remove(path: Path) -> None:
+    """Link, file or folder, if there is any."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _folder_name(checkpoint: int | str) -> str:
