@@ -1,6 +1,7 @@
 """Imports go one way: runnable → stage → evaluation, learning → data → config."""
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,41 @@ def test_only_the_stage_and_the_runnables_know_both_learning_and_evaluation() ->
             assert file.name in ("stage.py", "opened_stage.py", "probes.py", "trained_run.py"), (
                 f"{file.name} knows the whole"
             )
+
+
+SIMULATION = [  # from the ground up; those of one storey do not import each other
+    {"arguments", "children", "cpus", "robot"},
+    {"render", "scene"},
+    {"motions"},
+    {"tasks.task"},
+    {"tasks.moving_grasp", "tasks.placement", "tasks.sorting", "tasks.weighing"},
+    {"tasks"},
+    {"env"},
+    {"kuavo_sim"},
+    {"expert", "lerobot.environment"},
+    {"lerobot.robot", "sheet"},
+    {"lerobot", "record"},
+]
+
+
+def test_the_simulation_has_no_circle() -> None:
+    storeys = {name: number for number, storey in enumerate(SIMULATION) for name in storey}
+    modules = {_module(file): file for file in (REPOSITORY / "kuavo_sim").rglob("*.py")}
+    assert modules.keys() == storeys.keys()
+    for module, file in modules.items():
+        for name in imported(file):
+            below = _of_simulation(name, storeys)
+            assert storeys[below] < storeys[module], f"{module} must not import {below}"
+
+
+def _module(file: Path) -> str:
+    parts = file.relative_to(REPOSITORY / "kuavo_sim").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "kuavo_sim"
+
+
+def _of_simulation(name: str, storeys: Mapping[str, int]) -> str:
+    """The module of kuavo_sim that an imported name is, or is in."""
+    module = name.removeprefix("kuavo_sim.") if name != "kuavo_sim" else name
+    while module not in storeys:
+        module = module.rpartition(".")[0] or "kuavo_sim"
+    return module

@@ -5,10 +5,10 @@ A target turns dark once the object has rested on it, so the rest of the job can
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kuavo_sim.motions import Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import (
     DARK,
@@ -25,9 +25,6 @@ from kuavo_sim.scene import (
     table_xml,
 )
 from kuavo_sim.tasks.task import Task, arm_offset, near, within
-
-if TYPE_CHECKING:
-    from kuavo_sim.expert import Command, Script
 
 _BELT_X, _BELT_END = 0.50, -0.15  # m
 _BARRIER_Y = -0.22
@@ -116,7 +113,7 @@ class MovingGrasp(Task):
             lit = i == self.cue and self.steps < _CUE_STEPS
             self.world.paint(f"target{i}", DARK if self._visited[i] else GREEN if lit else _UNLIT)
 
-    def demonstrate(self, script: "Script") -> Iterator["Command"]:
+    def demonstrate(self, script: Script) -> Iterator[Command]:
         world = self.world
         x, _, z = world.object_position()
         yield from script.reach("right", (x, _MEETING_Y, z + 0.11), noise=0.7)

@@ -4,10 +4,10 @@ No cue: everything that matters can be seen. It is the control for the memory of
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kuavo_sim.motions import Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import (
     BLUE,
@@ -23,9 +23,6 @@ from kuavo_sim.scene import (
     table_xml,
 )
 from kuavo_sim.tasks.task import Task, arm_offset
-
-if TYPE_CHECKING:
-    from kuavo_sim.expert import Command, Script
 
 # The bottle's own frame: origin in the middle of the body, cap along +z, label on the −x side.
 _HALF_WIDTH, _HALF_BODY, _MOUTH = 0.0275, 0.06, 0.095  # m
@@ -88,7 +85,7 @@ class Placement(Task):
             "placed": self.lasts("placed", placed),
         }
 
-    def demonstrate(self, script: "Script") -> Iterator["Command"]:
+    def demonstrate(self, script: Script) -> Iterator[Command]:
         world = self.world
         yield from script.pick("right", (0.40, -0.15, 1.10), grip=(0, 0, 0.05), above=0.13)
         yield from script.carry("right", _HANDOVER, np.eye(3), noise=0.5)

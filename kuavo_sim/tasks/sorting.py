@@ -4,10 +4,10 @@ Cue: the sign on the first rack shows the colour of the compartment. After the t
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kuavo_sim.motions import Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import (
     BLUE,
@@ -25,9 +25,6 @@ from kuavo_sim.scene import (
     table_xml,
 )
 from kuavo_sim.tasks.task import Task, arm_offset, within
-
-if TYPE_CHECKING:
-    from kuavo_sim.expert import Command, Script
 
 _AT_RACK = np.array([0.35, 0.0, 0.0])  # x, y (m) and yaw (rad) of the base
 _AT_PLACEMENT = np.array([-0.35, 0.0, np.pi])
@@ -116,7 +113,7 @@ class Sorting(Task):
         if self.cue is not None:
             self.world.paint("sign", _COLOURS[self.cue])
 
-    def demonstrate(self, script: "Script") -> Iterator["Command"]:
+    def demonstrate(self, script: Script) -> Iterator[Command]:
         yield from script.drive(*_AT_RACK)
         yield from script.pick("right", np.add(_CARRYING, [*_AT_RACK[:2], 0]))
         yield from script.drive(0.10, 0.0, np.pi)

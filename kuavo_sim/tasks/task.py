@@ -2,14 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from kuavo_sim.motions import Command, Script
 from kuavo_sim.scene import World
-
-if TYPE_CHECKING:
-    from kuavo_sim.expert import Command, Script
 
 SETTLED = 3  # control steps that something must stay true before it counts
 
@@ -90,7 +88,7 @@ class Task(ABC):
         return
 
     @abstractmethod
-    def demonstrate(self, script: "Script") -> Iterator["Command"]:
+    def demonstrate(self, script: Script) -> Iterator[Command]:
         """The expert's commands, one per control step."""
 
     def lasts(self, name: str, now: bool, steps: int = SETTLED) -> bool:

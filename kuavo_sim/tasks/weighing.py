@@ -6,10 +6,10 @@ light shows that by default; `phase_visible=False` keeps it dark.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kuavo_sim.motions import Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import (
     BLUE,
@@ -28,9 +28,6 @@ from kuavo_sim.scene import (
     table_xml,
 )
 from kuavo_sim.tasks.task import Task, arm_offset, near, within
-
-if TYPE_CHECKING:
-    from kuavo_sim.expert import Command, Script
 
 _BELT_X, _BELT_END = 0.50, -0.19  # m
 _PICK_Y = -0.30
@@ -110,7 +107,7 @@ class Weighing(Task):
         self.world.paint("lamp", _COLOURS[self.cue or 0] if lit else DARK)
         self.world.paint("done", WHITE if self.reached["weighed"] and self.phase_visible else DARK)
 
-    def demonstrate(self, script: "Script") -> Iterator["Command"]:
+    def demonstrate(self, script: Script) -> Iterator[Command]:
         world = self.world
         above_belt = (_BELT_X, _PICK_Y, 1.01)
         yield from script.reach("right", above_belt, script.top_grasp())

@@ -6,7 +6,8 @@ import pytest
 import kuavo_sim
 from kuavo_sim import expert
 from kuavo_sim.env import KuavoEnv
-from kuavo_sim.expert import DOWN, InverseKinematics, UnreachableError, demonstrate, success_rate, wilson_interval
+from kuavo_sim.expert import demonstrate, success_rate, wilson_interval
+from kuavo_sim.motions import DOWN, InverseKinematics, Script, UnreachableError
 from kuavo_sim.robot import ARM_SLICE, HOME
 
 
@@ -53,7 +54,7 @@ def test_noise_disturbs_the_states_but_not_where_the_recorded_actions_lead():
 def test_a_missed_grasp_is_tried_again():
     env = KuavoEnv("weighing", renderer="none", image_size=8)
     env.reset(seed=0)
-    script = expert.Script(env.task)
+    script = Script(env.task.world, lambda: env.task.at_decision_point)
     commands = script.pick("right", (0.46, -0.18, 1.05))
     closings = 0
     was_closed = False
