@@ -100,20 +100,20 @@ def lerobot_train(size: Size, vlm: Path, data: Path, output: Path, settings: Set
         "output_dir": output,
     }
     command = ["-m", "lerobot.scripts.lerobot_train", *(f"--{key}={value}" for key, value in arguments.items())]
-    times = STEP_TIMES.findall(_run(command, settings))
+    times = STEP_TIMES.findall(run_command(command, threads=settings.threads))
     return size.batch / median(float(update) + float(data) for update, data in times[1:])
 
 
 def kuavo_train(overrides: list[str], settings: Settings) -> float:
     """Samples per second of our command."""
-    _run(["-m", "kuavo_train", f"task=tasks/task1_{TASK}", *overrides], settings)
+    run_command(["-m", "kuavo_train", f"task=tasks/task1_{TASK}", *overrides], threads=settings.threads)
     steps = stage_folder(compose_run(overrides)[0]).metrics.read()
     return median(step["samples_per_s"] for step in steps[1:])
 
 
-def _run(arguments: list[str], settings: Settings) -> str:
+def run_command(arguments: Sequence[str], *, threads: int) -> str:
     """Everything a command prints. Raises `RuntimeError` with the end of it when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(

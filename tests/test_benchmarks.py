@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, memory_joins, scaling
+from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, memory_joins, precision, scaling
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
 from benchmarks.models import SIZES
@@ -135,3 +135,21 @@ def test_a_command_that_cannot_be_meant_is_refused(
 ) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_steps_that_were_rounded_away_are_counted_and_an_interval_is_over_seeds() -> None:
+    name = f"{precision.EXPERT}layers.0.weight"
+    before = {name: torch.full((4,), 1.0, dtype=torch.bfloat16), "other": torch.zeros(1)}
+    after = {name: torch.tensor([1.0, 1.0, 4.0, 5.0]), "other": torch.ones(1)}
+    assert precision._changed_and_moved(before, after) == (0.5, 5.0)
+    assert precision._with_interval([1.0, 2.0, 3.0]) == "+2.0000 (-0.4841 to +4.4841)"
+
+
+@pytest.mark.slow
+def test_learning_in_bfloat16_and_in_float32_is_measured_with_the_real_commands(tmp_path: Path) -> None:
+    small = ["steps=4", "seed=0", "episodes=4", "held_out=2", "batch_size=4", "draws=1", "image=32"]
+    for _ in range(2):  # the second time it is all there
+        assert main(["precision", f"work={tmp_path / 'work'}", f"folder={tmp_path}", *small]) == 0
+    learnt, _ = json.loads((tmp_path / "results.json").read_text())["precision"]["tables"].values()
+    changed = [float(row["expert's weights that changed"].rstrip("%")) for row in learnt["rows"]]
+    assert changed[0] < 60 < 99 < min(changed[1:])
