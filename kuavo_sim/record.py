@@ -311,7 +311,11 @@ def _lock(root: Path) -> Iterator[None]:
     """One recorder per dataset at a time; the operating system frees the lock of a process that dies."""
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.with_name(f".{root.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process records {root}; this one waits for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -27,6 +27,7 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines
+from kuavo_train.lease import living_holder
 from kuavo_train.settings import is_free
 
 VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "numpy")
@@ -40,8 +41,11 @@ class StageFolder:
 
     @property
     def status(self) -> str:
-        """absent, running, interrupted, failed or finished."""
-        return self.about["status"] if (self.path / "stage.json").is_file() else "absent"
+        """absent, running, interrupted, failed, finished, or killed: running as it says, yet no process is there."""
+        if not (self.path / "stage.json").is_file():
+            return "absent"
+        status = self.about["status"]
+        return "killed" if status == "running" and living_holder(self.path) is None else status
 
     @property
     def about(self) -> dict[str, Any]:

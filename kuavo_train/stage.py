@@ -49,6 +49,7 @@ from kuavo_train.learning.policy_factory import (
 )
 from kuavo_train.learning.tracking import make_tracker
 from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
+from kuavo_train.lease import Lease, NoLease, held
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.remedies import told_in_one_line
@@ -78,17 +79,27 @@ def _run_stage(
     config: RunConfig, curriculum: Sequence[StageConfig], accelerator: Accelerator, listener: Listening
 ) -> None:
     findings = Findings()
-    with told_in_one_line(config), listener.giving_up(), accelerator.main_process_first():
-        # What the first process records and caches, the others find.
-        resumed = checkpoint_to_resume(config, curriculum)
-        before = result_before(config, curriculum)
-        record_missing_data(config, curriculum)
-        opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
-        findings.raise_problems()
-    assert opened is not None, "what cannot be opened is a problem"
-    Stage(opened, before, listener).run(resumed)
+    with contextlib.ExitStack() as owned:
+        with told_in_one_line(config), listener.giving_up(), accelerator.main_process_first():
+            # What the first process records and caches, the others find.
+            lease = owned.enter_context(_owning(config, accelerator))
+            resumed = checkpoint_to_resume(config, curriculum)
+            before = result_before(config, curriculum)
+            record_missing_data(config, curriculum)
+            opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
+            findings.raise_problems()
+        assert opened is not None, "what cannot be opened is a problem"
+        Stage(opened, before, listener, lease).run(resumed)
     if listener.number is not None:  # in the midst of the last files: the stage is whole, but no other begins
         raise Interrupted(listener.number)
+
+
+def _owning(config: RunConfig, accelerator: Accelerator) -> contextlib.AbstractContextManager[Lease | NoLease]:
+    """The stage's folder is held by the first of this run's processes. Raises `ConfigError` where another has it."""
+    if not accelerator.is_main_process:
+        return contextlib.nullcontext(NoLease())
+    stage = config.stage
+    return held(stage_folder(config).path, f"stage {stage.index} ({stage.name}) of run {config.run}")
 
 
 def _kept(folder: StageFolder) -> str:
@@ -123,12 +134,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
 class Stage:
     """An opened stage carried out: train, validate, checkpoint, conclude."""
 
-    def __init__(self, opened: OpenedStage, before: Checkpoint | None, listener: Listening):
+    def __init__(self, opened: OpenedStage, before: Checkpoint | None, listener: Listening, lease: Lease | NoLease):
         """
         Args:
             before: what the stage before ended in; None for the first stage.
         """
-        self.opened, self.before, self.listener = opened, before, listener
+        self.opened, self.before, self.listener, self.lease = opened, before, listener, lease
         self.config, self.folder, self.accelerator = opened.config, opened.folder, opened.accelerator
         self.built, self.order, self.timetable = opened.built, opened.order, opened.timetable
         self.progress = Progress()
@@ -424,6 +435,7 @@ class Stage:
         of_all = progress.joined(gather_object([progress])[1:])
         if not self.accelerator.is_main_process:
             return
+        self.lease.confirm()
         checkpoints = self.folder.checkpoints
         checkpoints.save(
             progress.step,

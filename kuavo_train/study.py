@@ -27,6 +27,7 @@ from kuavo_train.config import ConfigError, RunConfig, RunError
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.evaluation.stored_run import finished_cells
 from kuavo_train.interruption import end_on_signals
+from kuavo_train.lease import held
 from kuavo_train.settings import Difference, is_free, refuse
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
@@ -102,10 +103,15 @@ def main(arguments: Sequence[str]) -> int:
     first = cells[0].configs[0]
     quieten_libraries()
     set_hub(first)
-    # The heavy imports come after the configuration has been found good.
+    path = Path(first.outputs) / f"{run}-study" / "study.json"
+    with held(path.parent, f"study {run}"):
+        return _carry_out(StudyFile(path, run, shared), cells)
+
+
+def _carry_out(study: StudyFile, cells: Sequence[Cell]) -> int:
     from kuavo_train.opened_stage import record_missing_data
 
-    study = StudyFile(Path(first.outputs) / f"{run}-study" / "study.json", run, shared)
+    first = cells[0].configs[0]
     record_missing_data(first, [config.stage for config in cells[0].configs])
     if first.data_only:
         return 0

@@ -19,8 +19,10 @@ from accelerate.state import AcceleratorState
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.evaluation.stored_run import read_run
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.trainer import Trainer
+from kuavo_train.lease import held
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 from kuavo_train.trained_run import TrainedRun
@@ -70,7 +72,14 @@ def test_a_stage_goes_on_with_another_number_of_processes(
         monkeypatch.setattr(Trainer, "_step", interrupt)
 
     stop_before(2)
+    with (
+        held(stage_folder(configs[0]).path, "it"),
+        pytest.raises(ConfigError, match=r"stage 1 .* one process at a time"),
+    ):
+        run(configs)
     assert run(configs) == 143
+    stage_folder(configs[0]).tell(status="running")  # as a kill leaves it
+    assert stage_folder(configs[0]).status == read_run(configs[0].run_folder).stages[0].record["status"] == "killed"
     stop_before(4)
     assert together(lambda: run(configs, resume=True)) == [143, 143]
     folder = stage_folder(configs[0])

@@ -6,6 +6,7 @@ would redefine what an action means, which looks like forgetting.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,11 @@ class Normalization:
         }
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"source": self.source, "hash": self.hash, "statistics": self.statistics}, indent=1))
+        """Write in one move."""
+        partial = path.with_name(f".{path.name}.partial")
+        content = {"source": self.source, "hash": self.hash, "statistics": self.statistics}
+        partial.write_text(json.dumps(content, indent=1))
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> "Normalization":

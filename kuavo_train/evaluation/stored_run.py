@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kuavo_train.lease import living_holder
+
 Record = dict[str, Any]
 
 STAGE_FOLDER = re.compile(r"stage(\d+)_(.+)")
@@ -198,6 +200,8 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
     # A kill before the first write leaves a folder without stage.json: it is a stage that was begun, no more.
     record = _read_json(path) if path.is_file() else {"name": name, "index": index, "status": "interrupted"}
     _require(record, ("status",), path)
+    if record["status"] == "running" and living_holder(folder) is None:
+        record["status"] = "killed"
     metrics = _read_lines(folder / "metrics.jsonl", ("step",))
     validations = _read_lines(folder / "validation.jsonl", ("kind", "step", "task", "loss"))
     rollouts = _read_lines(folder / "rollouts.jsonl", ("kind", "step", "task", "episodes"))
