@@ -83,7 +83,7 @@ def run(settings: Settings) -> list[Table]:
 
 def write_bases(work: Path, seed: int, settings: Settings) -> None:
     """LeRobot's SmolVLA on the VLM in bfloat16, as LeRobot saves it, and the same weights in float32."""
-    instructions = [config.stage.instruction for config in compose_run([])]
+    instructions = [str(config.stage.instruction) for config in compose_run([])]
     vlms = {
         dtype: make_tiny_vlm(work / f"vlm_{dtype}", dtype=dtype, image_size=settings.image, corpus=instructions)
         for dtype in DTYPES

@@ -33,6 +33,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from benchmarks.models import LAYOUTS
 from kuavo_train.config import TrainingConfig
+from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization
@@ -135,12 +136,12 @@ def colour_task(delays: Sequence[int], layouts: Sequence[int]) -> ColourTask:
         actions += [np.zeros(2, np.float32)] * (delay + 1) + [TARGETS[colour]]
         bounds.append(len(actions))
     lengths = np.diff(bounds)
+    nowhere: Any = None  # there is no dataset on disk
     task = Task(
         name="remember_colour",
         index=1,
-        instruction=INSTRUCTION,
-        root=Path(),
-        meta=None,  # there is no dataset on disk
+        instructions=Instructions.always(INSTRUCTION, len(actions)),
+        recording=nowhere,
         state_names=("state",),
         action_names=("x", "y"),
         state=np.zeros((len(actions), 1), np.float32),

@@ -9,7 +9,6 @@ is the peak of what Python and numpy hold meanwhile, the tables of state and act
 import time
 import tracemalloc
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.measuring import Table, alternate, milliseconds
 from benchmarks.models import ACTIONS, STATE
+from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.lanes import LaneOrder
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
@@ -93,9 +93,8 @@ def _task(number: int, frames: int) -> Task:
     return Task(
         name=f"task{number}",
         index=number + 1,
-        instruction="put the parcel into the container",
-        root=Path(),
-        meta=unused,
+        instructions=Instructions.always("put the parcel into the container", frames),
+        recording=unused,
         state_names=tuple(f"joint_{n}" for n in range(STATE)),
         action_names=tuple(f"joint_{n}" for n in range(ACTIONS)),
         state=random.standard_normal((frames, STATE), dtype=np.float32),

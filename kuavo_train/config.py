@@ -19,6 +19,9 @@ from omegaconf import OmegaConf
 OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
 OmegaConf.register_new_resolver("share_of", lambda whole, part: max(1, round(whole * part)), replace=True)
 
+FROM_DATASET = "dataset"
+"""`stage.instruction` that takes the dataset's own sentences."""
+
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -58,6 +61,22 @@ class Problems(list[str]):
         """Raises `ConfigError` with all of them, a line each."""
         if self:
             raise ConfigError("\n".join(self))
+
+
+def said(error: BaseException, limit: int = 1500) -> str:
+    """What an error says: its type and text, and of those it came from the last that says anything else.
+
+    The hub's library hides the reason behind texts that are empty, or begin with an empty line.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    told = [(type(each).__name__, str(each).strip()[:limit]) for each in chain]
+    texts = [f"{name}: {text}" for name, text in told if text]
+    if not texts:
+        return " from ".join(name for name, _ in told)
+    last = texts[-1].partition(": ")[2]
+    return texts[0] if last in texts[0] else f"{texts[0]} (from {texts[-1]})"
 
 
 def require(condition: bool, key: str, rule: str, value: object) -> None:
@@ -109,7 +128,7 @@ class StageConfig:
 
     name: str
     index: int  # place in the order of learning, from 1
-    instruction: str
+    instruction: list[str] | str  # one sentence; several, one of which each episode is told; or `dataset`: its own
     epochs: int  # passes over this task's training frames
     lr: float
     warmup_steps: int
@@ -120,7 +139,8 @@ class StageConfig:
     final_loss_limit: float = 0.9  # held-out loss the final model should stay under
     episodes: list[int] | None = None  # [first, last] episode to use; all when absent
     cameras: dict[str, str] = field(default_factory=dict)  # name in the dataset → name in the policy
-    repo_id: str | None = None  # of the dataset on the hub, fetched to `root` when nothing is there
+    repo_id: str | None = None  # of the dataset on the hub, fetched to `root` when it is not there
+    revision: str | None = None  # of that: a branch, a tag or a commit; None: the tag of the format that LeRobot reads
     state_names: list[str] | None = None  # in place of the dataset's, where they are wrong or missing
     action_names: list[str] | None = None
     scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
@@ -137,7 +157,9 @@ class StageConfig:
         )
         where = f"stage {self.index} ({self.name}):"
         require(self.index >= 1, f"{where} index", "be at least 1", self.index)
-        require(bool(self.instruction.strip()), f"{where} instruction", "not be empty", self.instruction)
+        self._check_instruction(f"{where} instruction")
+        named = self.revision is None or self.repo_id is not None
+        require(named, f"{where} revision", "come with the repo_id that it is of", self.revision)
         require(self.epochs >= 1, f"{where} epochs", "be at least 1", self.epochs)
         require(self.lr > 0, f"{where} lr", "be positive", self.lr)
         require(self.warmup_steps >= 0, f"{where} warmup_steps", "not be negative", self.warmup_steps)
@@ -150,6 +172,14 @@ class StageConfig:
         for name, factor in self.scale.items():
             valid = name.startswith(("state.", "action.")) and factor != 0
             require(valid, f"{where} scale", "give state.NAME or action.NAME a factor that is not 0", {name: factor})
+
+    def _check_instruction(self, key: str) -> None:
+        texts = [self.instruction] if isinstance(self.instruction, str) else self.instruction
+        require(bool(texts) and all(text.strip() for text in texts), key, "not be empty", self.instruction)
+        words = [" ".join(text.split()) for text in texts]
+        require(len(set(words)) == len(words), key, "not say one sentence twice", self.instruction)
+        alone = len(words) == 1 or FROM_DATASET not in words
+        require(alone, key, f"be {FROM_DATASET} alone, or sentences", self.instruction)
 
     @property
     def folder_name(self) -> str:

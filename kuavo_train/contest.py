@@ -12,7 +12,7 @@ from typing import Any
 from lerobot.configs import PreTrainedConfig
 
 from kuavo_sim import ENVIRONMENT_IDS, TASKS
-from kuavo_train.config import ConfigError, DataConfig, StageConfig, one_of, require
+from kuavo_train.config import FROM_DATASET, ConfigError, DataConfig, StageConfig, one_of, require
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.known_tasks import KnownTask, KnownTasks
 from kuavo_train.data.tasks import Task, open_task
@@ -107,7 +107,7 @@ class Contestant:
             recipe = StageConfig(
                 task,
                 1,
-                about.instruction,
+                list(about.instructions),
                 epochs=1,
                 lr=1.0,
                 warmup_steps=0,
@@ -116,7 +116,12 @@ class Contestant:
                 root=root,
             )
             config = DataConfig(root=str(data), cameras=list(self.known.camera_sizes))
-        return open_task(replace(recipe, root=root, episodes=None), replace(config, held_out_episodes=1))
+        recipe, config = replace(recipe, root=root, episodes=None), replace(config, held_out_episodes=1)
+        opened = open_task(recipe, config)
+        recorded = opened.instructions.recorded
+        if self.run is None and len(about.instructions) > 1 and recorded.keys() <= set(about.instructions):
+            return open_task(replace(recipe, instruction=FROM_DATASET), config)  # which of them each episode is of
+        return opened
 
     def unseen(self, task: Task) -> set[int]:
         """Episodes of a dataset that it was not trained on, as far as its run tells."""

@@ -20,8 +20,11 @@ from transformers import AutoTokenizer
 
 from kuavo_train.config import ConfigError, Problems, RunConfig, StageConfig
 from kuavo_train.data.images import Images, size_text
+from kuavo_train.data.joints import columns_by_group
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import Task, columns_by_group, recorded_fps
+from kuavo_train.data.recording import recorded_fps
+from kuavo_train.data.task_checks import listed_counts, little_used
+from kuavo_train.data.tasks import Task
 from kuavo_train.learning.freezing import dtype_names, parameter_counts, parameter_groups, trainable_parameters
 from kuavo_train.learning.lora import adapted_state
 
@@ -50,20 +53,26 @@ class Findings:
 
     def look_at_datasets(self, curriculum: Sequence[StageConfig]) -> None:
         """What can be said of all of them, those too that do not open."""
-        rates = {stage.name: fps for stage in curriculum if (fps := recorded_fps(stage)) is not None}
+        rates = {stage.name: fps for stage in curriculum if (fps := recorded_fps(Path(stage.root))) is not None}
         if len(set(rates.values())) > 1:
             self.problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
 
-    def look_at_tasks(self, tasks: Sequence[Task], image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    def look_at_tasks(
+        self,
+        tasks: Sequence[Task],
+        image_shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+        claw_limits: Sequence[float] | None,
+    ) -> None:
         """
         Args:
             tasks: those that could be opened.
             image_shapes: task → camera → (3, H, W), of the tasks whose videos decode.
+            claw_limits: open and closed; None where claws are taken as they are.
         """
         self.facts["tasks"] = [_task_facts(task, image_shapes.get(task.name, {})) for task in tasks]
         self.problems += _agreement_problems(tasks, image_shapes)
         for task in tasks:
-            self.notes += _task_notes(task)
+            self.notes += _task_notes(task, claw_limits)
             self.notes += _naming_notes(tasks[0], task)
 
     def look_at_policy_config(
@@ -71,12 +80,13 @@ class Findings:
     ) -> None:
         """The policy as it is configured, with or without its weights."""
         limit = getattr(policy_config, "tokenizer_max_length", None)
-        lengths = token_counts(policy_config, [task.instruction for task in tasks])
         self.facts["token_limit"] = limit
-        for facts, length in zip(self.facts["tasks"], lengths, strict=True):
-            facts["tokens"] = length
-        self.problems += _instruction_problems(limit, tasks, lengths)
-        self.notes += _policy_notes(policy_config.type, tasks, lengths)
+        for facts, task in zip(self.facts["tasks"], tasks, strict=True):
+            lengths = token_counts(policy_config, task.instructions.texts)
+            facts["tokens"] = max(lengths) if lengths else None
+            self.problems += _instruction_problems(limit, task, lengths)
+        if limit is None:
+            self.notes += _policy_notes(policy_config.type, tasks)
         self.problems += _width_problems(policy_config, normalization)
 
     def look_at_policy(self, config: RunConfig, policy: Any, stored: Mapping[str, torch.dtype]) -> None:
@@ -156,10 +166,10 @@ class Findings:
         return json.dumps({**self.facts, "notes": self.notes, "problems": self.problems}, indent=1, ensure_ascii=False)
 
 
-def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | None]:
-    """Tokens of each instruction as the policy reads it, or None for a policy without language."""
+def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int]:
+    """Tokens of each instruction as the policy reads it; of a policy without language, none."""
     if not hasattr(policy_config, "tokenizer_max_length"):
-        return [None for _ in instructions]
+        return []
     tokenizer = AutoTokenizer.from_pretrained(policy_config.vlm_model_name)
     return [len(tokenizer(instruction + "\n").input_ids) for instruction in instructions]
 
@@ -167,18 +177,21 @@ def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int | 
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 
-def _instruction_problems(limit: int | None, tasks: Sequence[Task], lengths: Sequence[int | None]) -> list[str]:
+def _instruction_problems(limit: int | None, task: Task, lengths: Sequence[int]) -> list[str]:
+    longest = max(lengths, default=0)
+    if limit is None or longest <= limit:
+        return []
+    text = task.instructions.texts[lengths.index(longest)]
+    which = f' ("{textwrap.shorten(text, 60, placeholder=" …")}")' if len(lengths) > 1 else ""
     return [
-        f"instruction of {task.name} must fit policy.tokenizer_max_length={limit} tokens, got {length}; LeRobot would "
-        f"cut it: set policy.tokenizer_max_length={length} or more"
-        for task, length in zip(tasks, lengths, strict=True)
-        if length is not None and limit is not None and length > limit
+        f"instruction of {task.name}{which} must fit policy.tokenizer_max_length={limit} tokens, got {longest}; "
+        f"LeRobot would cut it: set policy.tokenizer_max_length={longest} or more"
     ]
 
 
-def _policy_notes(policy: str, tasks: Sequence[Task], lengths: Sequence[int | None]) -> list[str]:
-    """What a policy cannot do that several tasks would ask of it."""
-    if None not in lengths or len(tasks) < 2:
+def _policy_notes(policy: str, tasks: Sequence[Task]) -> list[str]:
+    """What a policy without language cannot do that several tasks would ask of it."""
+    if len(tasks) < 2:
         return []
     notes = [
         f"policy {policy} reads no instruction: it can tell {len(tasks)} tasks apart by pictures and state alone, and "
@@ -207,11 +220,12 @@ def _agreement_problems(tasks: Sequence[Task], image_shapes: Mapping[str, Mappin
                 f"{', '.join(cameras)} must have one size (height, width) in all tasks, got {dict(sizes)}; bring them "
                 f"to one, such as data.image_size=[{height},{width}]"
             )
-    instructions = [task.instruction for task in tasks]
     for task in tasks:
-        if instructions.count(task.instruction) > 1:
+        others = {text for other in tasks if other is not task for text in other.instructions.texts}
+        for text in dict.fromkeys(text for text in task.instructions.texts if text in others):
             problems.append(
-                f"instruction of {task.name} must differ from all others, or the policy cannot tell the tasks apart"
+                f"instruction of {task.name} must differ from all others, or the policy cannot tell the tasks apart, "
+                f'got "{text}"'
             )
     return problems
 
@@ -268,17 +282,33 @@ def _room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_byte
     return problems
 
 
-def _task_notes(task: Task) -> list[str]:
+def _task_notes(task: Task, claw_limits: Sequence[float] | None) -> list[str]:
     notes = [f"{task.name}: {', '.join(task.unused)} not used"] if task.unused else []
+    notes += [f"{task.name}: {note}" for note in (*_instruction_notes(task), *task.notes)]
+    constant: list[str] = []
     for kind, names, values in (
-        ("state", task.state_names, task.state),
         ("action", task.action_names, task.action),
+        ("state", task.state_names, task.state),
     ):
-        still = np.ptp(values[task.train_rows], axis=0) == 0
+        resting, still = constant, np.ptp(values[task.train_rows], axis=0) == 0
         constant = [name for name, stays in zip(names, still, strict=True) if stays]
         if constant:
             notes.append(f"{task.name}: {kind} never changes in {', '.join(constant)}")
+        little = little_used(kind, names, values[task.train_rows], claw_limits, resting=resting)
+        notes += [f"{task.name}: {note}" for note in little]
     return notes
+
+
+def _instruction_notes(task: Task) -> list[str]:
+    """What the dataset says was to be done, where the task is told something else."""
+    told = task.instructions
+    agrees = len(told.recorded) == 1 and set(told.recorded) <= set(told.texts)
+    if told.own or agrees or not told.recorded:
+        return []
+    return [
+        f"the dataset says {listed_counts(told.recorded, 'episode')}, its task's file another instruction, which is "
+        "trained; instruction: dataset takes what the dataset says"
+    ]
 
 
 def _naming_notes(first: Task, task: Task) -> list[str]:
@@ -306,11 +336,12 @@ def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> dict
     return {
         "name": task.name,
         "instruction": task.instruction,
+        "instructions": list(task.instructions.texts),
         "train_episodes": len(task.train_episodes),
         "held_out_episodes": len(task.held_out_episodes),
         "frames": frames,
-        "hours": frames / task.meta.fps / 3600,
-        "fps": task.meta.fps,
+        "hours": frames / task.recording.fps / 3600,
+        "fps": task.recording.fps,
         "share": None,
         "cameras": {
             camera: {"in_dataset": name, "size": list(image_shapes[camera][1:]) if camera in image_shapes else None}
@@ -378,7 +409,9 @@ def _groups_text(groups: Mapping[str, int]) -> str:
 
 def _instruction_text(task: Mapping[str, Any], width: int) -> str:
     first, others = f"  {task['name']:<{width}} ", " " * (width + 3)
-    return textwrap.fill(task["instruction"], 118, initial_indent=first, subsequent_indent=others)
+    more = len(task["instructions"]) - 1
+    text = task["instruction"] + (f" (and {more} more)" if more else "")
+    return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others)
 
 
 def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:

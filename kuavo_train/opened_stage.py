@@ -20,7 +20,7 @@ from kuavo_train.data.mixture import MixedDataset, frames_of_sample
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
-from kuavo_train.data.tasks import FeatureSpace, Task, examine_task, instruction_text
+from kuavo_train.data.tasks import FeatureSpace, Task, examine_task
 from kuavo_train.data.workers import room_problems
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.evaluation.robots import Environment
@@ -133,7 +133,7 @@ def open_stage(
         task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
     }
     shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
-    findings.look_at_tasks(tasks, shapes)
+    findings.look_at_tasks(tasks, shapes, data.claw_limits)
     normalization = attempt(_shared_normalization, config, tasks) if tasks else None
     if normalization is None or not shapes:
         return None
@@ -146,7 +146,7 @@ def open_stage(
         "checkpoint": start.pretrained_model if start else None,
         "device": accelerator.device,
     }
-    instructions = [instruction_text(stage) for stage in curriculum]
+    instructions = [text for task in tasks for text in task.instructions.texts]
     image_shapes = next(iter(shapes.values()))
     policy_config = attempt(configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted)
     if policy_config is None:
@@ -176,7 +176,7 @@ def open_stage(
         batches_per_step=training.gradient_accumulation_steps,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as torchrun says
     )
-    environments = attempt(_environments, config, curriculum)
+    environments = attempt(_environments, config, curriculum, tasks)
     own = {stage.name for stage in curriculum if stage.environment is not None}
     trained_sizes = {camera: (shape[1], shape[2]) for camera, shape in image_shapes.items()}
     for task in tasks:
@@ -203,12 +203,16 @@ def open_stage(
     )
 
 
-def _environments(config: RunConfig, curriculum: Sequence[StageConfig]) -> dict[str, Environment]:
+def _environments(
+    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task]
+) -> dict[str, Environment]:
     """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
     if config.rollout.episodes == 0:
         return {}
-    seen = seen_tasks(config, curriculum)
-    return {s.name: environment_of(s, config.simulation, config.rollout) for s in curriculum if s.name in seen}
+    seen, told = seen_tasks(config, curriculum), {task.name: task.instruction for task in tasks}
+    return {
+        s.name: environment_of(s, told[s.name], config.simulation, config.rollout) for s in curriculum if s.name in seen
+    }
 
 
 def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, processes: int) -> Order:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,14 @@ def write_run_facts(
                 "name": task.name,
                 "index": task.index,
                 "instruction": task.instruction,
+                "instructions": list(task.instructions.texts),
+                "instructions_of_dataset": task.instructions.own,
                 "loss_target": stage.loss_target,
                 "final_loss_limit": stage.final_loss_limit,
                 "recipe": asdict(stage),
                 "dataset": {
                     "root": str(task.root),
+                    "from": task.origin and asdict(task.origin),
                     "hash": task.content_hash,
                     "episodes": len(task.bounds),
                     "frames": len(task.state),
@@ -166,6 +170,8 @@ def write_run_facts(
                     "choose another run=NAME"
                 )
         known = {task["name"]: task["dataset"] for task in stored["tasks"]}
+        learnt = {stage.name for stage in takewhile(lambda stage: stage.name != config.stage.name, curriculum)}
+        _check_instructions(config.run, [task for task in facts["tasks"] if task["name"] in learnt], stored["tasks"])
         for task in facts["tasks"]:
             dataset = task["dataset"]
             before = known.get(task["name"], dataset)
@@ -190,6 +196,19 @@ def write_run_facts(
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
         }
     write_json(path, facts)
+
+
+def _check_instructions(run: str, learnt: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
+    """Raises `ConfigError` where a task that was learnt would be replayed and validated with other words."""
+    before = {task["name"]: task for task in stored}
+    for task in learnt:
+        for key in ("instructions", "instructions_of_dataset"):
+            told = before.get(task["name"], {}).get(key, task[key])
+            if told != task[key]:
+                raise ConfigError(
+                    f"the {key.replace('_', ' ')} of {task['name']} must stay what it was learnt with in run {run} "
+                    f"({told}), got {task[key]}; put stage.instruction back, or choose another run=NAME"
+                )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -31,6 +31,7 @@ def write_dataset(
     videos: bool = True,
     depth: bool = False,
     claw_scale: float = 1,
+    tasks: list[str] | None = None,
 ) -> Path:
     """A LeRobot v3 dataset whose next joint angles can be read off its frames and state.
 
@@ -38,6 +39,7 @@ def write_dataset(
         size: of the pictures, or (height, width).
         depth: also columns observation.depth_h (a video of 8 bits) and observation.depth_l (numbers, in mm).
         claw_scale: what the action's claws are recorded times.
+        tasks: what the dataset says of its episodes, in turn; None: the folder's name.
     """
     height, width = (size, size) if isinstance(size, int) else size
     action_names = names or ARM_NAMES + (BASE_NAMES if base else [])
@@ -66,7 +68,8 @@ def write_dataset(
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
     random = np.random.default_rng(seed)
-    for _ in range(episodes):
+    for episode in range(episodes):
+        task = root.name if tasks is None else tasks[episode % len(tasks)]
         phase, speed = random.uniform(0, 3), random.uniform(0.1, 0.3)
         for step in range(length):
             state = np.sin(phase + speed * step + np.arange(16)).astype(np.float32)
@@ -74,7 +77,7 @@ def write_dataset(
             claws = [name.endswith("_claw") for name in action_names]
             action[claws] = claw_scale * (action[claws] + 1) / 2
             state[[7, 15]] = (state[[7, 15]] + 1) / 2
-            frame = {"observation.state": state, "action": action.astype(np.float32), "task": root.name}
+            frame = {"observation.state": state, "action": action.astype(np.float32), "task": task}
             if depth:
                 frame["observation.depth_h"] = np.full((height, width, 3), 200, dtype=np.uint8)
                 frame["observation.depth_l"] = np.full((4, 6), 800, dtype=np.uint16)

@@ -69,7 +69,7 @@ def test_cached_frames_are_the_decoded_ones(
     root = write_dataset(tmp_path / "data", episodes=3, length=70, size=24, videos=videos)
     stage = replace(configs[1].stage, root=str(root))
     task = open_task(stage, replace(config, held_out_episodes=1))
-    assert bool(task.meta.video_keys) == videos
+    assert bool(task.recording.video_keys) == videos
     for size in (None, [16, 20]):
         decoded = DecodedFrames(task, image_size=size, video_backend="pyav")
         cache = frame_cache(decoded, config.cache_folder)
@@ -178,7 +178,7 @@ def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) ->
         key(image_size=[16, 16]),
         key(video_backend="torchcodec"),
         key(replace(task, cameras={head: right, left: left, right: head})),
-        key(replace(task, root=datasets / "placement")),
+        key(replace(task, recording=replace(task.recording, root=datasets / "placement"))),
     ]
     assert all(other != key() for other in others)
     assert key(replace(task, name="renamed")) == key()
@@ -198,7 +198,7 @@ def test_features_fill_without_a_frame_cache(config: DataConfig, decoded: Decode
 
 
 RULES: list[tuple[dict[str, Any], bool, type, str]] = [  # config, encoder frozen?, source, told
-    ({}, True, CachedFeatures, "embeddings by the frozen encoder, 4 × 8 bfloat16 per camera; 0.0 MiB in"),
+    ({}, True, CachedFeatures, "embeddings by the frozen encoder, 4 × 8 bfloat16 per camera; 13.1 KiB in"),
     ({}, False, CachedFrames, "frames (no embeddings: the image encoder is trained); 0.6 MiB in"),
     ({"augmentation": object()}, True, CachedFrames, "no embeddings: data.augmentation changes the pictures"),
     ({"feature_cache": False}, True, CachedFrames, "no embeddings: data.feature_cache=false"),
@@ -206,7 +206,7 @@ RULES: list[tuple[dict[str, Any], bool, type, str]] = [  # config, encoder froze
         {"feature_cache_limit_gib": 1e-6},
         True,
         CachedFrames,
-        "no embeddings: they would take 0.0 MiB, over data.feature_cache_limit_gib=1e-06",
+        "no embeddings: they would take 13.1 KiB, over data.feature_cache_limit_gib=1e-06",
     ),
     ({"frame_cache": False}, True, CachedFeatures, "embeddings by the frozen encoder"),
     ({"frame_cache": False}, False, DecodedFrames, "decoded anew for every batch, data.frame_cache=false"),

@@ -133,7 +133,7 @@ def test_a_batch_holds_what_the_dataset_holds(
         root=task.root,
         video_backend="pyav",
         return_uint8=True,
-        delta_timestamps={key: [step / task.meta.fps for step in offsets] for key, offsets in steps.items()},
+        delta_timestamps={key: [step / task.recording.fps for step in offsets] for key, offsets in steps.items()},
     )
     frames = [DecodedFrames(each, image_size=None, video_backend="pyav") for each in tasks]
     dataset = MixedDataset(tasks, frames, normalization, actions=actions, observations=observations)

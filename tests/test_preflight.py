@@ -135,7 +135,9 @@ def test_one_joint_under_two_names_and_one_that_never_moves_are_noted(
     assert "placement: action never changes in zarm_l1_link" in said.notes
 
 
-def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, datasets: Path, tmp_path: Path) -> None:
+def test_a_video_that_was_cut_off_is_named_with_the_episode_it_lacks(
+    small_run: Overrides, datasets: Path, tmp_path: Path
+) -> None:
     shutil.copytree(datasets, tmp_path / "data")
     root = tmp_path / "data" / "sorting"
     video = next((root / "videos").rglob("*wrist_cam_l*/**/*.mp4"))
@@ -146,7 +148,8 @@ def test_a_video_that_was_cut_off_is_named_with_its_frame(small_run: Overrides, 
     assert len(video.read_bytes()) < len(whole)
     problems = examine(small_run(f"data.root={tmp_path / 'data'}")).problems
     assert len(problems) == 1
-    assert f"sorting: video {video} must decode, got an error at frame 13 of episode 4, 6.90 s" in problems[0]
+    file = video.relative_to(root)
+    assert f"wrist_cam_l of episode 4 must lie in its file, of 5.60 s, got 5.60 to 7.00 s of {file}" in problems[0]
 
 
 def test_the_command_prints_json_alone_and_fails_where_there_are_problems(small_run: Overrides, here: Here) -> None:

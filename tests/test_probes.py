@@ -88,7 +88,7 @@ def test_the_same_words_move_no_action(run: Path) -> None:
     policy, preprocessor = trained.policy(trained.checkpoint(trained.stages[-1]))
     probe = MemoryProbe(policy, trained.dataset(trained.tasks, policy.config), preprocessor)
     weighing, placement = trained.tasks
-    object.__setattr__(placement, "instruction", weighing.instruction)
+    object.__setattr__(placement, "instructions", weighing.instructions)
     moved = swap_instructions(probe, ["weighing", "placement"], advance=lambda: None)[0]
     assert moved["change"]["estimate"] == 0.0
     assert moved["noise"]["estimate"] > 0

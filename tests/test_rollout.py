@@ -227,7 +227,7 @@ def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[
     ):
         run_stage(configs[0], [configs[0].stage])
     stage = compose_run()[1].stage
-    environment = environment_of(stage, SimulationConfig(image_size=48), RolloutConfig(max_steps=9))
+    environment = environment_of(stage, stage.instruction, SimulationConfig(image_size=48), RolloutConfig(max_steps=9))
     assert environment.id == "kuavo_sim:kuavo_sim/Weighing-v0"
     assert environment.settings == {"image_size": 48, "renderer": "rays", "phase_visible": True}
     assert environment.max_steps == 9

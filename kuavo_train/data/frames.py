@@ -4,6 +4,7 @@ Video decoding gives tens of samples a second where the map gives tens of thousa
 once. Decoding stays the source of truth.
 """
 
+import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
+from PIL import Image
 
-from kuavo_train.config import ConfigError, DataConfig
+from kuavo_train.config import ConfigError, DataConfig, said
 from kuavo_train.data.cache import EpisodeCache, fill
 from kuavo_train.data.tasks import Task
 
@@ -60,12 +60,10 @@ class DecodedFrames:
             ConfigError: names the file and the first frame that does not decode.
         """
         shapes, task = self.shapes, self.task
-        for camera in task.cameras:
-            if task.cameras[camera] in task.meta.video_keys:
-                last_in_file = {
-                    task.meta.get_video_file_path(episode, task.cameras[camera]): episode
-                    for episode in sorted([*task.train_episodes, *task.held_out_episodes])
-                }
+        episodes = sorted([*task.train_episodes, *task.held_out_episodes])
+        for camera, key in task.cameras.items():
+            if key in task.recording.video_keys:
+                last_in_file = dict(zip(task.recording.video_files(key, episodes), episodes, strict=True))
                 for episode in last_in_file.values():
                     self(camera, task.bounds[episode, 1:] - 1)
         return shapes
@@ -80,18 +78,18 @@ class DecodedFrames:
         return torch.stack(frames)  # type: ignore[arg-type]
 
     def _decode(self, camera: str, episode: int, rows: np.ndarray) -> torch.Tensor:
-        task, key = self.task, self.task.cameras[camera]
-        if key in task.meta.video_keys:
-            path = task.root / task.meta.get_video_file_path(episode, key)
-            start = float(task.meta.episodes[episode][f"videos/{key}/from_timestamp"])
-            times = [start + float(frame) / task.meta.fps for frame in task.frame[rows]]
+        task, key, recording = self.task, self.task.cameras[camera], self.task.recording
+        if key in recording.video_keys:
+            (file,) = recording.video_files(key, [episode])
+            path, start = task.root / file, float(recording.segments(key)[episode, 0])
+            times = [start + float(frame) / recording.fps for frame in task.frame[rows]]
             try:
                 frames = decode_video_frames(path, times, DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
             except Exception as error:  # each backend raises its own
                 first = next((i for i, time in enumerate(times) if not self._decodes(path, time)), 0)
                 raise ConfigError(
                     f"{task.name}: video {path} must decode, got an error at frame {int(task.frame[rows[first]])} of "
-                    f"episode {episode}, {times[first]:.2f} s into the file: {str(error).splitlines()[0]}"
+                    f"episode {episode}, {times[first]:.2f} s into the file: {said(error).splitlines()[0]}"
                 ) from error
         else:
             frames = self._read_images(key, rows)
@@ -107,17 +105,17 @@ class DecodedFrames:
         return True
 
     def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
-        # The column alone: a row of the whole table would decode the images of every camera.
-        images = self._table.select_columns([key])[rows.tolist()][key]
-        return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
-
-    @cached_property
-    def _table(self) -> Dataset:
-        """The dataset's own rows, for cameras stored as images."""
-        dataset = LeRobotDataset(
-            f"local/{self.task.name}", root=self.task.root, video_backend=self.video_backend, download_videos=False
-        )
-        return dataset.hf_dataset.with_format(None)
+        pictures = []
+        for row, content in zip(rows, self.task.recording.pictures(key, rows), strict=True):
+            try:
+                picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+            except OSError as error:
+                place = f"frame {int(self.task.frame[row])} of episode {int(self.task.episode[row])}"
+                raise ConfigError(
+                    f"{self.task.name}: picture {key} must decode, got an error at {place}: {said(error)}"
+                ) from error
+            pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
+        return torch.stack(pictures)
 
 
 class CachedFrames:

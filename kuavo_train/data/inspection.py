@@ -10,7 +10,9 @@ import matplotlib
 import numpy as np
 
 from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.tasks import Task, columns_by_group, joint_group
+from kuavo_train.data.joints import columns_by_group, joint_group
+from kuavo_train.data.task_checks import listed_counts
+from kuavo_train.data.tasks import Task
 
 UNITS = {"left_arm": "rad", "right_arm": "rad", "base_position": "m", "base_yaw": "rad"}
 MOMENTS = 6
@@ -68,7 +70,7 @@ def joint_statistics(task: Task, names: Sequence[str], values: np.ndarray) -> li
     rows = np.concatenate([np.arange(*task.bounds[episode])[1:] for episode in episodes])  # that have one before
     steps = np.abs(values[rows].astype(np.float64) - values[rows - 1])
     least, most = used.min(axis=0), used.max(axis=0)
-    jumps = steps > np.maximum(JUMP_OF_RANGE * (most - least), JUMP_SPEED / task.meta.fps)
+    jumps = steps > np.maximum(JUMP_OF_RANGE * (most - least), JUMP_SPEED / task.recording.fps)
     places = np.stack([task.episode[rows], task.frame[rows]], axis=1)
     return [
         JointStatistics(
@@ -115,13 +117,16 @@ def idle_frames(task: Task) -> IdleFrames:
 def overview(task: Task) -> str:
     """All numbers, as lines of text."""
     episodes = episodes_in_use(task)
-    seconds = np.diff(task.bounds[episodes], axis=1) / task.meta.fps
+    seconds = np.diff(task.bounds[episodes], axis=1) / task.recording.fps
     idle, twice = idle_frames(task), duplicate_episodes(task)
     states = joint_statistics(task, task.state_names, task.state)
     actions = joint_statistics(task, task.action_names, task.action)
+    instructions = task.instructions
     lines = [
         f"{task.name}: {len(episodes)} episodes of {seconds.min():.1f} to {seconds.max():.1f} s, median "
-        f"{np.median(seconds):.1f} s, {task.meta.fps} Hz",
+        f"{np.median(seconds):.1f} s, {task.recording.fps} Hz",
+        f"the dataset says {listed_counts(instructions.recorded, 'episode') or 'nothing of what is done'}",
+        f"the policy is told {listed_counts(instructions.told(task.episode, episodes), 'episode')}",
         *_table("state", states),
         *_table("action", actions),
         f"jumps, steps of more than {JUMP_OF_RANGE:.0%} of a joint's range and {JUMP_SPEED:g} rad/s: "
@@ -168,7 +173,7 @@ def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> P
     groups = columns_by_group(task.action_names)
     heights = [1.0] * len(task.cameras) + [1.4] * len(groups)
     figure = plt.figure(figsize=(13, 1.7 * sum(heights)), layout="constrained")
-    title = f"{task.name}, episode {episode}: {task.instruction}\nstates drawn through, actions dashed"
+    title = f"{task.name}, episode {episode}: {task.instruction_at(rows[0])}\nstates drawn through, actions dashed"
     figure.suptitle(title, fontsize=9, wrap=True)
     grid = figure.add_gridspec(len(heights), len(moments), height_ratios=heights)
     for place, camera in enumerate(task.cameras):
@@ -177,10 +182,10 @@ def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> P
             axes.imshow(picture.permute(1, 2, 0).numpy())
             axes.set(xticks=[], yticks=[])
             if place == 0:
-                axes.set_title(f"{task.frame[moments[column]] / task.meta.fps:.1f} s", fontsize=8)
+                axes.set_title(f"{task.frame[moments[column]] / task.recording.fps:.1f} s", fontsize=8)
             if column == 0:
                 axes.set_ylabel(camera.rsplit(".", 1)[-1], fontsize=8)
-    times = task.frame[rows] / task.meta.fps
+    times = task.frame[rows] / task.recording.fps
     for place, (group, columns) in enumerate(groups.items(), start=len(task.cameras)):
         axes = figure.add_subplot(grid[place, :])
         for number, column in enumerate(columns):

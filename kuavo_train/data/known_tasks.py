@@ -15,12 +15,20 @@ FILE_NAME = "tasks.json"
 
 @dataclass(frozen=True)
 class KnownTask:
-    """A task the policy has learnt; names are in the order of the task's own dataset."""
+    """A task the policy has learnt; names are in the order of the task's own dataset.
+
+    Attributes:
+        instructions: all that it was told to do; the first stands for the task.
+    """
 
     name: str
-    instruction: str
+    instructions: tuple[str, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        return self.instructions[0]
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class KnownTasks:
     """
 
     tasks: tuple[KnownTask, ...]
-    fps: int
+    fps: float
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     absent_state: tuple[float, ...]
@@ -45,8 +53,8 @@ class KnownTasks:
     def of(cls, tasks: Sequence[Task], normalization: Normalization) -> "KnownTasks":
         space = normalization.space
         return cls(
-            tasks=tuple(KnownTask(t.name, t.instruction, t.state_names, t.action_names) for t in tasks),
-            fps=tasks[0].meta.fps,
+            tasks=tuple(KnownTask(t.name, t.instructions.texts, t.state_names, t.action_names) for t in tasks),
+            fps=tasks[0].recording.fps,
             state_names=space.state_names,
             action_names=space.action_names,
             absent_state=tuple(normalization.array(OBS_STATE, "mean").tolist()),
@@ -68,7 +76,12 @@ class KnownTasks:
         stored = json.loads(path.read_text())
         names = {key: tuple(stored[key]) for key in ("state_names", "action_names", "absent_state")}
         tasks = tuple(
-            KnownTask(each["name"], each["instruction"], tuple(each["state_names"]), tuple(each["action_names"]))
+            KnownTask(
+                each["name"],
+                tuple(each["instructions"] if "instructions" in each else [each["instruction"]]),  # older: only one
+                tuple(each["state_names"]),
+                tuple(each["action_names"]),
+            )
             for each in stored["tasks"]
         )
         sizes = {camera: (size[0], size[1]) for camera, size in stored["camera_sizes"].items()}

@@ -95,7 +95,7 @@ class MixedDataset(Dataset):
             ACTION: torch.from_numpy(action),
             "action_is_pad": torch.from_numpy(is_pad),
             "action_dim_is_pad": torch.from_numpy(dim_is_pad),
-            "task": [self.tasks[place].instruction for place in places],
+            "task": [self.tasks[place].instruction_at(row) for place, row in zip(places, rows, strict=True)],
             "task_position": torch.from_numpy(places.copy()),
             "episode_index": torch.from_numpy(episodes),
             "frame_index": torch.from_numpy(frame_numbers),

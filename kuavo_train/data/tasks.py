@@ -1,35 +1,33 @@
-"""One task: its LeRobot dataset, its episode split, its instruction, its features by name.
+"""One task: its LeRobot dataset, its episode split, its instructions, its features by name.
 
 Tables (state, action, episode bounds) are held in memory; frames come from cache.py. Rows are the dataset's
 own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, LeRobotDatasetMetadata
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from kuavo_train.config import ConfigError, DataConfig, Problems, StageConfig, require
-
-FULL_TURN = 2 * np.pi  # rad; no joint of an arm turns so far
-DEGREE = np.pi / 180
-CLAW_MARGIN = 0.05  # of the limits' distance: sensors overshoot
-CLAW_SCALES = (1, 100, 140, 255)  # what converters of Kuavo recordings are known to scale the claws to
-BASE_GROUPS = {  # each of one unit
-    "cmd_pos_x": "base_position",  # m
-    "cmd_pos_y": "base_position",
-    "cmd_pos_yaw": "base_yaw",  # rad
-    "ctrl_change_cmd": "base_mode",  # a switch, 0 or 1
-}
+from kuavo_train.data.hub import Origin, fetch, origin_of
+from kuavo_train.data.instructions import Instructions, task_instructions
+from kuavo_train.data.joints import columns_by_group
+from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
+from kuavo_train.data.task_checks import (
+    check_arms,
+    check_claws,
+    check_finite,
+    check_rows,
+    check_segments,
+    clock_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,14 @@ class Task:
         episode, frame: [N] episode of each row and its place in it.
         bounds: [E, 2] first row and one past the last row of each episode.
         cameras: name in the policy → name in the dataset, in the policy's order.
+        origin: where on the hub the dataset is from; None where its task names nothing there.
+        notes: what is worth a look, but stops nothing.
     """
 
     name: str
     index: int
-    instruction: str
-    root: Path
-    meta: LeRobotDatasetMetadata
+    instructions: Instructions
+    recording: Recording
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     state: np.ndarray
@@ -58,16 +57,30 @@ class Task:
     train_episodes: tuple[int, ...]
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
+    origin: Origin | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return self.recording.root
+
+    @property
+    def instruction(self) -> str:
+        """The one that stands for the task; `instruction_at` is what an episode is told."""
+        return self.instructions.texts[0]
+
+    def instruction_at(self, row: int) -> str:
+        return self.instructions.texts[self.instructions.of_row[row]]
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Features of the dataset beside the robot's state and actions that no part of this project reads."""
         used = {OBS_STATE, ACTION, *self.cameras.values(), *DEFAULT_FEATURES}
-        return tuple(key for key in self.meta.features if key not in used)
+        return tuple(key for key in self.recording.features if key not in used)
 
     def camera_size(self, camera: str) -> tuple[int, int]:
         """(height, width) of the dataset's pictures, of a camera by its name in the policy."""
-        shape = self.meta.features[self.cameras[camera]]["shape"]
+        shape = self.recording.features[self.cameras[camera]]["shape"]
         height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]  # either order is found in datasets
         return int(height), int(width)
 
@@ -102,8 +115,9 @@ def open_task(stage: StageConfig, config: DataConfig) -> Task:
     """Open the dataset of `stage` and split its episodes.
 
     Raises:
-        ConfigError: no dataset there, or one of an older format; else all at once: features or cameras missing, names
-            that do not fit shapes, values that are not finite or of another scale, too few episodes.
+        ConfigError: no dataset there, or one of an older format; else all at once: files, features or cameras missing,
+            episodes whose rows or videos are not theirs, names that do not fit shapes, values that are not finite or of
+            another scale, too few episodes, no instruction.
     """
     problems = Problems()
     task = examine_task(stage, config, problems)
@@ -118,164 +132,114 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     A task of which only values are wrong is returned all the same, so that the rest can be looked at; None where there
     is nothing to look at.
     """
-    root = Path(stage.root)
+    root, attempt = Path(stage.root), problems.attempt
     where = f"stage {stage.index} ({stage.name}): dataset {root}"
-    dataset = problems.attempt(_open_dataset, stage, config, where)
-    if dataset is None:
+    opened = attempt(_open, stage, root, where)
+    if opened is None:
         return None
-    meta, table = dataset.meta, dataset.hf_dataset.with_format("numpy")
-    places = table.select_columns(["episode_index", "frame_index"])[:]
-    episode, frame = (np.asarray(places[key], dtype=np.int64) for key in ("episode_index", "frame_index"))
-    bounds = np.stack([meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"]], axis=1).astype(np.int64)
-    split = problems.attempt(_split_usable, stage, len(bounds), config, where)
-    used = np.full(len(episode), True) if split is None else np.isin(episode, [*split[0], *split[1]])
-    features = {key: problems.attempt(_read_feature, stage, key, table, meta, where) for key in (OBS_STATE, ACTION)}
+    recording, origin = opened
+    split = attempt(_split_usable, stage, len(recording.lengths), config, where)
+    used = sorted([*split[0], *split[1]]) if split else list(range(len(recording.lengths)))
+    cameras = attempt(_map_cameras, stage, recording, config.cameras, where)
+    rows = attempt(_read_rows, recording, cameras or {}, used, origin, where)
+    if rows is None:
+        return None
+    episode, frame = (rows[key].astype(np.int64) for key in ("episode_index", "frame_index"))
+    in_use = np.isin(episode, used)
+    features = {key: attempt(_read_feature, stage, key, rows, recording, where) for key in (OBS_STATE, ACTION)}
     for key, feature in features.items():
         if feature is not None:
-            names, values = feature[0], feature[1][used]
-            problems.attempt(_check_finite, key, names, values, episode[used], frame[used], where)
-            problems.attempt(_check_arms, key, names, values, where)
-            problems.attempt(_check_claws, key, names, values, config.claw_limits, where)
-    cameras = problems.attempt(_map_cameras, stage, meta, config.cameras, where)
+            names, values = feature[0], feature[1][in_use]
+            attempt(check_finite, key, names, values, episode[in_use], frame[in_use], where)
+            attempt(check_arms, key, names, values, where)
+            attempt(check_claws, key, names, values, config.claw_limits, where)
+    told = attempt(
+        task_instructions,
+        stage.instruction,
+        recording,
+        rows.get("task_index"),
+        episode,
+        used,
+        key=(config.split_seed, stage.name),
+        where=where,
+    )
+    before = len(problems)
+    attempt(check_rows, recording, rows, where)
+    for camera in (cameras or {}).values():
+        if camera in recording.video_keys:
+            attempt(check_segments, recording, camera, used, where)
     state, action = features[OBS_STATE], features[ACTION]
-    if state is None or action is None or cameras is None or split is None:
+    if state is None or action is None or cameras is None or split is None or told is None or len(problems) > before:
         return None
     return Task(
         name=stage.name,
         index=stage.index,
-        instruction=instruction_text(stage),
-        root=root,
-        meta=meta,
+        instructions=told,
+        recording=recording,
         state_names=state[0],
         action_names=action[0],
         state=state[1],
         action=action[1],
         episode=episode,
         frame=frame,
-        bounds=bounds,
+        bounds=recording.bounds.astype(np.int64),
         train_episodes=split[0],
         held_out_episodes=split[1],
         cameras=cameras,
+        origin=origin,
+        notes=tuple(clock_notes(recording, rows, used)),
     )
 
 
-def recorded_fps(stage: StageConfig) -> int | None:
-    """Of the dataset, whatever else is wrong with it; None where it does not say."""
-    try:
-        return json.loads((Path(stage.root) / "meta" / "info.json").read_text()).get("fps")
-    except (OSError, ValueError):
-        return None
-
-
-def _open_dataset(stage: StageConfig, config: DataConfig, where: str) -> LeRobotDataset:
-    root = Path(stage.root)
-    info = root / "meta" / "info.json"
-    if not info.is_file() and stage.repo_id is None:
+def _open(stage: StageConfig, root: Path, where: str) -> tuple[Recording, Origin | None]:
+    """What the dataset says of itself, fetched from the hub where its task says so and it is not there."""
+    origin = origin_of(root, stage.repo_id, stage.revision, where)
+    if origin is None and not (root / INFO_PATH).is_file():
         raise ConfigError(
             f"{where} does not exist; record it (simulated ones: make data), or set stage.root or data.root to its "
             "folder (profile=robot takes data.root from $KUAVO_DATA_ROOT)"
         )
-    if info.is_file():
-        try:
-            version = json.loads(info.read_text()).get("codebase_version")
-        except ValueError as error:
-            raise ConfigError(f"{where} must have a meta/info.json that can be read, got {error}") from error
-        if str(version).split(".")[0] != CODEBASE_VERSION.split(".")[0]:
-            raise ConfigError(
-                f"{where} must be of LeRobot's format {CODEBASE_VERSION}, got {version}; convert it where it lies: "
-                f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=local/{stage.name} --root={root} "
-                f"--push-to-hub=false (the old one is kept as {root}_old)"
-            )
+    if origin is None:
+        return open_recording(root, where), None
     try:
-        return LeRobotDataset(
-            stage.repo_id or f"local/{stage.name}",
-            root=root,
-            video_backend=config.video_backend,
-            download_videos=stage.repo_id is not None,
-        )
-    except Exception as error:  # whatever LeRobot, datasets, pyarrow and the hub raise
-        tried = "" if stage.repo_id is None else f" or be had from the hub as {stage.repo_id}"
-        raise ConfigError(
-            f"{where} must open as a LeRobot dataset{tried}, got {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        return open_recording(root, where), origin
+    except MissingFiles:
+        origin = fetch(origin, root, ["meta/**"], where)
+        return open_recording(root, where), origin
+
+
+def _read_rows(
+    recording: Recording, cameras: Mapping[str, str], episodes: Sequence[int], origin: Origin | None, where: str
+) -> dict[str, np.ndarray]:
+    """Place, state and action of all rows; of the files that the task uses, those missing are fetched or named."""
+    missing = recording.missing(cameras.values(), episodes)
+    if missing and origin is not None:
+        fetch(origin, recording.root, missing, where)
+        missing = recording.missing(cameras.values(), episodes)
+    if missing:
+        raise MissingFiles(where, missing)
+    rows = recording.read([*PLACE, OBS_STATE, ACTION])
+    lacking = [key for key in ("episode_index", "frame_index", "index") if key not in rows]
+    require(not lacking, f"{where}: tables", "have the columns episode_index, frame_index and index", list(rows))
+    return rows
 
 
 def _read_feature(
-    stage: StageConfig, key: str, table: Dataset, meta: LeRobotDatasetMetadata, where: str
+    stage: StageConfig, key: str, rows: Mapping[str, np.ndarray], recording: Recording, where: str
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Names, and values [N, D] float32 in robot units."""
-    if key not in meta.features:
-        raise ConfigError(f"{where} has no feature {key}; it has {', '.join(meta.features)}")
-    values = np.asarray(np.stack(table.select_columns([key])[:][key]), dtype=np.float32)
+    if key not in recording.features or key not in rows:
+        raise ConfigError(f"{where} has no feature {key}; it has {', '.join(recording.features)}")
+    values = rows[key].reshape(len(rows[key]), -1).astype(np.float32)
     kind = key.removeprefix("observation.")
     own = stage.state_names if key == OBS_STATE else stage.action_names
-    names = _feature_names(meta, own, key, values.shape[1], where)
+    names = _feature_names(recording, own, key, values.shape[1], where)
     factors = {name.split(".", 1)[1]: factor for name, factor in stage.scale.items() if name.startswith(f"{kind}.")}
     for name, factor in factors.items():
         if name not in names:
             raise ConfigError(f"{where}: scale must name dimensions of {kind} ({', '.join(names)}), got {name}")
         values[:, names.index(name)] *= factor
     return names, values
-
-
-def _check_finite(
-    key: str, names: Sequence[str], values: np.ndarray, episode: np.ndarray, frame: np.ndarray, where: str
-) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, column = bad[0]
-        raise ConfigError(
-            f"{where}: {key} must be finite, got {values[row, column]} for {names[column]} in episode "
-            f"{episode[row]}, frame {frame[row]} ({len(bad):,} in episodes "
-            f"{', '.join(map(str, np.unique(episode[bad[:, 0]])))}); correct the recording, or use a part of it, "
-            "episodes: [first, last] in the task's file"
-        )
-
-
-def _check_arms(key: str, names: Sequence[str], values: np.ndarray, where: str) -> None:
-    """Degrees, or a number that some recorder writes for "nothing", would stretch the scale of a joint."""
-    kind, groups = key.removeprefix("observation."), columns_by_group(names)
-    wrong = []
-    for column in np.concatenate([groups.get(group, []) for group in ("left_arm", "right_arm")]).astype(int):
-        least, most = np.nanmin(values[:, column]), np.nanmax(values[:, column])
-        if max(-least, most) > FULL_TURN:
-            wrong.append((f"{kind}.{names[column]}", float(least), float(most)))
-    if wrong:
-        found = ", ".join(f"{name} from {least:g} to {most:g}" for name, least, most in wrong)
-        fix = ", ".join(f"{name}: {DEGREE:.6g}" for name, *_ in wrong)
-        raise ConfigError(
-            f"{where}: joints of the arms must be in rad, within a full turn, got {found}; if these are degrees, set "
-            f"scale: {{{fix}}} in the task's file, else correct the recording"
-        )
-
-
-def _check_claws(
-    key: str, names: Sequence[str], values: np.ndarray, limits: Sequence[float] | None, where: str
-) -> None:
-    """Recordings of different age scale the claws differently; mixed, they would teach two meanings of one number."""
-    if limits is None:
-        return
-    margin, kind = CLAW_MARGIN * (limits[1] - limits[0]), key.removeprefix("observation.")
-    wrong = []
-    for column in columns_by_group(names).get("claws", ()):
-        least, most = np.nanmin(values[:, column]), np.nanmax(values[:, column])
-        if least < limits[0] - margin or most > limits[1] + margin:
-            wrong.append((f"{kind}.{names[column]}", float(least), float(most)))
-    if not wrong:
-        return
-    found = ", ".join(f"{name} from {least:g} to {most:g}" for name, least, most in wrong)
-    whole = next((scale for scale in CLAW_SCALES if max(most for *_, most in wrong) <= scale), None)
-    factor = "FACTOR" if whole is None else f"{limits[1] / whole:.6g}"
-    fix = ", ".join(f"{name}: {factor}" for name, *_ in wrong)
-    raise ConfigError(
-        f"{where}: claws must be in {list(limits)} (open to closed), got {found}; if the recording scales them, set "
-        f"scale: {{{fix}}} in the task's file, or data.claw_limits=null to take claws as they are in all tasks"
-    )
-
-
-def instruction_text(stage: StageConfig) -> str:
-    """The instruction in one line, as the policy reads it in training and on the robot."""
-    return " ".join(stage.instruction.split())
 
 
 def split_episodes(
@@ -306,9 +270,9 @@ def _split_usable(
 
 
 def _feature_names(
-    meta: LeRobotDatasetMetadata, own: Sequence[str] | None, key: str, width: int, where: str
+    recording: Recording, own: Sequence[str] | None, key: str, width: int, where: str
 ) -> tuple[str, ...]:
-    names: Any = own or meta.features[key].get("names") or []
+    names: Any = own or recording.features[key].get("names") or []
     if isinstance(names, dict):  # Kuavo's converters write {"motors": [...]} or {"state_names": [...]}
         names = [name for group in names.values() for name in group]
     if len(names) != width or len(set(names)) != width:
@@ -321,25 +285,24 @@ def _feature_names(
     return tuple(names)
 
 
-def _map_cameras(
-    stage: StageConfig, meta: LeRobotDatasetMetadata, cameras: Sequence[str], where: str
-) -> dict[str, str]:
+def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str], where: str) -> dict[str, str]:
     for policy in stage.cameras.values():
         require(policy in cameras, f"{where}: cameras", f"map to data.cameras ({', '.join(cameras)})", policy)
     in_policy = {policy: dataset for dataset, policy in stage.cameras.items()}
     mapped = {camera: in_policy.get(camera, camera) for camera in cameras}
-    missing = {camera: name for camera, name in mapped.items() if name not in meta.camera_keys}
+    missing = {camera: name for camera, name in mapped.items() if name not in recording.camera_keys}
     if missing:
-        spare = [key for key in meta.camera_keys if key not in mapped.values()]
+        spare = [key for key in recording.camera_keys if key not in mapped.values()]
         spare.sort(key=lambda key: not key.startswith(OBS_IMAGES))  # rather a picture than depth
         fix = ", ".join(
             f"{name}: {camera}" for name, camera in zip(spare or ["NAME IN THE DATASET"], missing, strict=False)
         )
         raise ConfigError(
-            f"{where}: cameras must include {', '.join(missing.values())}, got {', '.join(meta.camera_keys)}; name the "
-            f"one it is in the dataset, as cameras: {{{fix}}} in the task's file, or leave it out of data.cameras"
+            f"{where}: cameras must include {', '.join(missing.values())}, got "
+            f"{', '.join(recording.camera_keys)}; name the one it is in the dataset, as cameras: {{{fix}}} in the "
+            "task's file, or leave it out of data.cameras"
         )
-    depth = [name for name in mapped.values() if name in meta.depth_keys]
+    depth = [name for name in mapped.values() if name in recording.depth_keys]
     if depth:
         raise ConfigError(
             f"{where}: cameras must be pictures of three channels, got the depth map {', '.join(depth)}; leave it out, "
@@ -372,22 +335,3 @@ class FeatureSpace:
     def action_groups(self) -> dict[str, np.ndarray]:
         """Columns of each joint group that is there; what is in a group has one unit."""
         return columns_by_group(self.action_names)
-
-
-def columns_by_group(names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Joint group → places in `names`, groups in order of first appearance."""
-    groups: dict[str, list[int]] = {}
-    for column, name in enumerate(names):
-        groups.setdefault(joint_group(name), []).append(column)
-    return {group: np.array(columns) for group, columns in groups.items()}
-
-
-def joint_group(name: str) -> str:
-    """left_arm, right_arm (rad), claws, base_position (m), base_yaw (rad), base_mode (a switch), or other."""
-    if name.startswith("zarm_l"):
-        return "left_arm"
-    if name.startswith("zarm_r"):
-        return "right_arm"
-    if name.endswith("_claw") or name.startswith("gripper_"):  # a converter calls the claws' state gripper_l, gripper_r
-        return "claws"
-    return BASE_GROUPS.get(name, "other")

@@ -15,7 +15,8 @@ from lerobot.utils.constants import OBS_STATE
 from tqdm import tqdm
 
 from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.tasks import Task, columns_by_group
+from kuavo_train.data.joints import columns_by_group
+from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.evaluation.statistics import mean_interval, paired_bootstrap
 
@@ -62,7 +63,8 @@ def _walk_together(policy: Ablatable, task: Task, episodes: Sequence[int], frame
         at = {episode: min(number, len(rows) - 1) for episode, rows in queries.items()}
         look = {camera: np.stack([of[e][at[e]] for e in episodes]) for camera, of in pictures.items()}
         state = np.stack([task.state[queries[e][at[e]]] for e in episodes])
-        chunks = policy.predict_chunk({**look, OBS_STATE: state, "task": task.instruction})
+        told = [task.instruction_at(queries[e][at[e]]) for e in episodes]
+        chunks = policy.predict_chunk({**look, OBS_STATE: state, "task": told})
         for episode, chunk in zip(episodes, chunks, strict=True):
             if number < len(queries[episode]):
                 row = queries[episode][number]

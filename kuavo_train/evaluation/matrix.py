@@ -88,7 +88,7 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
                 "name": task["name"],
                 "index": task["index"],
                 "learnt_in": run.learnt_in()[task["name"]],
-                "instruction": task.get("instruction"),
+                "instruction": _instruction(task),
                 **_dataset(task),
             }
             for task in run.tasks
@@ -109,6 +109,12 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "checks": run_checks(run),
     }
     return _without_nan(result)
+
+
+def _instruction(task: Record) -> str | None:
+    """What the task is told; of several, the first and how many there are beside it."""
+    more = len(task.get("instructions") or [None]) - 1
+    return f"{task['instruction']} (and {more} other instructions)" if more else task.get("instruction")
 
 
 def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) -> Record:

@@ -42,8 +42,13 @@ def evaluation_seeds(episodes: int, *, seed: int = 0) -> list[int]:
     return list(range(start, start + episodes))
 
 
-def environment_of(stage: StageConfig, simulation: SimulationConfig | None, rollout: RolloutConfig) -> Environment:
+def environment_of(
+    stage: StageConfig, instruction: str, simulation: SimulationConfig | None, rollout: RolloutConfig
+) -> Environment:
     """Where a task is rolled out: the environment it names, or kuavo_sim as its demonstrations were recorded.
+
+    Args:
+        instruction: what the policy is told there.
 
     Raises:
         ConfigError: there is none.
@@ -51,14 +56,14 @@ def environment_of(stage: StageConfig, simulation: SimulationConfig | None, roll
     where = f"stage {stage.index} ({stage.name}):"
     limit = {"max_steps": rollout.max_steps}
     if stage.environment is not None:
-        return Environment(stage.environment, stage.instruction, stage.environment_settings, **limit)
+        return Environment(stage.environment, instruction, stage.environment_settings, **limit)
     if simulation is None or stage.simulation_task is None:
         rule = "name one to roll out in, or rollout.episodes be 0 for those who have only data"
         raise ConfigError(f"{where} environment must {rule}, got {stage.environment!r}")
     one_of(f"{where} simulation_task", stage.simulation_task, ENVIRONMENT_IDS)
     keep = ("image_size", "renderer", "phase_visible")
     settings = {key: getattr(simulation, key) for key in keep}
-    return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[stage.simulation_task]}", stage.instruction, settings, **limit)
+    return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[stage.simulation_task]}", instruction, settings, **limit)
 
 
 class Policy(Protocol):

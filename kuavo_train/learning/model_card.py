@@ -10,6 +10,8 @@ from kuavo_train.config import RunConfig
 from kuavo_train.data.tasks import Task
 
 FILE_NAME = "README.md"
+LISTED = 20
+"""Instructions of a task that are told one by one."""
 
 
 def model_card(
@@ -34,7 +36,7 @@ def model_card(
         for name in (policy.get("pretrained_path"), policy.get("vlm_model_name"))
         if config.tiny_vlm is None and name and re.fullmatch(r"[\w-]+/[\w.-]+", str(name))
     ]
-    on_the_hub = [task.meta.repo_id for task in learnt if not task.meta.repo_id.startswith("local/")]
+    on_the_hub = [task.origin.repo_id for task in learnt if task.origin is not None]
     header = {
         "license": config.licence,
         "library_name": "lerobot",
@@ -45,7 +47,7 @@ def model_card(
     }
     data = [
         f"| {task.name} | {len(task.train_episodes)} | {len(task.held_out_episodes)} | {len(task.train_rows):,} "
-        f"| {task.meta.fps} | {len(task.state_names)} / {len(task.action_names)} |"
+        f"| {task.recording.fps} | {len(task.state_names)} / {len(task.action_names)} |"
         for task in learnt
     ]
     metrics = [
@@ -68,7 +70,7 @@ def model_card(
             f"{len(learnt)} task{'s' * (len(learnt) != 1)} {how} with kuavo_train "
             f"(strategy {config.strategy}, seed {config.seed}).\n",
             "## Instructions\n",
-            *(f"- **{task.name}**: {task.instruction}" for task in learnt),
+            *(line for task in learnt for line in _instructions(task)),
             "\n## Data\n",
             "| task | training episodes | held-out episodes | training frames | Hz | state / action dimensions |",
             "|---|---|---|---|---|---|",
@@ -89,6 +91,15 @@ def model_card(
             f"## Licence\n\n{config.licence}. Demonstrations and pretrained models may have licences of their own.\n",
         ]
     )
+
+
+def _instructions(task: Task) -> list[str]:
+    """One, or all below each other; some where there are many."""
+    texts = task.instructions.texts
+    if len(texts) == 1:
+        return [f"- **{task.name}**: {texts[0]}"]
+    more = [f"  - and {len(texts) - LISTED} more, in tasks.json"] if len(texts) > LISTED else []
+    return [f"- **{task.name}**, one of:", *(f"  - {text}" for text in texts[:LISTED]), *more]
 
 
 def _success(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from kuavo_train.config import ConfigError, RunConfig, TrainingConfig
+from kuavo_train.config import ConfigError, RunConfig, TrainingConfig, said
+from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.lora import add_adapters
@@ -282,12 +283,13 @@ def _stored_dtypes(source: str | Path | None) -> dict[str, torch.dtype]:
 
 def _not_had(key: str, source: str | Path, error: Exception) -> str:
     """What was tried, why it failed, and what to give instead."""
-    reason = f"{type(error).__name__}: {str(error)[:1500]}"
+    reason = said(error)
     if Path(source).is_dir():
         return f"{key} must be something to load policy weights from, got the folder {source}: {reason}"
     asked = "only in the local cache (offline)" if constants.HF_HUB_OFFLINE else f"at {constants.ENDPOINT}"
     return (
-        f"{key} must be a folder, or a hub id that can be had, got {source}, looked for {asked}: {reason}\n"
+        f"{key} must be a folder, or a hub id that can be had, got {source}, looked for {asked}: {one_line(error)}; "
+        f"{remedy(error)}\n"
         f"Nothing is put in its place. Without the hub, copy it here and give the folder: {key}=/path/to/"
         f"{Path(source).name}; a mirror of the hub: hf_endpoint=https://…"
     )

@@ -37,7 +37,7 @@ class Demonstrator:
 
     def predict_chunk(self, observation: Mapping[str, Any]) -> np.ndarray:
         self.looks += 1
-        assert observation["task"] == self.task.instruction
+        assert set(observation["task"]) == {self.task.instruction}
         chunks = []
         for state, picture in zip(
             observation["observation.state"], observation[next(iter(self.task.cameras))], strict=True

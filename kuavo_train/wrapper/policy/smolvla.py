@@ -198,9 +198,10 @@ class SmolVLAPolicyWrapper:
 
         Args:
             observation: of every camera [H, W, 3] uint8 or [3, H, W] float in [0, 1], `observation.state` [S], and
-                `task`, an instruction or the name of a learnt task. For B robots, all with a leading B, and B tasks
-                or one for all. S are the dimensions of the task's dataset. An `instruction`, where there is one, is
-                read in place of the task's by all robots; an empty one tells the policy nothing.
+                `task`, an instruction or the name of a learnt task, which stands for the first of its instructions.
+                For B robots, all with a leading B, and B tasks or one for all. S are the dimensions of the task's
+                dataset. An `instruction`, where there is one, is read in place of the task's by all robots; an empty
+                one tells the policy nothing.
 
         Returns:
             [A] float32 in robot units, A the dimensions of the task. For B robots [B, A], or a list of B such arrays
@@ -334,17 +335,21 @@ class SmolVLAPolicyWrapper:
         return [by_name.get(each, " ".join(each.split())) for each in given]
 
     def _task_like(self, instruction: str) -> KnownTask:
-        """The learnt task whose instruction is closest, which decides the dimensions."""
+        """The learnt task one of whose instructions is closest, which decides the dimensions."""
+        told = [(task, text) for task in self.known.tasks for text in task.instructions]
+        exact = next((task for task, text in told if text == instruction), None)
+        if exact is not None:
+            return exact
         words = instruction.lower().split()
 
-        def likeness(task: KnownTask) -> float:
-            return difflib.SequenceMatcher(None, words, task.instruction.lower().split()).ratio()
+        def likeness(of: tuple[KnownTask, str]) -> float:
+            return difflib.SequenceMatcher(None, words, of[1].lower().split()).ratio()
 
-        closest = max(self.known.tasks, key=likeness)
-        if likeness(closest) < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
+        closest, text = nearest = max(told, key=likeness)
+        if likeness(nearest) < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
             warnings.warn(
                 f"the policy was never trained with an instruction like {instruction!r}: what it will do is unknown. "
-                f"Its dimensions are taken to be those of {closest.name}, the closest ({closest.instruction!r})",
+                f"Its dimensions are taken to be those of {closest.name}, the closest ({text!r})",
                 stacklevel=4,
             )
         return closest
