@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
 from forked import Forked, fork, run_main
-from lerobot.datasets import dataset_metadata
-from lerobot.datasets.utils import EPISODES_DIR
 from small_datasets import TASK_NAMES, write_dataset
 
 from kuavo_train.compose import compose_run, stages_to_run
@@ -57,22 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _episodes_are_read_once() -> Iterator[None]:
-    """LeRobot takes a sixth of a second to read what a dataset's episodes are, and every stage opens four datasets."""
-    read, known = dataset_metadata.load_episodes, {}
-
-    def load_episodes(root: Path) -> Any:
-        files = sorted((root / EPISODES_DIR).rglob("*.parquet"))
-        state = tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        if state not in known:
-            known[state] = read(root)
-        return known[state]
-
-    with mock.patch.object(dataset_metadata, "load_episodes", load_episodes):
-        yield
 
 
 @pytest.fixture

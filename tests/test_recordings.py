@@ -91,16 +91,18 @@ def test_a_table_that_was_cut_off_is_named(opened: Opened, root: Path, file: str
         ({"fps": None}, r"info.json must give fps, the frames per second, as a number above 0, got None"),
         ({"fps": "10"}, r"must give fps, .* got '10'"),
         ({"features": None}, r"info.json must tell the dataset's features, got"),
+        ({"features": {"action": None}}, r"info.json must tell the dataset's features, got"),
+        ({"features": {HEAD: {"dtype": "video"}}}, r"shape of .*head_cam_h in meta/info.json must be .*, got None"),
         ({"data_path": "data/{episode_chunk}.parquet"}, r"must give data_path with chunk_index, file_index and"),
         ({"total_episodes": 7}, r"each of the 7 episodes that meta/info.json counts once, got episodes 5, 6 not"),
     ],
 )
 def test_an_info_that_says_the_impossible_is_refused(
-    opened: Opened, root: Path, changes: dict[str, Any], message: str
+    configs: list[RunConfig], opened: Opened, root: Path, changes: dict[str, Any], message: str
 ) -> None:
     edit_info(root, **changes)
     with pytest.raises(ConfigError, match=message):
-        opened()
+        open_task(replace(configs[0].stage, root=str(root)), replace(configs[0].data, cameras=[HEAD]))
     (root / "meta" / "info.json").write_text('{"fps": 1')
     with pytest.raises(ConfigError, match=r"must have a meta/info.json that can be read, got JSONDecodeError"):
         opened()
@@ -225,6 +227,13 @@ def test_what_is_wrong_with_segments_of_episodes_that_are_not_used_does_not_matt
     with pytest.raises(ConfigError, match=r"wrist_cam_l of episode 1 must be its own"):
         opened(episodes=[1, 4])  # 0 or 1, one of them has the other's
     assert opened(episodes=[2, 4]).held_out_episodes
+
+
+def test_segments_in_another_order_than_the_episodes_are_told(opened: Opened, root: Path) -> None:
+    segment(LEFT, 1, 2.8, 4.2)(root)
+    segment(LEFT, 2, 1.4, 2.8)(root)
+    (note,) = opened().notes
+    assert "wrist_cam_l/chunk-000/file-000.mp4 the pictures of episode 2 lie before those of episode 1, as" in note
 
 
 def test_two_thousand_episodes_are_looked_at_at_once(root: Path, opened: Opened) -> None:

@@ -211,8 +211,9 @@ def _read_info(root: Path, where: str) -> dict[str, Any]:
         info = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} must have a {INFO_PATH} that can be read, got {said(error)}") from error
-    if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
-        raise ConfigError(f"{path} must tell the dataset's features, got {str(info)[:80]}")
+    features = info.get("features") if isinstance(info, dict) else None
+    if not isinstance(features, dict) or not all(isinstance(about, dict) for about in features.values()):
+        raise ConfigError(f"{path} must tell the dataset's features, got {str(features or info)[:80]}")
     version = info.get("codebase_version")
     if str(version).split(".")[0] != CODEBASE_VERSION.split(".")[0]:
         raise ConfigError(

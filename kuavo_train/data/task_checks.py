@@ -114,6 +114,20 @@ def check_segments(recording: Recording, key: str, used: Sequence[int], where: s
     _refuse(where, wrong, lambda e: f"lie in its file, of {there[e]:.2f} s, {got(e)}")
 
 
+def segment_notes(recording: Recording, key: str, used: Sequence[int]) -> list[str]:
+    """Segments that do not follow each other as their episodes do: no writer leaves them so, and nothing forbids it."""
+    numbers = np.asarray(sorted(used))
+    starts, files = recording.segments(key)[numbers, 0], np.array(recording.video_files(key, numbers.tolist()))
+    late = np.flatnonzero((files[1:] == files[:-1]) & (starts[1:] < starts[:-1]))
+    if not len(late):
+        return []
+    before, after = numbers[late[0]], numbers[late[0] + 1]
+    return [
+        f"in {files[late[0]]} the pictures of episode {after} lie before those of episode {before}, as meta/episodes "
+        "says; look whether they are theirs: python -m kuavo_train.inspect_data"
+    ]
+
+
 def _claimed_twice(files: np.ndarray, segments: np.ndarray, half: float) -> dict[int, int]:
     """Episode → another one that claims the same part of a file, for more than `half` a frame."""
     claimed: dict[int, int] = {}

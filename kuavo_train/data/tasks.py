@@ -27,6 +27,7 @@ from kuavo_train.data.task_checks import (
     check_rows,
     check_segments,
     clock_notes,
+    segment_notes,
 )
 
 
@@ -163,11 +164,10 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         key=(config.split_seed, stage.name),
         where=where,
     )
-    before = len(problems)
+    before, videos = len(problems), [key for key in (cameras or {}).values() if key in recording.video_keys]
     attempt(check_rows, recording, rows, where)
-    for camera in (cameras or {}).values():
-        if camera in recording.video_keys:
-            attempt(check_segments, recording, camera, used, where)
+    for key in videos:
+        attempt(check_segments, recording, key, used, where)
     state, action = features[OBS_STATE], features[ACTION]
     if state is None or action is None or cameras is None or split is None or told is None or len(problems) > before:
         return None
@@ -187,7 +187,10 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         held_out_episodes=split[1],
         cameras=cameras,
         origin=origin,
-        notes=tuple(clock_notes(recording, rows, used)),
+        notes=(
+            *clock_notes(recording, rows, used),
+            *(note for key in videos for note in segment_notes(recording, key, used)),
+        ),
     )
 
 
@@ -302,6 +305,10 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
             f"{', '.join(recording.camera_keys)}; name the one it is in the dataset, as cameras: {{{fix}}} in the "
             "task's file, or leave it out of data.cameras"
         )
+    for name in mapped.values():
+        shape = recording.features[name].get("shape")
+        valid = isinstance(shape, list) and len(shape) == 3
+        require(valid, f"{where}: shape of {name} in meta/info.json", "be [height, width, channels]", shape)
     depth = [name for name in mapped.values() if name in recording.depth_keys]
     if depth:
         raise ConfigError(
