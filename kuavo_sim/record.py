@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import kuavo_sim
 from kuavo_sim.arguments import boolean, parse_arguments
-from kuavo_sim.children import born_deaf, follow_parent
+from kuavo_sim.children import STOP_SIGNALS, born_deaf, follow_parent
 from kuavo_sim.cpus import usable_cpus
 from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
 from kuavo_sim.expert import Demonstration, demonstrate
@@ -250,7 +250,8 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
         return
     # Workers are spawned, not forked: the parent may have threads (torch, video encoders).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+    with born_deaf():  # so is the process that keeps track of what this one and its workers share
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
     pending: deque[Future[Demonstration]] = deque()
     try:
         for seed in seeds:
@@ -353,7 +354,8 @@ def main(words: list[str]) -> int:
         "depth": boolean,
         "workers": int,
     }
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in STOP_SIGNALS - {signal.SIGINT}:
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         arguments: dict[str, Any] = {"task": "all", "episodes": 40, "root": Path("outputs/data")}
         arguments |= parse_arguments(words, types, f"{__doc__}\nArguments: {', '.join(f'{key}=…' for key in types)}")

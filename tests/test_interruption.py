@@ -1,16 +1,22 @@
 """Signals to the whole process group, as schedulers, docker and terminals send them: in every phase of a stage."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from forked import Forked, send, when
 
+from kuavo_sim import record
+from kuavo_train import opened_stage
+from kuavo_train.config import Interrupted
 from kuavo_train.data.cache import EpisodeCache
 from kuavo_train.evaluation.robots import Robots
 from kuavo_train.evaluation.validation import Validator
+from kuavo_train.interruption import Listening
 from kuavo_train.learning.trainer import Trainer
 from kuavo_train.run_folder import StageFolder
 
@@ -22,15 +28,17 @@ PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
     ("first validation", lambda: when(Validator, "_validate", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Trainer, "_step", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
+    ("dying", lambda: when(Trainer, "_step", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "running", 2),
     ("validation", lambda: when(Validator, "_validate", send(signal.SIGTERM)), 15, "interrupted", 3),
-    ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 3),
-    ("last validation", lambda: when(Validator, "_validate", send(signal.SIGTERM), call=3), 15, "interrupted", 6),
-    ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=2), 15, "finished", 6),
+    ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
+    ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "running", 6),
+    ("last validation", lambda: when(Validator, "_validate", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
+    ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=3), 15, "finished", 6),
 ]
 
 
 def test_a_run_stopped_in_every_phase_ends_as_one_that_never_was(
-    small_run: Overrides, tmp_path: Path, forked: Start
+    small_run: Overrides, tmp_path: Path, forked: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = small_run(
         "learn=[moving_grasp]",
@@ -41,18 +49,19 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_never_was(
         "data.num_workers=2",
         "+stage.environment=worlds:Arms-v0",
         "rollout.episodes=3",
-        "rollout.every_epochs=1",
-        "rollout.workers=2",
+        "rollout.every_epochs=2",
+        "rollout.workers=1",
         "resume=true",
     )
+    monkeypatch.setattr(opened_stage, "check_environment", lambda *_: None)  # a process to start, each time
     whole = StageFolder(tmp_path / "outputs" / "whole" / "stage1_moving_grasp")
     assert forked("kuavo_train", *words, "run=whole").wait().returncode == 0
     cut = StageFolder(tmp_path / "outputs" / "cut" / "stage1_moving_grasp")
     for phase, interrupt, number, status, step in PHASES:
         running = forked("kuavo_train", *words, "run=cut", f"data.cache_root={tmp_path / 'cache'}", before=interrupt)
         done = running.wait()
-        assert done.returncode == 128 + number, (phase, done)
-        assert "interrupted: " in done.stdout, phase
+        assert done.returncode == (-number if number == signal.SIGKILL else 128 + number), (phase, done)
+        assert ("interrupted: " in done.stdout) == (number != signal.SIGKILL), phase
         assert "Traceback" not in done.stderr, (phase, done.stderr)
         assert running.survivors() == [], phase
         assert cut.status == status, phase
@@ -71,3 +80,33 @@ def results(folder: StageFolder) -> dict[str, Any]:
         "audit": json.loads((folder.path / "replay_audit.json").read_text()),
         "about": {key: folder.about[key] for key in ("best", "steps", "status")},
     }
+
+
+def test_recording_stops_at_once_and_leaves_nothing_half_made(tmp_path: Path, forked: Start) -> None:
+    words = ("profile=smoke", f"outputs={tmp_path}", "learn=[moving_grasp]", "simulation.episodes=2")
+    recording = forked("kuavo_train", *words, "data.record_workers=2", before=interrupt_recording)
+    done = recording.wait()
+    assert done.returncode == 128 + signal.SIGUSR1, done
+    assert "interrupted: nothing was trained yet; the same command begins again" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert recording.survivors() == []
+    assert [path.name for path in (tmp_path / "data_smoke").iterdir()] == [".moving_grasp.lock"]
+
+
+def interrupt_recording() -> None:
+    when(record, "contact_sheet", send(signal.SIGUSR1))
+
+
+def test_a_second_ctrl_c_interrupts_at_once_but_not_the_launchers_copy_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listener = Listening()
+    listener.hear(signal.SIGTERM)
+    listener.hear(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        listener.hear(signal.SIGINT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    listener.hear(signal.SIGINT)
+    assert listener.number == signal.SIGTERM
+    with pytest.raises(Interrupted), listener.giving_up():
+        pytest.fail("what can be done again must not begin once a signal has arrived")
