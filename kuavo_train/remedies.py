@@ -51,11 +51,13 @@ def _remedy(error: BaseException, config: RunConfig) -> str | None:
 
 def _no_memory(text: str, config: RunConfig) -> str:
     training = config.training
-    frozen = ", ".join(training.freeze or training.freeze_first_stage)
+    frozen = "; ".join(
+        f"training.{key}=[{', '.join(getattr(training, key))}]" for key in ("freeze_first_stage", "freeze")
+    )
     return (
         f"out of memory: {text or 'there is no more'}; lower training.batch_size={training.batch_size} and raise "
-        f"training.gradient_accumulation_steps={training.gradient_accumulation_steps} by as much, or freeze more than "
-        f"training.freeze=[{frozen}]; if it was in a validation or a rollout, lower "
+        f"training.gradient_accumulation_steps={training.gradient_accumulation_steps} by as much, or freeze more "
+        f"groups ({frozen}); if it was in a validation or a rollout, lower "
         f"validation.batch_size={config.validation.batch_size} or rollout.parallel={config.rollout.parallel}"
     )
 
