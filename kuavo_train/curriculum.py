@@ -37,7 +37,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         if override.lstrip("~+").startswith(FOR_ONE_STAGE):
             raise ConfigError(
-                f"overrides of the whole curriculum must hold for every stage, got {override}; "
+                f"overrides of the whole curriculum must hold for every stage, got {override.lstrip('+')}; "
                 "run that stage with python -m kuavo_train, or edit its file in configs/tasks"
             )
 

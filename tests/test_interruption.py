@@ -28,10 +28,10 @@ PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
     ("first validation", lambda: when(Validator, "_validate", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Trainer, "_step", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
-    ("dying", lambda: when(Trainer, "_step", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "running", 2),
+    ("dying", lambda: when(Trainer, "_step", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "killed", 2),
     ("validation", lambda: when(Validator, "_validate", send(signal.SIGTERM)), 15, "interrupted", 3),
     ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
-    ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "running", 6),
+    ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "killed", 6),
     ("last validation", lambda: when(Validator, "_validate", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
     ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=3), 15, "finished", 6),
 ]
