@@ -41,6 +41,7 @@ from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
 from kuavo_train.evaluation.statistics import wilson
+from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.policy_factory import build_optimizer
@@ -267,6 +268,7 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
             recurrence=recurrence,
             config=training,
             extra_loss=NoExtraLoss(),
+            average=NoAverage(),
             timetable=Timetable(epochs=settings.steps // every + 1, steps_per_epoch=every, max_steps=until),
             current=data.task.name,
             validate_every=1,

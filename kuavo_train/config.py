@@ -278,6 +278,7 @@ class TrainingConfig:
     freeze_first_stage: list[str] = field(default_factory=list)  # parameter groups held fixed while learning task 1
     freeze: list[str] = field(default_factory=list)  # and in all later stages
     lora: LoraConfig | None = None  # None: the expert's own weights are trained
+    ema: float | None = None  # decay of a moving average of the trained weights, which is then the result
     max_steps: int | None = None  # an upper limit, for trials
     query_jitter: int = 0  # frames by which the queries of a recurrent policy are moved in training
     log_every: int = 20  # steps
@@ -294,6 +295,7 @@ class TrainingConfig:
         require(self.decay_lr <= self.lr, "training.decay_lr", f"not exceed training.lr ({self.lr})", self.decay_lr)
         valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(valid_betas, "training.betas", "be two numbers in [0, 1)", self.betas)
+        require(self.ema is None or 0 <= self.ema < 1, "training.ema", "be a decay in [0, 1), or null", self.ema)
         one_of("training.mixed_precision", self.mixed_precision, ("no", "bf16"))
         require(
             self.device in ("auto", "cpu", "cuda", "mps"),

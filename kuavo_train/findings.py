@@ -29,6 +29,7 @@ from kuavo_train.learning.freezing import dtype_names, parameter_counts, paramet
 from kuavo_train.learning.lora import adapted_state
 
 ADAM_MOMENTS = 2
+AVERAGED_AND_NOT = 2  # a checkpoint's training state holds the trained weights both ways, where they are averaged
 CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
 
 
@@ -109,12 +110,14 @@ class Findings:
             "weights": weights,
             "gradients": trained,
             "optimizer": ADAM_MOMENTS * trained,
+            **({} if config.training.ema is None else {"average": trained}),
             "there": torch.cuda.get_device_properties(0).total_memory
             if on_gpu
             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         }
+        averaged = 0 if config.training.ema is None else AVERAGED_AND_NOT * trained
         self.facts["disk_bytes"] = {
-            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained + apart),
+            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained + apart + averaged),
             "free": shutil.disk_usage(there).free,
         }
         self.problems += _room_problems(config, **{key: self.facts[key] for key in ("memory_bytes", "disk_bytes")})
@@ -436,7 +439,7 @@ def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
 
 def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:
     needed, free = size_text(disk["checkpoints"]), size_text(disk["free"])
-    parts = ", ".join(f"{name} {size_text(memory[name])}" for name in ("weights", "gradients", "optimizer"))
+    parts = ", ".join(f"{name} {size_text(memory[name])}" for name in memory if name != "there")
     return (
         f"  memory: {parts}, and activations, of {size_text(memory['there'])}\n"
         f"  disk: {needed} for {CHECKPOINTS_AT_ONCE} checkpoints, {free} free"

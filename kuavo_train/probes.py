@@ -35,6 +35,7 @@ from kuavo_train.evaluation.stored_run import RunFolderError, StoredStage, newes
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
+from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.timetable import Timetable
@@ -125,6 +126,7 @@ def _relearn(
         order=stage.order,
         recurrence=fresh_memory(stage.order, stage.built.policy),
         extra_loss=NoExtraLoss(),
+        average=NoAverage(),
         config=training,
         timetable=Timetable(epochs=-(-steps // every), steps_per_epoch=every, max_steps=steps),
         current=task.name,

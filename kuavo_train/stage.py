@@ -29,6 +29,7 @@ from kuavo_train.findings import Findings
 from kuavo_train.interruption import Listening, listening
 from kuavo_train.learning import model_card
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
+from kuavo_train.learning.ema import average_of
 from kuavo_train.learning.extra_loss import (
     ElasticPenalty,
     ExtraLoss,
@@ -175,6 +176,7 @@ class Stage:
             autocast=self.accelerator.autocast,
             progress=self.accelerator.is_main_process,
         )
+        self.average = average_of(self.built.policy, config.training.ema)
         self._restore(state)
         if resumed is None and self.before is None:
             self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
@@ -308,11 +310,13 @@ class Stage:
         return progress
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.recurrence = fresh_memory(self.order, self.built.policy, self.accelerator.gather)
         if state:
             restore_adapted(self.built.policy, state["adapted"])
+            self.average.load_state_dict(state.get("average", {}))
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+        self.recurrence = fresh_memory(self.order, self.built.policy, self.accelerator.gather)
+        if state:
             self.recurrence.load_state_dict(state["memory"])
         if self.progress.validation_due and self.accelerator.is_main_process:
             for lines in (self.folder.validations, self.folder.rollouts, self.folder.gate):
@@ -343,6 +347,7 @@ class Stage:
             order=self.order,
             recurrence=self.recurrence,
             extra_loss=self.extra_loss,
+            average=self.average,
             augment=self.opened.augment,
             config=config.training,
             timetable=self.timetable,
@@ -363,7 +368,8 @@ class Stage:
 
     def _validate_epoch(self, step: int, epoch: int) -> Validated:
         """All tasks seen; then the gate."""
-        records = self._validate("epoch", step=step, epoch=epoch, names=self.opened.seen)
+        with self.average.applied():
+            records = self._validate("epoch", step=step, epoch=epoch, names=self.opened.seen)
         readings = self.gate.read({record["task"]: episode_scores(record, "loss") for record in records})
         over = step == self.timetable.steps
         action = self.gate.act(readings, shares=self.order.shares, new=self.config.learns[0], over=over)
@@ -437,20 +443,23 @@ class Stage:
             return
         self.lease.confirm()
         checkpoints = self.folder.checkpoints
-        checkpoints.save(
-            progress.step,
-            policy=self.accelerator.unwrap_model(self.policy),
-            processors=self.opened.processors,
-            documents=self._documents,
-            training_state={
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "adapted": adapted_state(self.built.policy),
-                "progress": asdict(of_all),
-                "memory": self.recurrence.state_dict(),
-            },
-            about=self._about,
-        )
+        training_state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "adapted": adapted_state(self.built.policy),
+            "average": self.average.state_dict(),
+            "progress": asdict(of_all),
+            "memory": self.recurrence.state_dict(),
+        }
+        with self.average.applied():
+            checkpoints.save(
+                progress.step,
+                policy=self.accelerator.unwrap_model(self.policy),
+                processors=self.opened.processors,
+                documents=self._documents,
+                training_state=training_state,
+                about=self._about,
+            )
         if progress.best_step is not None:
             checkpoints.point("best", progress.best_step)
         checkpoints.prune(keep={progress.step, progress.best_step or progress.step})
@@ -477,6 +486,7 @@ class Stage:
         config, folder, progress = self.config, self.folder, self.progress
         self.accelerator.wait_for_everyone()
         policy = self.accelerator.unwrap_model(self.policy)
+        self.average.keep()
         groups = compare_fingerprints(groups_before, take_fingerprints(policy))
         merge_adapters(policy)
         best = folder.checkpoints.at("best" if progress.best_step is None else progress.best_step)

@@ -60,6 +60,7 @@ def model_card(
     origin = " The demonstrations are a script's, in simulation (kuavo_sim)." if config.simulation else ""
     lora = training.lora
     adapters = f", adapters of rank {lora.rank} on the action expert, merged into its weights" if lora else ""
+    average = "" if training.ema is None else f", their moving average of decay {training.ema:g}"
     memory = f", {policy['num_mem_tokens']} memory tokens" if "num_mem_tokens" in policy else ""
     language = "language-conditioned " if "tokenizer_max_length" in policy else ""
     return "\n".join(
@@ -77,7 +78,8 @@ def model_card(
             *data,
             f"\nCameras: {', '.join(config.data.cameras)}. Joint positions in radians, claws {claws}.{origin}\n",
             f"The last stage: {steps:,} steps, batches of {training.batch_size}, learning rate "
-            f"{training.lr:g}, shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}{adapters}.\n",
+            f"{training.lr:g}, shares {', '.join(f'{name} {share:g}' for name, share in shares.items())}"
+            f"{adapters}{average}.\n",
             "## Held-out metrics\n",
             "The policy's own loss, and mean absolute error of the actions, normalised, beside that of the best "
             "constant; success in closed loop, where it was rolled out, in episodes that no demonstration shows.\n",

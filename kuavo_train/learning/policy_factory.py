@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from kuavo_train.config import ConfigError, RunConfig, TrainingConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.learning.ema import check_average
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.lora import add_adapters
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
@@ -122,7 +123,8 @@ def build_policy(
 
     Raises:
         ConfigError: weights that cannot be had or do not fit, a frozen VLM that nobody trained, a group that the
-            policy does not have, adapters on an expert that is not there or frozen.
+            policy does not have, adapters on an expert that is not there or frozen, an average of weights beside
+            statistics that are not averaged.
     """
     source = _source(config, checkpoint)
     if misnamed := _misnamed("policy.pretrained_path", source):
@@ -137,6 +139,7 @@ def build_policy(
     if hasattr(policy, "settle_precision"):
         policy.settle_precision()
     add_adapters(policy, config.training.lora)
+    check_average(policy, config.training.ema)
     statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor, _stored_dtypes(source))

@@ -27,6 +27,7 @@ from kuavo_train.config import Interrupted, RunError, TrainingConfig
 from kuavo_train.data.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
 from kuavo_train.data.order import Order, StepSampler
+from kuavo_train.learning.ema import Average
 from kuavo_train.learning.extra_loss import ExtraLoss
 from kuavo_train.learning.recurrence import Recurrence
 from kuavo_train.learning.timetable import Timetable
@@ -140,6 +141,7 @@ class Trainer:
     order: Order
     recurrence: Recurrence
     extra_loss: ExtraLoss
+    average: Average
     config: TrainingConfig
     timetable: Timetable
     current: str  # the task that epochs are counted in
@@ -233,6 +235,7 @@ class Trainer:
         if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
             raise TrainingDiverged(self._explain(step, batches, mean_loss, float(grad_norm)))
         self.optimizer.step()
+        self.average.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         window.mark("optimizer")
