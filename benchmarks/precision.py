@@ -315,7 +315,9 @@ def act(work: Path, settings: Settings) -> Table:
     frames = open_frames(task, trained.settings.data)
     answered, errors = {}, {}
     for dtype in ("float32", "bfloat16"):
-        wrapper = Recorder(SmolVLAPolicyWrapper.from_pretrained(checkpoint.folder, device="cpu", dtype=dtype, seed=0))
+        wrapper: Any = Recorder(
+            SmolVLAPolicyWrapper.from_pretrained(checkpoint.folder, device="cpu", dtype=dtype, seed=0)
+        )
         walked = walk(wrapper, task, task.held_out_episodes, frames, parallel=settings.held_out, progress=False)
         answered[dtype] = np.stack(wrapper.chunks)
         errors[dtype] = float(np.nanmean([of.error for of in walked.values()]))

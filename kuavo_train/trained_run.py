@@ -72,8 +72,8 @@ class TrainedRun:
         folder = self.folder.absolute()
         config = resolve(OmegaConf.load(path))  # type: ignore[arg-type]
         data = replace(config.data, root=moved(config.data.root, config.outputs, folder.parent))
-        here = {"outputs": str(folder.parent), "run": folder.name, "data": data}
-        return replace(config, stage=self._here(config.stage, config.outputs), **here)
+        recipe = self._here(config.stage, config.outputs)
+        return replace(config, outputs=str(folder.parent), run=folder.name, data=data, stage=recipe)
 
     def _here(self, stage: StageConfig, outputs: str) -> StageConfig:
         """With its data where it is now. `outputs` are those that the run was trained in."""

@@ -14,7 +14,7 @@ import numpy as np
 from lerobot.utils.constants import OBS_STATE
 from tqdm import tqdm
 
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.cache import ImageSource
 from kuavo_train.data.joints import columns_by_group
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.ablations import Ablatable
@@ -35,7 +35,7 @@ def walk(
     policy: Ablatable,
     task: Task,
     episodes: Sequence[int],
-    frames: DecodedFrames,
+    frames: ImageSource,
     *,
     parallel: int,
     progress: bool = True,
@@ -49,7 +49,7 @@ def walk(
     return found
 
 
-def _walk_together(policy: Ablatable, task: Task, episodes: Sequence[int], frames: DecodedFrames) -> dict[int, Errors]:
+def _walk_together(policy: Ablatable, task: Task, episodes: Sequence[int], frames: ImageSource) -> dict[int, Errors]:
     stride = policy.n_action_steps
     queries = {e: np.arange(task.bounds[e, 0], task.bounds[e, 1], stride) for e in episodes}  # rows looked at
     pictures = {
