@@ -3,6 +3,7 @@
 Finished stages are skipped and an unfinished one is resumed, so the same command continues what was cut off.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
         record_missing_data(configs[0], [config.stage for config in configs])
         return 0
     status = train_all_stages(configs)
-    if status:
+    if status or os.environ.get("RANK", "0") != "0":  # of several processes, the first one reports
         return status
     report = write_report(configs[0].run_folder)
     print(f"\n{summary_table(configs[0].run_folder)}\n\nreport: {report}")
