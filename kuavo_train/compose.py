@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from kuavo_train.config import (
     check_curriculum,
     require,
 )
+from kuavo_train.data.shares import proportional_shares
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
 
@@ -120,9 +121,21 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folder: Pa
             )
         for name in learn:
             require(name in by_name, "learn", f"name tasks of configs/tasks ({', '.join(by_name)})", name)
-        configs = [by_name[name] for name in by_name if name in learn]
+            require(learn.count(name) == 1, "learn", "name a task once", name)
+        require(bool(learn), "learn", "name at least one task, or be null for all", learn)
+        places = enumerate(learn, start=1)
+        configs = [_at_place(by_name[name], place, learn[:place], by_name) for place, name in places]
     check_curriculum([config.stage for config in configs])
     return configs
+
+
+def _at_place(config: RunConfig, place: int, learnt: Sequence[str], known: Container[str]) -> RunConfig:
+    """A task's config in the order that `learn` gives; shares of tasks that come later or never go to the others."""
+    replay = config.stage.replay
+    dealt = {name: share for name, share in replay.items() if share > 0 and name in known and name not in learnt}
+    if dealt:
+        replay = proportional_shares({name: share for name, share in replay.items() if name not in dealt})
+    return replace(config, stage=replace(config.stage, index=place, replay=replay), dealt=dealt)
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -205,6 +218,7 @@ def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunCo
     """The stage that a command line asks for, and the curriculum it belongs to. Raises `ConfigError`."""
     config = resolve(composed)
     configs = compose_run(overrides_for_all_tasks(overrides), current=config)
+    config = next(each for each in configs if each.stage.name == config.stage.name)  # at its place in `learn`
     if config.mixture == "all_tasks":
         for override in overrides:
             if override.lstrip("~+").startswith(("task=", "stage.")):

@@ -130,6 +130,10 @@ class Findings:
         training = config.training
         for task in self.facts["tasks"]:
             task["share"] = shares.get(task["name"], 0.0)
+        if config.dealt and config.mixture == "replay":
+            those = ", ".join(f"{name} {share:g}" for name, share in config.dealt.items())
+            now = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+            self.notes.append(f"replay shares of tasks not learnt before ({those}) go to the others: {now}")
         self.facts["images"] = images.description
         self.problems += images.problems
         self.facts["training"] = {

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import content_hash
 from kuavo_train.learning.checkpoint import Checkpoint
@@ -113,9 +113,19 @@ def result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Check
         raise ConfigError(
             f"stage {stage.index} ({stage.name}) must follow a finished stage {previous.index} ({previous.name}), got "
             f"{before.status} in {before.path}; run: python -m kuavo_train "
-            f"task=tasks/task{previous.index}_{previous.name} run={config.run}{resume}"
+            f"task=tasks/{_file_of(previous)} run={config.run}{_learn_word(config)}{resume}"
         )
     return _checked(before.checkpoints.at("best"), config)
+
+
+def _file_of(stage: StageConfig) -> str:
+    """The name of a task's file, whose number is its place among all tasks, not in `learn`."""
+    files = sorted((CONFIG_FOLDER / "tasks").glob(f"*_{stage.name}.yaml"))
+    return files[0].stem if files else stage.name
+
+
+def _learn_word(config: RunConfig) -> str:
+    return "" if config.learn is None else f" 'learn=[{','.join(config.learn)}]'"
 
 
 def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:

@@ -137,15 +137,36 @@ def test_a_fifth_task_is_one_more_file(tmp_path: Path) -> None:
     assert configs[-1].replay["stacking"] == 0.3
 
 
-def test_a_skipped_task_is_refused_until_its_share_is_given_away() -> None:
-    with pytest.raises(ConfigError, match=r"stage 4 .* replay must name only tasks learnt by then"):
-        compose_run(["learn=[moving_grasp,weighing,sorting]"])
-    chosen = ["learn=[moving_grasp,weighing,sorting]"]
-    current = [*chosen, "stage.replay.placement=0", "stage.replay.sorting=0.8"]
-    stage4 = next(config for config in compose_with("task4_sorting", current) if config.stage.name == "sorting")
-    configs = compose_run(chosen, current=stage4)
-    assert [config.stage.index for config in configs] == [1, 2, 4]
-    assert configs[-1].replay == {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
+def test_learn_gives_the_order_and_the_places_of_the_stages() -> None:
+    configs = compose_run(["learn=[weighing,moving_grasp]"])
+    assert [config.stage.folder_name for config in configs] == ["stage1_weighing", "stage2_moving_grasp"]
+    assert configs[0].replay == {"weighing": 1.0}
+    assert configs[0].dealt == {"moving_grasp": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("learn", "replay"),
+    [
+        ("[placement]", {"placement": 1.0}),
+        ("[moving_grasp,placement]", {"moving_grasp": 0.125, "placement": 0.875}),
+        ("[moving_grasp,weighing,sorting]", {"moving_grasp": 0.125, "weighing": 0.125, "sorting": 0.75}),
+    ],
+)
+def test_shares_of_tasks_that_are_not_learnt_go_to_the_others_in_proportion(learn: str, replay: dict) -> None:
+    assert compose_run([f"learn={learn}"])[-1].replay == replay
+
+
+def test_a_stage_run_alone_has_its_place_in_the_order_given() -> None:
+    words = ["task=tasks/task2_weighing", "learn=[weighing,moving_grasp]"]
+    import hydra
+
+    from kuavo_train.compose import compose_stage, register_task_aliases
+
+    register_task_aliases()
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        config, curriculum = compose_stage(hydra.compose("train", overrides=words), words)
+    assert config.stage.folder_name == "stage1_weighing"
+    assert [stage.name for stage in curriculum] == ["weighing", "moving_grasp"]
 
 
 def compose_with(task: str, overrides: list[str]) -> list:
@@ -257,6 +278,8 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("data.claw_limits=[1,0]", r"data.claw_limits must be \[open, closed\] in ascending order, or null, got \[1"),
     ("stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
     ("resume=perhaps", r"resume must be true or false, got 'perhaps'"),
+    ("learn=[weighing,weighing]", r"learn must name a task once, got 'weighing'"),
+    ("learn=[]", r"learn must name at least one task, or be null for all, got \[\]"),
     ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),
     ("profile=huge", r"profile must be one of embedded, robot, smoke, study, got 'huge'"),
     ("task=tasks/task9_nothing", r"task must be one of tasks/task1_moving_grasp, .*, got 'tasks/task9_nothing'"),
