@@ -98,12 +98,14 @@ def test_two_stages_at_full_size_from_the_hub_to_lerobots_evaluator(folder: Path
         safe_open(folder / "smolvla" / "model.safetensors", "pt") as before,
         safe_open(trained / "model.safetensors", "pt") as after,
     ):
+        types = {name: after.get_slice(name).get_dtype() for name in before.keys()}  # noqa: SIM118
         same = {
             name: torch.equal(before.get_tensor(name).float(), after.get_tensor(name).float())
             for name in before.keys()  # noqa: SIM118
         }
     assert all(is_same for name, is_same in same.items() if "vlm_with_expert.vlm." in name)
     assert not any(is_same for name, is_same in same.items() if name.endswith("action_out_proj.weight"))
+    assert all(dtype == ("BF16" if "vlm_with_expert.vlm." in name else "F32") for name, dtype in types.items())
 
     environment["HF_HUB_OFFLINE"] = "1"
     call(
