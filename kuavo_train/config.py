@@ -420,6 +420,17 @@ class TinyVLMConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    """Where Weights & Biases keeps the curves of a run that is tracked."""
+
+    project: str = "kuavo_train"
+    entity: str | None = None  # a user or a team; None: who is logged in
+
+    def __post_init__(self) -> None:
+        require(bool(self.project.strip()), "wandb.project", "not be empty", self.project)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything one stage is made of."""
 
@@ -438,6 +449,7 @@ class RunConfig:
     forgetting: ForgettingConfig
     policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
     tiny_vlm: TinyVLMConfig | None = None
     ewc: EwcConfig | None = None

@@ -31,6 +31,7 @@ from kuavo_train.learning.encoder import frozen_encoder
 from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy
 from kuavo_train.learning.recurrence import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.learning.timetable import Timetable
+from kuavo_train.learning.tracking import check_tracking
 from kuavo_train.learning.trainer import step_seed
 from kuavo_train.lineage import seen_tasks, stages_before
 from kuavo_train.run_folder import StageFolder, stage_folder
@@ -126,6 +127,7 @@ def open_stage(
     there are problems.
     """
     attempt = findings.problems.attempt
+    attempt(check_tracking, config)
     findings.look_at_datasets(curriculum)
     tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
     data, training = config.data, config.training

@@ -45,6 +45,7 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "training.log_every": WATCHING,
     "training.save_every": WATCHING,
     "tracking": WATCHING,
+    "wandb": WATCHING,
     "resume": ENTRY,
     "data_only": ENTRY,
     "data.claw_limits": ENTRY,

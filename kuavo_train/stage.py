@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from itertools import batched
 from typing import Any
 
@@ -48,7 +49,7 @@ from kuavo_train.learning.policy_factory import (
     build_optimizer,
     choose_device,
 )
-from kuavo_train.learning.tracking import make_tracker
+from kuavo_train.learning.tracking import NoTracker, Tracker, curves_of, make_tracker
 from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.lease import Lease, NoLease, held
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
@@ -178,10 +179,14 @@ class Stage:
         )
         self.average = average_of(self.built.policy, config.training.ema)
         self._restore(state)
-        if resumed is None and self.before is None:
-            self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
-        self._train()
-        self._conclude(groups)
+        self.tracker = self._tracker()
+        try:
+            if resumed is None and self.before is None:
+                self._validate("start", step=0, epoch=0, names=[task.name for task in self.opened.tasks])
+            self._train()
+            self._conclude(groups)
+        finally:
+            self.tracker.finish()
 
     @contextlib.contextmanager
     def _true_end(self) -> Iterator[None]:
@@ -322,20 +327,21 @@ class Stage:
             for lines in (self.folder.validations, self.folder.rollouts, self.folder.gate):
                 lines.forget(lambda line: line["step"] >= self.progress.step)
 
+    def _tracker(self) -> Tracker:
+        """One run per stage, named by when the run was created: a resumed stage goes on with it."""
+        if not self.accelerator.is_main_process:
+            return NoTracker()
+        created = json.loads((self.config.run_folder / "run.json").read_text())["created"]
+        about = f"{created}/{self.config.run}/{self.config.stage.folder_name}"
+        return make_tracker(self.config, run_id=sha256(about.encode()).hexdigest()[:16], folder=self.folder.path)
+
     def _train(self) -> None:
         config = self.config
-        tracker = make_tracker(
-            config.tracking if self.accelerator.is_main_process else "off",
-            run=config.run,
-            stage=config.stage.folder_name,
-            folder=self.folder.path,
-            config=asdict(config),
-        )
 
         def log(values: dict[str, Any], step: int) -> None:
             if self.accelerator.is_main_process:
                 self.folder.metrics.append({"step": step, **values})
-                tracker.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
+                self.tracker.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
 
         trainer = Trainer(
             accelerator=self.accelerator,
@@ -361,10 +367,7 @@ class Stage:
             stop_signal=self._agreed,
             description=config.stage.folder_name,
         )
-        try:
-            trainer.run(self.progress)
-        finally:
-            tracker.finish()
+        trainer.run(self.progress)
 
     def _validate_epoch(self, step: int, epoch: int) -> Validated:
         """All tasks seen; then the gate."""
@@ -379,6 +382,7 @@ class Stage:
             for reading in readings:
                 taken = {"action": action.name, "shares": action.shares} if reading.exceeded else {"action": None}
                 self.folder.gate.append({**about, **reading.record(), **taken})
+                self.tracker.log({f"gate/{reading.task}/change": reading.change.estimate}, step)
             if action.name is not None:
                 tqdm.write(f"forgetting at step {step}: {action.reason} → {action.name}")
         return Validated(mean_loss(records), stop=action.stop, shares=action.shares)
@@ -396,6 +400,7 @@ class Stage:
         if self.accelerator.is_main_process:
             for record in records:
                 self.folder.validations.append({**about, "seen": record["task"] in seen, **record})
+                self.tracker.log(curves_of(record), step)
         return records
 
     def _roll_out(self, records: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:

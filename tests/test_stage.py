@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from kuavo_train import opened_stage
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import ConfigError, RunConfig, RunError
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
@@ -434,6 +435,59 @@ def test_offline_tracking_leaves_a_weights_and_biases_run_in_the_stage_folder(sm
     configs = compose_run(small_run("tracking=offline", "training.max_steps=2"))
     assert run(configs, 0) == 0
     assert list((stage_folder(configs[0]).path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_tracked_stage_is_one_run_with_all_curves_that_goes_on(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, curves = [], set()
+
+    class Fake:
+        def define_metric(self, name: str, *, step_metric: str) -> None:
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, values: dict[str, float]) -> None:
+            assert "step" in values
+            curves.update(values)
+
+        def finish(self) -> None:
+            pass
+
+    def init(**about: Any) -> Fake:
+        begun.append(about)
+        return Fake()
+
+    monkeypatch.setattr(wandb, "init", init)
+    words = ("tracking=offline", "wandb.project=arms", "wandb.entity=team", "training.max_steps=2")
+    configs = compose_run(small_run(*words))
+    assert run(configs, 0) == 0
+    folder = stage_folder(configs[0])
+    assert {"loss", "forward_ms", "validation/moving_grasp/loss", "validation/sorting/action_error"} <= curves
+    folder.tell(status="interrupted")
+    assert run(configs, 0, resume=True) == 0
+    assert run(configs, 1) == 0
+    ids = [about["id"] for about in begun]
+    assert ids[0] == ids[1] != ids[2]
+    assert {(about["project"], about["entity"], about["resume"]) for about in begun} == {("arms", "team", "allow")}
+
+
+def test_online_tracking_without_a_key_or_a_network_is_told_in_a_line(
+    small_run: Overrides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configs = compose_run(small_run("tracking=online", "training.max_steps=2"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"tracking=online must have a key .*, got none .*wandb login"):
+        run(configs, 0)
+
+    def init(**_about: Any) -> None:
+        raise wandb.errors.CommError("the network is down")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(RunError, match=r"must reach project kuavo_train .*got the network is down; .*off"):
+        run(configs, 0)
+    assert stage_folder(configs[0]).status == "failed"
 
 
 def test_missing_datasets_are_all_named_at_once(small_run: Overrides, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
+
+from kuavo_train.config import ConfigError, RunConfig, RunError
 
 
 class JsonLines:
@@ -48,24 +51,68 @@ class NoTracker:
 
 
 class WandbTracker:
-    def __init__(self, *, mode: str, run: str, stage: str, folder: Path, config: dict[str, Any]):
+    """A run of Weights & Biases, which goes on when the stage does.
+
+    Args:
+        run_id: the stage's own, the same after a resume.
+
+    Raises:
+        RunError: it cannot be reached, or refuses the key, the project or the entity.
+    """
+
+    def __init__(self, config: RunConfig, *, run_id: str, folder: Path):
         import wandb
 
-        self.run = wandb.init(
-            project="kuavo_train",
-            group=run,
-            name=f"{run}/{stage}",
-            dir=str(folder),
-            config=config,
-            mode=cast(Literal["offline", "online"], mode),
-        )
+        try:
+            self.run = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                id=run_id,
+                resume="allow",
+                group=config.run,
+                name=f"{config.run}/{config.stage.folder_name}",
+                dir=str(folder),
+                config=asdict(config),
+                mode=cast(Literal["offline", "online"], config.tracking),
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(
+                f"tracking={config.tracking} must reach project {config.wandb.project} of Weights & Biases, got "
+                f"{reason}; tracking=offline keeps the curves in {folder / 'wandb'}, tracking=off does without"
+            ) from error
+        # Curves go by our own steps: after a resume wandb would drop those that it has seen.
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        self.run.log({**values, "step": step})
 
     def finish(self) -> None:
         self.run.finish()
 
 
-def make_tracker(mode: str, *, run: str, stage: str, folder: Path, config: dict[str, Any]) -> Tracker:
-    return NoTracker() if mode == "off" else WandbTracker(mode=mode, run=run, stage=stage, folder=folder, config=config)
+def make_tracker(config: RunConfig, *, run_id: str, folder: Path) -> Tracker:
+    """What `tracking` asks for. Errors as `WandbTracker`."""
+    return NoTracker() if config.tracking == "off" else WandbTracker(config, run_id=run_id, folder=folder)
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Raises `ConfigError` where nobody is logged in; asks no network."""
+    if config.tracking != "online":
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ConfigError(
+            "tracking=online must have a key of Weights & Biases, got none in WANDB_API_KEY or the netrc file; log in "
+            "with wandb login, or set tracking=offline, whose curves wandb sync uploads later"
+        )
+
+
+def curves_of(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a task's validation, by the names of their curves."""
+    values = {name: record.get(name) for name in ("loss", "action_error", "progress")}
+    success = record.get("success")
+    if success is not None:
+        values["success"] = success["successes"] / success["trials"]
+    return {f"validation/{record['task']}/{name}": value for name, value in values.items() if value is not None}
