@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from kuavo_train.config import ConfigError
+from kuavo_train.interruption import main_ends_on_signals
 
 
 def main(words: Sequence[str]) -> int:
@@ -48,4 +49,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_ends_on_signals(main)

@@ -9,8 +9,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 from kuavo_sim.children import STOP_SIGNALS
 from kuavo_train.config import Interrupted
@@ -68,6 +68,16 @@ def end_on_signals() -> None:
     for number in _meant_for_us() - {signal.SIGINT}:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
+
+
+def main_ends_on_signals(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Of a command that trains no stage: `main(words)` and out, with a word where Ctrl-C would give a traceback."""
+    end_on_signals()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _meant_for_us() -> set[signal.Signals]:

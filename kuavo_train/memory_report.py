@@ -32,6 +32,7 @@ from kuavo_train.evaluation.memory_questions import (
     trace_of,
 )
 from kuavo_train.evaluation.stored_run import RunFolderError
+from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
@@ -171,4 +172,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_ends_on_signals(main)

@@ -34,6 +34,7 @@ from kuavo_train.evaluation.statistics import Scores
 from kuavo_train.evaluation.stored_run import RunFolderError, StoredStage, newest_run
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
+from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss
@@ -282,4 +283,4 @@ def _whole(key: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_ends_on_signals(main)

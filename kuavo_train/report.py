@@ -28,6 +28,7 @@ from kuavo_train.evaluation.matrix import analyse, stored_limits, write_matrix
 from kuavo_train.evaluation.page import look_up, write_page
 from kuavo_train.evaluation.stored_run import RunFolderError, finished_cells, newest_run, read_run
 from kuavo_train.evaluation.terminal import comparison_lines, run_lines
+from kuavo_train.interruption import main_ends_on_signals
 
 __all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
 
@@ -182,4 +183,4 @@ def _parse(key: str, text: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main_ends_on_signals(main)

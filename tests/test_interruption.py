@@ -14,6 +14,7 @@ from kuavo_sim import record
 from kuavo_train import opened_stage
 from kuavo_train.config import Interrupted
 from kuavo_train.data.cache import EpisodeCache
+from kuavo_train.evaluation import matrix
 from kuavo_train.evaluation.robots import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
@@ -110,3 +111,9 @@ def test_a_second_ctrl_c_interrupts_at_once_but_not_the_launchers_copy_of_the_fi
     assert listener.number == signal.SIGTERM
     with pytest.raises(Interrupted), listener.giving_up():
         pytest.fail("what can be done again must not begin once a signal has arrived")
+
+
+def test_ctrl_c_ends_what_trains_nothing_with_a_word(forked: Start) -> None:
+    done = forked("kuavo_train.report", "run=any", before=lambda: when(matrix, "read_run", send(signal.SIGINT))).wait()
+    assert done.returncode == 130
+    assert done.stderr == "interrupted\n"
