@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_fast_forward import FREEZING, learn
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
-from lerobot_policy_smolvla_memory.precision import StoredNarrower
+from lerobot_policy_smolvla_memory.precision import StoredNarrower, make_room, stored_dtypes
 
 VLM = ("vision", "connector", "vlm_text")
 FROZEN = FREEZING["VLM frozen"]
@@ -159,3 +159,13 @@ def test_a_connector_that_learns_takes_what_a_frozen_vision_encoder_sees(make_po
     connector = gradients["model.vlm_with_expert.vlm.model.connector.modality_projection.proj.weight"]
     assert connector.dtype == FULL
     assert connector.any()
+
+
+def test_float32_weights_are_not_rounded_into_parts_that_are_held_in_bfloat16(make_config, hub, base):
+    policy, file = SmolVLAMemoryPolicy(make_config(**hub, **FROZEN)), base / "model.safetensors"
+    weights = {name: torch.randn_like(value.float()) for name, value in load_file(file).items()}
+    save_file(weights, file)
+    assert in_vlm(policy) == [HALF] * 3
+    make_room(policy, stored_dtypes(str(file)))
+    policy.load_state_dict(weights, strict=False)  # it has a memory beside
+    assert all(torch.equal(policy.state_dict()[name], value) for name, value in weights.items())
