@@ -78,6 +78,7 @@ def results(folder: StageFolder) -> dict[str, Any]:
         "weights": (last / "pretrained_model" / "model.safetensors").read_bytes(),
         "validations": [{**line, "seconds": None} for line in folder.validations.read()],
         "rollouts": folder.rollouts.read(),
+        "losses": [(line["step"], line["loss"], line["lr"]) for line in folder.metrics.read()],
         "audit": json.loads((folder.path / "replay_audit.json").read_text()),
         "about": {key: folder.about[key] for key in ("best", "steps", "status")},
     }

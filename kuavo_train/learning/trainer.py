@@ -62,6 +62,7 @@ class Progress:
         sizes: samples of a batch of all processes together, from a step on, as {"step", "samples"}.
         best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
+        unreported: what was measured in the steps since the last report.
         validation_due: whether the validation of `step` was given up, and comes first when the stage goes on.
     """
 
@@ -74,6 +75,7 @@ class Progress:
     best_loss: float = math.inf
     stopped: str | None = None
     validation_due: bool = False
+    unreported: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def count(self, batch: Batch) -> None:
@@ -164,7 +166,7 @@ class Trainer:
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
         self.policy.train()
-        window = MetricsWindow()
+        window = MetricsWindow(progress.unreported)
         with tqdm(
             total=self.timetable.steps,
             initial=progress.step,
@@ -184,7 +186,8 @@ class Trainer:
                 bar.update()
                 if progress.step % self.config.log_every == 0 or progress.step == self.timetable.steps:
                     self._report(progress, window, bar)
-                    window = MetricsWindow()
+                    progress.unreported = {}
+                    window = MetricsWindow(progress.unreported)
                 self._validate_and_save(progress)
                 bar.total = self.timetable.steps
                 window.go_on()
@@ -306,11 +309,15 @@ STEP_PARTS = ("wait", "data", "forward", "backward", "optimizer")
 
 
 class MetricsWindow:
-    """Means over the steps since the last report, with the time each part of a step took."""
+    """Means over the steps since the last report; the time of a step's parts over those of them that were made here.
 
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-        self.samples = 0
+    Args:
+        values: name → a value per step, added to here.
+    """
+
+    def __init__(self, values: dict[str, list[float]]) -> None:
+        self.values = values
+        self.samples = self.steps = 0
         self.parts: dict[str, float] = {}
         self.began = self.marked = time.perf_counter()
 
@@ -335,14 +342,15 @@ class MetricsWindow:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value)
         self.samples += samples
+        self.steps += 1
         now = time.perf_counter()
         elapsed, self.began = now - self.began, now
         self.parts["total"] = self.parts.get("total", 0.0) + elapsed
         return elapsed
 
     def summary(self) -> dict[str, float]:
-        steps, total = len(self.values["loss"]), self.parts["total"]
-        parts = {f"{part}_ms": round(1e3 * s / steps, 3) for part, s in self.parts.items() if part != "total"}
+        total = self.parts["total"]
+        parts = {f"{part}_ms": round(1e3 * s / self.steps, 3) for part, s in self.parts.items() if part != "total"}
         return {
             **{name: float(np.mean(values)) for name, values in self.values.items()},
             "samples_per_s": round(self.samples / total, 2),
