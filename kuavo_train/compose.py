@@ -217,13 +217,16 @@ def without_data(stage: StageConfig) -> StageConfig:
 def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:
     """The stage that a command line asks for, and the curriculum it belongs to. Raises `ConfigError`."""
     config = resolve(composed)
-    configs = compose_run(overrides_for_all_tasks(overrides), current=config)
-    config = next(each for each in configs if each.stage.name == config.stage.name)  # at its place in `learn`
+    for_all = overrides_for_all_tasks(overrides)
     if config.mixture == "all_tasks":
-        for override in overrides:
-            if override.lstrip("~+").startswith(("task=", "stage.")):
-                raise ConfigError(f"strategy=joint has one stage for all tasks: leave out what chooses one, {override}")
+        chosen = [item for item in overrides if item not in for_all]
+        if chosen:
+            raise ConfigError(f"strategy=joint has one stage for all tasks: leave out what chooses one, {chosen[0]}")
+        configs = compose_run(for_all)
         config = stages_to_run(configs)[0]
+    else:
+        configs = compose_run(for_all, current=config)
+        config = next(each for each in configs if each.stage.name == config.stage.name)  # at its place in `learn`
     return config, [other.stage for other in configs]
 
 

@@ -28,7 +28,7 @@ from kuavo_train.evaluation.rollout import environment_of
 from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.encoder import frozen_encoder
-from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy
+from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy, policy_config_class
 from kuavo_train.learning.recurrence import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import check_tracking
@@ -128,6 +128,7 @@ def open_stage(
     """
     attempt = findings.problems.attempt
     attempt(check_tracking, config)
+    policy_is_known = attempt(policy_config_class, config.policy) is not None
     findings.look_at_datasets(curriculum)
     tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
     data, training = config.data, config.training
@@ -137,7 +138,7 @@ def open_stage(
     shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
     findings.look_at_tasks(tasks, shapes, data.claw_limits)
     normalization = attempt(_shared_normalization, config, tasks) if tasks else None
-    if normalization is None or not shapes:
+    if normalization is None or not shapes or not policy_is_known:
         return None
     for task in tasks:
         attempt(normalization.check_covers, task)

@@ -48,6 +48,7 @@ from kuavo_train.learning.merging import copy_weights, sweep_merges
 from kuavo_train.learning.policy_factory import (
     build_optimizer,
     choose_device,
+    policy_config_class,
 )
 from kuavo_train.learning.tracking import NoTracker, Tracker, curves_of, make_tracker
 from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
@@ -87,6 +88,7 @@ def _run_stage(
             lease = owned.enter_context(_owning(config, accelerator))
             resumed = checkpoint_to_resume(config, curriculum)
             before = result_before(config, curriculum)
+            policy_config_class(config.policy)  # or its mistake would wait for the recording
             record_missing_data(config, curriculum)
             opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
             findings.raise_problems()

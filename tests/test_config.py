@@ -4,11 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kuavo_train.compose import compose_run, overrides_for_all_tasks
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, LoraConfig
+from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, register_task_aliases, resolve
+from kuavo_train.config import CONFIG_FOLDER, ConfigError, LoraConfig, RunConfig, StageConfig
+from kuavo_train.keys import words_for_hydra
 
 RECIPES = {  # task → epochs, lr, warm-up, decay, replay
     "moving_grasp": (100, 5e-5, 1500, 25000, {"moving_grasp": 1.0}),
@@ -156,26 +158,27 @@ def test_shares_of_tasks_that_are_not_learnt_go_to_the_others_in_proportion(lear
     assert compose_run([f"learn={learn}"])[-1].replay == replay
 
 
-def test_a_stage_run_alone_has_its_place_in_the_order_given() -> None:
-    words = ["task=tasks/task2_weighing", "learn=[weighing,moving_grasp]"]
-    import hydra
-
-    from kuavo_train.compose import compose_stage, register_task_aliases
-
+def stage_of(*words: str) -> tuple[RunConfig, list[StageConfig]]:
+    """The stage that a command line asks for, as `python -m kuavo_train` finds it, and its curriculum."""
     register_task_aliases()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config, curriculum = compose_stage(hydra.compose("train", overrides=words), words)
+        return compose_stage(hydra.compose("train", overrides=list(words)), words)
+
+
+def test_a_stage_run_alone_has_its_place_in_the_order_given() -> None:
+    config, curriculum = stage_of("task=tasks/task2_weighing", "learn=[weighing,moving_grasp]")
     assert config.stage.folder_name == "stage1_weighing"
     assert [stage.name for stage in curriculum] == ["weighing", "moving_grasp"]
 
 
+def test_a_joint_stage_learns_the_tasks_of_learn_without_a_task_being_chosen() -> None:
+    config, curriculum = stage_of("strategy=joint", "learn=[placement,weighing]")
+    assert (config.stage.name, config.learns) == ("joint", ["placement", "weighing"])
+    assert [stage.name for stage in curriculum] == ["placement", "weighing"]
+
+
 def compose_with(task: str, overrides: list[str]) -> list:
     """The config of one task alone, as `python -m kuavo_train` composes it."""
-    import hydra
-
-    from kuavo_train.compose import register_task_aliases, resolve
-    from kuavo_train.keys import words_for_hydra
-
     register_task_aliases()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         return [resolve(hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *overrides])))]

@@ -421,6 +421,17 @@ def test_preflight_refuses_what_would_fail_silently(small_run: Overrides, overri
     assert not stage_folder(configs[0]).path.exists()
 
 
+def test_a_misspelt_field_of_the_policy_is_refused_before_anything_is_recorded(
+    small_run: Overrides, tmp_path: Path
+) -> None:
+    words = [item for item in small_run() if item != "simulation=null"]
+    configs = compose_run([*words, f"data.root={tmp_path / 'data'}", "policy.chunk_sise=3"])
+    told = r"policy.chunk_sise must be a field of SmolVLAMemoryConfig, got 3; did you mean policy.chunk_size"
+    with pytest.raises(ConfigError, match=told):
+        run(configs, 0)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_dataset_of_the_users_own_is_not_taken_for_a_recording(small_run: Overrides) -> None:
     configs = compose_run([item for item in small_run() if item != "simulation=null"] + ["simulation.episodes=3"])
     assert configs[0].simulation is not None

@@ -1,5 +1,6 @@
 """Config → policy, processors, optimizer, scheduler, of LeRobot's and torch's classes."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -32,6 +33,8 @@ from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
+NOT_A_FIELD = ("type", "pretrained_path")
+"""Keys of `policy` that say which policy, not how it is made."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS_OF_PARTS = {"load_vlm_weights": False, "pretrained_backbone_weights": None}
 """Fields of policies that say which weights a part of it starts from, and what says none."""
@@ -62,6 +65,22 @@ def policy_defaults(kind: str) -> dict[str, Any]:
     return defaults
 
 
+def policy_config_class(policy: Mapping[str, Any]) -> type[PreTrainedConfig]:
+    """The class of the policy's LeRobot config, which has every field that is given; asked before data is opened.
+
+    Raises:
+        ConfigError: a policy that LeRobot does not know, or a field that it does not have, with the nearest ones.
+    """
+    config_class = _policy_class(policy["type"]).config_class
+    known = [item.name for item in fields(config_class)]
+    for name, value in policy.items():
+        if name not in (*known, *NOT_A_FIELD):
+            close = difflib.get_close_matches(name, known)
+            meant = f"; did you mean {' or '.join(f'policy.{each}' for each in close)}?" if close else ""
+            raise ConfigError(f"policy.{name} must be a field of {config_class.__name__}, got {value!r}{meant}")
+    return config_class
+
+
 def configure_policy(
     config: RunConfig,
     *,
@@ -81,10 +100,10 @@ def configure_policy(
         checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
     Raises:
-        ConfigError: a policy that is not there, a field it does not have, or a vision-language model whose config and
-            tokenizer cannot be had.
+        ConfigError: fields or values that the policy refuses, or a vision-language model whose config and tokenizer
+            cannot be had.
     """
-    values = {key: value for key, value in config.policy.items() if key not in ("type", "pretrained_path")}
+    values = {key: value for key, value in config.policy.items() if key not in NOT_A_FIELD}
     source = _source(config, checkpoint)
     if checkpoint is not None and "vlm_model_name" in values:
         # A checkpoint keeps its own: a task added later must not change its tokenizer.
@@ -97,7 +116,7 @@ def configure_policy(
     if source is not None:
         # It holds the weights of the parts as well; fetched once more they would only be overwritten.
         values |= {key: nothing for key, nothing in WEIGHTS_OF_PARTS.items() if key in values}
-    config_class = _policy_class(config.policy["type"]).config_class
+    config_class = policy_config_class(config.policy)
     policy_config = _lerobot_config(
         config_class,
         {**values, **_freezing_flags(config_class, frozen), "device": device.type},
@@ -196,10 +215,6 @@ def _lerobot_config(
     normalization: Normalization,
     image_shapes: Mapping[str, tuple[int, ...]],
 ) -> PreTrainedConfig:
-    known = {item.name for item in fields(config_class)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"policy.{name} must be a field of {config_class.__name__}, got {values[name]!r}")
     for kind, mode in values.get("normalization_mapping", {}).items():
         if kind != "VISUAL" and mode != "MEAN_STD":  # action errors of all policies are in the same units
             raise ConfigError(f"policy.normalization_mapping of {kind} must be MEAN_STD, got {mode}")
