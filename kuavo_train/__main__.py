@@ -5,7 +5,8 @@ With strategy=joint there is a single stage, for all tasks: leave task= out.
 
 from omegaconf import DictConfig
 
-from kuavo_train.compose import compose_stage, hydra_entry
+from kuavo_train.command_line import hydra_entry
+from kuavo_train.compose import compose_stage
 
 
 def main(composed: DictConfig, overrides: list[str]) -> int:

@@ -7,13 +7,15 @@ Imports nothing of the project, so that anything may import it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from kuavo_train.errors import one_of, require
 
 # Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`.
 OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
@@ -23,44 +25,6 @@ FROM_DATASET = "dataset"
 """`stage.instruction` that takes the dataset's own sentences."""
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
-
-
-class ConfigError(ValueError):
-    """A value the user can correct; its text names the key, the rule and the value."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; its text says where it stopped and what is kept."""
-
-
-class Interrupted(BaseException):
-    """A signal asked for the end. No `Exception`: what catches those would take it for a fault of the work it ends."""
-
-    def __init__(self, number: int):
-        super().__init__(f"signal {number}")
-        self.number = number
-
-    @property
-    def exit_status(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
-        return 128 + self.number
-
-
-class Problems(list[str]):
-    """What is wrong, told all at once instead of the first thing only."""
-
-    def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
-        """The function's result; None when it raised `ConfigError`, which then is among the problems."""
-        try:
-            return function(*arguments, **named)
-        except ConfigError as error:
-            self.append(str(error))
-            return None
-
-    def raise_all(self) -> None:
-        """Raises `ConfigError` with all of them, a line each."""
-        if self:
-            raise ConfigError("\n".join(self))
 
 
 def said(error: BaseException, limit: int = 1500) -> str:
@@ -77,28 +41,6 @@ def said(error: BaseException, limit: int = 1500) -> str:
         return " from ".join(name for name, _ in told)
     last = texts[-1].partition(": ")[2]
     return texts[0] if last in texts[0] else f"{texts[0]} (from {texts[-1]})"
-
-
-def require(condition: bool, key: str, rule: str, value: object) -> None:
-    """Raise `ConfigError` saying that `key` must obey `rule`, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key} must {rule}, got {value!r}")
-
-
-def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
-    names = list(allowed)
-    require(value in names, key, f"be one of {', '.join(names)}", value)
-
-
-def key_values(words: Iterable[str], keys: Sequence[str]) -> dict[str, str]:
-    """A command's `key=value` arguments. Raises `ConfigError` for another key, and for one given twice."""
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        require(bool(equals) and key in keys, "arguments", f"be key=value with a key of {', '.join(keys)}", word)
-        require(key not in given, key, "be given once", word)
-        given[key] = text
-    return given
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
-from kuavo_train.compose import compose_run, hydra_entry, stages_to_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.command_line import hydra_entry
+from kuavo_train.compose import compose_run, stages_to_run
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError
 
 FOR_ONE_STAGE = ("task=", "stage=", "stage.", "resume=")
 

@@ -23,7 +23,7 @@ the JSON; beside it, under the same name, a page, its figures and the videos.
 import sys
 from collections.abc import Sequence
 
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 from kuavo_train.interruption import main_ends_on_signals
 
 
@@ -34,8 +34,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     # Not at the top: the processes that simulate import this module anew, and need nothing of it.
     from kuavo_train.contest import write_evaluation
+    from kuavo_train.errors import RunFolderError
     from kuavo_train.evaluation.request import Request
-    from kuavo_train.evaluation.stored_run import RunFolderError
     from kuavo_train.evaluation.terminal import evaluation_lines
 
     try:

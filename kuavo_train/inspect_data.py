@@ -12,8 +12,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from kuavo_train.compose import compose_stage, hydra_entry
-from kuavo_train.config import require
+from kuavo_train.command_line import hydra_entry
+from kuavo_train.compose import compose_stage
+from kuavo_train.errors import require
 
 
 def main(composed: DictConfig, overrides: list[str], *, episode: str | None = None) -> int:

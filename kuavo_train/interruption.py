@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from kuavo_sim.children import STOP_SIGNALS
-from kuavo_train.config import Interrupted
+from kuavo_train.errors import Interrupted
 
 
 class Listening:

@@ -18,7 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, one_of, require
+from kuavo_train.config import CONFIG_FOLDER, RunConfig
+from kuavo_train.errors import ConfigError, one_of, require
 
 NEAREST = 3
 OF_HYDRA = "hydra"  # its own keys begin with it

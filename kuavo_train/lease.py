@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from kuavo_train.config import ConfigError, RunError
+from kuavo_train.errors import ConfigError, RunError
 
 REFRESH_S = 10.0
 STALE_S = 90.0  # after so long without a touch, the process on another machine is dead

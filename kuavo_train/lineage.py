@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, RunConfig, StageConfig
+from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import content_hash
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.policy_factory import policy_defaults
 from kuavo_train.run_folder import StageFolder, stage_folder

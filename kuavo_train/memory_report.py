@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.config import ConfigError, key_values, require
+from kuavo_train.command_line import key_values
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.tasks import open_task
+from kuavo_train.errors import ConfigError, RunFolderError, require
 from kuavo_train.evaluation.cues import cues_of, question_of
 from kuavo_train.evaluation.memory_probe import MemoryProbe, seeded_noise
 from kuavo_train.evaluation.memory_questions import (
@@ -31,7 +32,6 @@ from kuavo_train.evaluation.memory_questions import (
     probe_over_time,
     trace_of,
 )
-from kuavo_train.evaluation.stored_run import RunFolderError
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 

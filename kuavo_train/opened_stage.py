@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
-from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.images import Images, plan_images
@@ -22,6 +22,7 @@ from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.shares import proportional_shares
 from kuavo_train.data.tasks import FeatureSpace, Task, examine_task
 from kuavo_train.data.workers import room_problems
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.evaluation.robots import Environment
 from kuavo_train.evaluation.rollout import environment_of

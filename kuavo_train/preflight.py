@@ -12,7 +12,8 @@ import sys
 
 from omegaconf import DictConfig
 
-from kuavo_train.compose import compose_stage, hydra_entry
+from kuavo_train.command_line import hydra_entry
+from kuavo_train.compose import compose_stage
 
 
 def main(composed: DictConfig, overrides: list[str], *, as_json: bool = False) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from kuavo_train.config import ConfigError, key_values, one_of, require
+from kuavo_train.command_line import key_values
 from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.tasks import Task
+from kuavo_train.errors import ConfigError, RunFolderError, one_of, require
 from kuavo_train.evaluation.cues import cues_of, has_cues, question_of
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.instruction_probe import swap_instructions
@@ -31,7 +32,7 @@ from kuavo_train.evaluation.memory_questions import Question, answer_questions
 from kuavo_train.evaluation.recovery import recovery_record
 from kuavo_train.evaluation.retention import end_line, episode_scores
 from kuavo_train.evaluation.statistics import Scores
-from kuavo_train.evaluation.stored_run import RunFolderError, StoredStage, newest_run
+from kuavo_train.evaluation.stored_run import StoredStage, newest_run
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.interruption import main_ends_on_signals

@@ -8,8 +8,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.config import RunConfig
 from kuavo_train.data.workers import loss_of_worker
+from kuavo_train.errors import ConfigError, RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")

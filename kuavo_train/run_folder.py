@@ -23,9 +23,10 @@ from typing import Any
 
 import yaml
 
-from kuavo_train.config import ConfigError, RunConfig, StageConfig
+from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines
 from kuavo_train.lease import living_holder

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError
 
 PLACES = "where files lie; what lies there is hashed"
 FOLLOWED = "training's keys follow it, and are compared"

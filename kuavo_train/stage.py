@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
 
-from kuavo_train.config import ConfigError, Interrupted, MergeConfig, RunConfig, RunError, StageConfig
+from kuavo_train.config import MergeConfig, RunConfig, StageConfig
 from kuavo_train.data import known_tasks
+from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix

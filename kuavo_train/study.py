@@ -22,9 +22,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from kuavo_train.compose import compose_run, errors_in_one_line, quieten_libraries, set_hub, stages_to_run
-from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.command_line import errors_in_one_line, quieten_libraries, set_hub
+from kuavo_train.compose import compose_run, stages_to_run
+from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
+from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.evaluation.stored_run import finished_cells
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.lease import held

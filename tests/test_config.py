@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, register_task_aliases, resolve
-from kuavo_train.config import CONFIG_FOLDER, ConfigError, LoraConfig, RunConfig, StageConfig
+from kuavo_train.config import CONFIG_FOLDER, LoraConfig, RunConfig, StageConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.keys import words_for_hydra
 
 RECIPES = {  # task → epochs, lr, warm-up, decay, replay

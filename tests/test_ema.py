@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.ema import NoAverage, average_of, check_average
 from kuavo_train.learning.trainer import Trainer
 from kuavo_train.run_folder import stage_folder

@@ -14,13 +14,14 @@ import pytest
 import torch
 from small_datasets import write_dataset
 
-from kuavo_train.config import ConfigError, DataConfig, RunConfig
+from kuavo_train.config import DataConfig, RunConfig
 from kuavo_train.data import cache as cache_module
 from kuavo_train.data import images as images_module
 from kuavo_train.data.features import CachedFeatures, Encoder
 from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images import Images, plan_images
 from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.errors import ConfigError
 
 
 @pytest.fixture

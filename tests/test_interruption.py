@@ -12,8 +12,8 @@ from forked import Forked, send, when
 
 from kuavo_sim import record
 from kuavo_train import opened_stage
-from kuavo_train.config import Interrupted
 from kuavo_train.data.cache import EpisodeCache
+from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation import matrix
 from kuavo_train.evaluation.robots import Robots
 from kuavo_train.evaluation.validation import Validator

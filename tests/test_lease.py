@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kuavo_train import lease
-from kuavo_train.config import ConfigError, RunError
+from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.lease import Holder, held, living_holder
 
 FORK = multiprocessing.get_context("fork")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, LoraConfig, RunConfig
+from kuavo_train.config import LoraConfig, RunConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.freezing import parameter_counts
 from kuavo_train.learning.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
 from kuavo_train.learning.trainer import Trainer

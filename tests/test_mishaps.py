@@ -15,10 +15,11 @@ from torch.utils.data import get_worker_info
 
 from kuavo_train import findings, run_folder
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
 from kuavo_train.data.images import size_text
 from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines
 from kuavo_train.learning.trainer import Trainer

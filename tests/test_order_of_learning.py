@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 from kuavo_train.findings import Findings
 from kuavo_train.lineage import result_before
 

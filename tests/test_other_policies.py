@@ -13,7 +13,8 @@ from small_datasets import CAMERAS
 from torch import Tensor
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.answers import OwnAnswers
 from kuavo_train.learning.freezing import parameter_groups
 from kuavo_train.report import write_report

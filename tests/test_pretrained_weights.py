@@ -17,7 +17,8 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 from test_command_line import command
 
-from kuavo_train.compose import compose_run, set_hub
+from kuavo_train.command_line import set_hub
+from kuavo_train.compose import compose_run
 from kuavo_train.findings import Findings
 from kuavo_train.opened_stage import OpenedStage, open_stage
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -18,7 +18,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.stored_run import read_run
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.trainer import Trainer

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from kuavo_train import opened_stage
 from kuavo_train.compose import compose_run
-from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
+from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
 from kuavo_train.opened_stage import open_stage

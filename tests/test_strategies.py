@@ -15,9 +15,10 @@ from torch import nn
 
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
 from kuavo_train.contest import Contestant
 from kuavo_train.curriculum import train_all_stages
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.request import Request
 from kuavo_train.learning.extra_loss import ElasticPenalty, Importance, measure_importance

@@ -11,7 +11,7 @@ import pytest
 
 from kuavo_train import stage as stage_module
 from kuavo_train import study
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.trainer import Trainer, TrainingDiverged
 from kuavo_train.study import compose_cells
 

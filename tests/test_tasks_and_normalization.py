@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from small_datasets import ARM_NAMES, write_dataset
 
-from kuavo_train.config import ConfigError, RunConfig
+from kuavo_train.config import RunConfig
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normalization
 from kuavo_train.data.tasks import FeatureSpace, Task, open_task, split_episodes
+from kuavo_train.errors import ConfigError
 
 OpenKuavoTask = Callable[..., Task]
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from lerobot.transforms.transforms import ImageTransformConfig, ImageTransforms, ImageTransformsConfig
 
-from kuavo_train.config import AugmentationConfig, ConfigError
+from kuavo_train.config import AugmentationConfig
 from kuavo_train.data.mixture import Batch
+from kuavo_train.errors import ConfigError
 
 STREAM = zlib.crc32(b"augmentation")  # apart from the other randomness of a step
 

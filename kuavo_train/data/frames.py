@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
-from kuavo_train.config import ConfigError, DataConfig, said
+from kuavo_train.config import DataConfig, said
 from kuavo_train.data.cache import EpisodeCache, fill
 from kuavo_train.data.tasks import Task
+from kuavo_train.errors import ConfigError
 
 DECODE_TOLERANCE_S = 1e-4
 

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.utils import CompatibilityError, get_safe_version
 
-from kuavo_train.config import ConfigError, require, said
+from kuavo_train.config import said
+from kuavo_train.errors import ConfigError, require
 
 RECORD = "fetched_from.json"
 """Beside a dataset: where on the hub it came from. Further files are of the same commit."""

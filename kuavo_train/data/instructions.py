@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kuavo_train.config import FROM_DATASET, ConfigError
+from kuavo_train.config import FROM_DATASET
 from kuavo_train.data.recording import Recording, episode_list
+from kuavo_train.errors import ConfigError
 
 
 @dataclass(frozen=True)

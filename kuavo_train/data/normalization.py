@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from kuavo_train.config import ConfigError
 from kuavo_train.data.tasks import FeatureSpace, Task
+from kuavo_train.errors import ConfigError
 
 # A joint that hardly moves must not turn sensor noise into the loudest signal. In rad, m or claw units.
 STD_FLOOR = 1e-2

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.utils import DEFAULT_DATA_PATH, DEFAULT_TASKS_PATH, DEFAULT_VIDEO_PATH, EPISODES_DIR, INFO_PATH
 
-from kuavo_train.config import ConfigError, said
+from kuavo_train.config import said
+from kuavo_train.errors import ConfigError
 
 PLACE = ("episode_index", "frame_index", "index", "timestamp", "task_index")
 """Columns beside the features that every row has."""

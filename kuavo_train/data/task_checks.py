@@ -8,9 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from kuavo_train.config import ConfigError
 from kuavo_train.data.joints import columns_by_group
 from kuavo_train.data.recording import Recording, episode_list
+from kuavo_train.errors import ConfigError
 
 FULL_TURN = 2 * np.pi  # rad; no joint of an arm turns so far
 HALF_TURN = np.pi  # rad; about what a joint of a Kuavo's arm may move through

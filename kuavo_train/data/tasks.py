@@ -15,7 +15,7 @@ import numpy as np
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
-from kuavo_train.config import ConfigError, DataConfig, Problems, StageConfig, require
+from kuavo_train.config import DataConfig, StageConfig
 from kuavo_train.data.hub import Origin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions
 from kuavo_train.data.joints import columns_by_group
@@ -29,6 +29,7 @@ from kuavo_train.data.task_checks import (
     clock_notes,
     segment_notes,
 )
+from kuavo_train.errors import ConfigError, Problems, require
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kuavo_train.evaluation.stored_run import RunFolderError, StoredRun
+from kuavo_train.errors import RunFolderError
+from kuavo_train.evaluation.stored_run import StoredRun
 
 SAME_DATA = "train both on the same data with the same split and normalization (data.*, policy.*, validation.draws)"
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.comparable import check_comparable
 from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
@@ -31,7 +32,7 @@ from kuavo_train.evaluation.retention import (
     performance_matrix,
 )
 from kuavo_train.evaluation.statistics import hierarchical_bootstrap
-from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun, read_run
+from kuavo_train.evaluation.stored_run import Record, StoredRun, read_run
 
 JOINT, REFERENCE = "joint", "replay"
 NOT_SETTLED = "not settled"

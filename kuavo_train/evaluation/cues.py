@@ -12,9 +12,9 @@ from lerobot.utils.constants import ACTION
 
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import demonstrate
-from kuavo_train.config import ConfigError
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.tasks import Task
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.memory_questions import Question
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.checks import run_checks
 from kuavo_train.evaluation.comparable import check_comparable
@@ -24,7 +25,7 @@ from kuavo_train.evaluation.retention import (
     task_verdict,
 )
 from kuavo_train.evaluation.statistics import wilson
-from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun, StoredStage, read_run
+from kuavo_train.evaluation.stored_run import Record, StoredRun, StoredStage, read_run
 from kuavo_train.evaluation.strategy_facts import gate_readings, probe_records, strategy_facts
 
 SIGN_CONVENTION = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from kuavo_train.config import ConfigError, one_of, require
+from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS
 
 ENVIRONMENT_SETTING = "environment."

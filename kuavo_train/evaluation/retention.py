@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.numbers import number, percent, whole_percent
 from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
-from kuavo_train.evaluation.stored_run import Record, RunFolderError, StoredRun
+from kuavo_train.evaluation.stored_run import Record, StoredRun
 
 MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
 """What R is made of, and whether higher is better."""

@@ -24,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from kuavo_sim import ENVIRONMENT_IDS, EVALUATION_SEED_START
-from kuavo_train.config import ConfigError, RolloutConfig, SimulationConfig, StageConfig, one_of
+from kuavo_train.config import RolloutConfig, SimulationConfig, StageConfig
+from kuavo_train.errors import ConfigError, one_of
 from kuavo_train.evaluation.robots import STEP_TIMEOUT, Act, Begin, Environment, Failure, Robots, Seen
 
 SEEDS_PER_EVALUATION = 10_000

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kuavo_train.errors import RunFolderError
 from kuavo_train.lease import living_holder
 
 Record = dict[str, Any]
 
 STAGE_FOLDER = re.compile(r"stage(\d+)_(.+)")
-
-
-class RunFolderError(ValueError):
-    """A run folder that cannot be read; the message names the folder and what to do."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model
 
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.lora import adapters_merged
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.freezing import trainable_parameters
 
 

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import Linear as AdaptedLinear
 from torch import nn
 
-from kuavo_train.config import ConfigError
+from kuavo_train.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as AdaptedLinear
 from torch import Tensor, nn
 
-from kuavo_train.config import ConfigError, LoraConfig
+from kuavo_train.config import LoraConfig
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.freezing import parameter_groups, trainable_parameters
 
 ADAPTED_GROUP = "expert"

@@ -21,9 +21,10 @@ from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from kuavo_train.config import ConfigError, RunConfig, TrainingConfig, said
+from kuavo_train.config import RunConfig, TrainingConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.errors import ConfigError
 from kuavo_train.learning.ema import check_average
 from kuavo_train.learning.freezing import freeze
 from kuavo_train.learning.lora import add_adapters

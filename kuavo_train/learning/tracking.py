@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from kuavo_train.config import ConfigError, RunConfig, RunError
+from kuavo_train.config import RunConfig
+from kuavo_train.errors import ConfigError, RunError
 
 
 class JsonLines:

@@ -11,8 +11,8 @@ import pytest
 import worlds  # noqa: F401 - registers what is played in
 from reading import Page
 
-from kuavo_train.config import ConfigError
 from kuavo_train.contest import evaluate, rows_of
+from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
 from kuavo_train.evaluation import query_cost
 from kuavo_train.evaluation.numbers import FORMATS

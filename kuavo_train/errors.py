@@ -1,0 +1,60 @@
+"""What a user is told: the errors of this project, and how a rule is checked.
+
+Imports nothing of the project, so that anything may import it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value the user can correct; its text names the key, the rule and the value."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; its text says where it stopped and what is kept."""
+
+
+class Interrupted(BaseException):
+    """A signal asked for the end. No `Exception`: what catches those would take it for a fault of the work it ends."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
+        return 128 + self.number
+
+
+class Problems(list[str]):
+    """What is wrong, told all at once instead of the first thing only."""
+
+    def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+        """The function's result; None when it raised `ConfigError`, which then is among the problems."""
+        try:
+            return function(*arguments, **named)
+        except ConfigError as error:
+            self.append(str(error))
+            return None
+
+    def raise_all(self) -> None:
+        """Raises `ConfigError` with all of them, a line each."""
+        if self:
+            raise ConfigError("\n".join(self))
+
+
+def require(condition: bool, key: str, rule: str, value: object) -> None:
+    """Raise `ConfigError` saying that `key` must obey `rule`, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} must {rule}, got {value!r}")
+
+
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    require(value in names, key, f"be one of {', '.join(names)}", value)
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be read; the message names the folder and what to do."""
