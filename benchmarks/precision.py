@@ -41,8 +41,8 @@ from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.data.frames import open_frames
 from kuavo_train.evaluation.demonstrated import walk
-from kuavo_train.evaluation.statistics import student_quantile
 from kuavo_train.evaluation.validation import Validator
+from kuavo_train.metrics.intervals import student_quantile
 from kuavo_train.run_folder import write_text
 from kuavo_train.trained_run import TrainedRun
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper

@@ -40,7 +40,6 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.order import Order, SampleOrder
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
-from kuavo_train.evaluation.statistics import wilson
 from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.freezing import freeze
@@ -48,6 +47,7 @@ from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Progress, Trainer, Validated
+from kuavo_train.metrics.intervals import wilson
 from kuavo_train.run_folder import write_json
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -24,12 +24,12 @@ from typing import Any
 from kuavo_train.command_line import key_values
 from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation.comparison import CSV_COLUMNS, compare, comparison_rows
-from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.matrix import analyse, stored_limits, write_matrix
 from kuavo_train.evaluation.page import look_up, write_page
 from kuavo_train.evaluation.stored_run import finished_cells, newest_run, read_run
 from kuavo_train.evaluation.terminal import comparison_lines, run_lines
 from kuavo_train.interruption import main_ends_on_signals
+from kuavo_train.metrics.verdict import RetentionLimits
 
 __all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
 

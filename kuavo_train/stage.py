@@ -21,7 +21,6 @@ from tqdm import tqdm
 from kuavo_train.config import MergeConfig, RunConfig, StageConfig
 from kuavo_train.data import known_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
-from kuavo_train.evaluation.forgetting import RetentionLimits
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.retention import episode_scores
@@ -55,6 +54,7 @@ from kuavo_train.learning.tracking import NoTracker, Tracker, curves_of, make_tr
 from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.lease import Lease, NoLease, held
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
+from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.remedies import told_in_one_line
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text

@@ -19,9 +19,9 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.shares import proportional_shares, raised_shares
 from kuavo_train.evaluation.gate import Gate, Reading
-from kuavo_train.evaluation.statistics import Interval
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Trainer
+from kuavo_train.metrics.intervals import Interval
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 

@@ -13,8 +13,8 @@ from kuavo_train.errors import ConfigError, RunFolderError
 from kuavo_train.evaluation.instruction_probe import swap_instructions
 from kuavo_train.evaluation.memory_matrix import donors_among
 from kuavo_train.evaluation.memory_probe import MemoryProbe
-from kuavo_train.evaluation.numbers import FORMATS
 from kuavo_train.learning.policy_factory import build_optimizer
+from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.probes import NothingToProbe, main, recovery, run_probe
 from kuavo_train.report import look_up, write_report
 from kuavo_train.trained_run import TrainedRun

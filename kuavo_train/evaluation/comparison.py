@@ -17,11 +17,8 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.comparable import check_comparable
-from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.matrix import SIGN_CONVENTION, analyse
-from kuavo_train.evaluation.numbers import integer, number, signed, whole_percent
 from kuavo_train.evaluation.retention import (
     CLOSED_LOOP,
     MEASURES,
@@ -31,8 +28,12 @@ from kuavo_train.evaluation.retention import (
     interval_record,
     performance_matrix,
 )
-from kuavo_train.evaluation.statistics import hierarchical_bootstrap
 from kuavo_train.evaluation.stored_run import Record, StoredRun, read_run
+from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics.forgetting import PerformanceMatrix
+from kuavo_train.metrics.intervals import hierarchical_bootstrap
+from kuavo_train.metrics.number_format import integer, number, signed, whole_percent
+from kuavo_train.metrics.verdict import VERDICTS, RetentionLimits, judge
 
 JOINT, REFERENCE = "joint", "replay"
 NOT_SETTLED = "not settled"
@@ -284,7 +285,7 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
         (run,) = arm.runs.values()
         change |= interval_record(change_since_learnt(run, "loss", task, limits, relative=True)) or {}
     interval = metrics.Interval(**{key: value for key, value in change.items() if key != "by_seed"})
-    verdict = metrics.judge(interval, limits)
+    verdict = judge(interval, limits)
     return entry | {
         "state": "judged",
         "verdict": verdict.word,
@@ -364,7 +365,7 @@ def _outcome(entry: Record) -> str:
     words = [task["verdict"] if task["settled"] else NOT_SETTLED for task in entry["tasks"] if task["verdict"]]
     if not words:
         return "all tasks at once" if entry["strategy"] == JOINT else "nothing to forget yet"
-    return ", ".join(f"{words.count(word)} {word}" for word in (*metrics.VERDICTS, NOT_SETTLED) if word in words)
+    return ", ".join(f"{words.count(word)} {word}" for word in (*VERDICTS, NOT_SETTLED) if word in words)
 
 
 def _evidence(entry: Record, reference: Arm, combine: _Combined) -> str:

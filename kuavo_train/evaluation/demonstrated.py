@@ -18,7 +18,7 @@ from kuavo_train.data.cache import ImageSource
 from kuavo_train.data.joints import columns_by_group
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.ablations import Ablatable
-from kuavo_train.evaluation.statistics import mean_interval, paired_bootstrap
+from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap
 
 Record = dict[str, Any]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from kuavo_train.config import ForgettingConfig
 from kuavo_train.data.shares import raised_shares
-from kuavo_train.evaluation.numbers import percent, whole_percent
-from kuavo_train.evaluation.statistics import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.number_format import percent, whole_percent
 
 
 @dataclass(frozen=True)

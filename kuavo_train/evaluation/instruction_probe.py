@@ -17,8 +17,8 @@ import numpy as np
 
 from kuavo_train.data.tasks import Task
 from kuavo_train.evaluation.memory_probe import MemoryProbe, seeded_noise
-from kuavo_train.evaluation.numbers import number, percent
-from kuavo_train.evaluation.statistics import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.number_format import number, percent
 
 Record = dict[str, Any]
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation import forgetting as metrics
 from kuavo_train.evaluation.checks import run_checks
 from kuavo_train.evaluation.comparable import check_comparable
-from kuavo_train.evaluation.forgetting import PerformanceMatrix, RetentionLimits
 from kuavo_train.evaluation.retention import (
     MEASURES,
     cell,
@@ -24,9 +22,12 @@ from kuavo_train.evaluation.retention import (
     performance_matrix,
     task_verdict,
 )
-from kuavo_train.evaluation.statistics import wilson
 from kuavo_train.evaluation.stored_run import Record, StoredRun, StoredStage, read_run
 from kuavo_train.evaluation.strategy_facts import gate_readings, probe_records, strategy_facts
+from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics.forgetting import PerformanceMatrix
+from kuavo_train.metrics.intervals import wilson
+from kuavo_train.metrics.verdict import RetentionLimits
 
 SIGN_CONVENTION = (
     "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is "

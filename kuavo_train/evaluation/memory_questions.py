@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk, linear_probe, nearest, seeded_noise
-from kuavo_train.evaluation.statistics import wilson
+from kuavo_train.metrics.intervals import wilson
 
 FEWEST_EPISODES = 4  # of each of both sides, for a point of the probe's curve
 

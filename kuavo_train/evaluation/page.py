@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from kuavo_train.evaluation.numbers import ABSENT, FORMATS
 from kuavo_train.evaluation.stored_run import Record
+from kuavo_train.metrics.number_format import ABSENT, FORMATS
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kuavo_train.evaluation.figure_style import INK, MUTED, TASK_COLOURS, WIDTH, log_if_wide, short_name
-from kuavo_train.evaluation.numbers import number, percent
 from kuavo_train.evaluation.stored_run import Record
+from kuavo_train.metrics.number_format import number, percent
 
 PALE = "#a9b8c9"
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kuavo_train.evaluation.forgetting import RetentionLimits
-from kuavo_train.evaluation.numbers import number, whole_percent
-from kuavo_train.evaluation.statistics import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
+from kuavo_train.metrics.number_format import number, whole_percent
+from kuavo_train.metrics.verdict import RetentionLimits
 
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation import forgetting as metrics
-from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
-from kuavo_train.evaluation.numbers import number, percent, whole_percent
-from kuavo_train.evaluation.statistics import Interval, paired_bootstrap
 from kuavo_train.evaluation.stored_run import Record, StoredRun
+from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
+from kuavo_train.metrics.intervals import Interval, paired_bootstrap
+from kuavo_train.metrics.number_format import number, percent, whole_percent
+from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
 
 MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
 """What R is made of, and whether higher is better."""
@@ -139,7 +140,7 @@ def task_verdict(
     entry |= {f"{key}_now": _get(m, last, name) for key, m in matrices.items()}
     line = end_line(run, last, name) or {}
     entry["constant_error"] = line.get("constant_error")
-    entry["absolute_verdict"] = metrics.judge_absolute(entry["loss_now"], limits)
+    entry["absolute_verdict"] = judge_absolute(entry["loss_now"], limits)
     limit = task.get("final_loss_limit")
     entry["final_limit"] = limit
     entry["within_final_limit"] = None if limit is None else entry["loss_now"] < limit
@@ -155,7 +156,7 @@ def task_verdict(
         relative = Interval((now - then) / then, None, None, limits.confidence, 0)
     else:
         entry["change"] = interval_record(change_since_learnt(run, "loss", name, limits, relative=False))
-    verdict = metrics.judge(relative, limits)
+    verdict = judge(relative, limits)
     action = change_since_learnt(run, "action_error", name, limits, relative=True)
     return entry | {
         "state": "judged",
@@ -170,7 +171,7 @@ def task_verdict(
     }
 
 
-def _evidence(verdict: metrics.Verdict, change: Interval, then: float, now: float) -> str:
+def _evidence(verdict: Verdict, change: Interval, then: float, now: float) -> str:
     """The sentence under a verdict."""
     if change.low is None or change.high is None:
         interval, doubt = "no interval from so few episodes", "More held-out episodes are needed to settle it."

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.evaluation.rollout import Episode
-from kuavo_train.evaluation.statistics import PairedOutcomes, mean_interval, paired_bootstrap, wilson
+from kuavo_train.metrics.intervals import PairedOutcomes, mean_interval, paired_bootstrap, wilson
 
 Episodes = Mapping[Hashable, Episode]
 """Key that pairs the episodes of different policies, such as (task, seed) → episode."""

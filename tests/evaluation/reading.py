@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from kuavo_train.evaluation.forgetting import RetentionLimits
+from kuavo_train.metrics.verdict import RetentionLimits
 
 QUICK = RetentionLimits(resamples=500)
 

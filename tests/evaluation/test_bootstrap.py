@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kuavo_train.evaluation.statistics import hierarchical_bootstrap, paired_bootstrap, student_quantile, wilson
+from kuavo_train.metrics.intervals import hierarchical_bootstrap, paired_bootstrap, student_quantile, wilson
 
 
 def episodes(values):

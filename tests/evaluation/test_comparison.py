@@ -14,7 +14,7 @@ from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation.comparison import compare
-from kuavo_train.evaluation.numbers import FORMATS
+from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.report import (
     comparison_table,
     look_up,

@@ -2,9 +2,17 @@
 
 import pytest
 
-from kuavo_train.evaluation import forgetting as f
-from kuavo_train.evaluation.forgetting import MissingCellError, PerformanceMatrix, RetentionLimits
-from kuavo_train.evaluation.statistics import Interval
+from kuavo_train.metrics import forgetting as f
+from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
+from kuavo_train.metrics.intervals import Interval
+from kuavo_train.metrics.verdict import (
+    SIGNIFICANT_FORGETTING,
+    SLIGHT_DEGRADATION,
+    WELL_RETAINED,
+    RetentionLimits,
+    judge,
+    judge_absolute,
+)
 
 SUCCESS = ((0.1, 0.2, 0.3), (0.8, 0.3, 0.2), (0.6, 0.9, 0.5), (0.7, 0.6, 1.0))
 
@@ -133,30 +141,30 @@ def test_a_matrix_that_does_not_fit_together_is_refused(change, message):
 @pytest.mark.parametrize(
     ("low", "high", "word", "worst"),
     [
-        (-0.20, 0.05, f.WELL_RETAINED, f.WELL_RETAINED),
-        (0.02, 0.10, f.WELL_RETAINED, f.WELL_RETAINED),
-        (0.02, 0.11, f.WELL_RETAINED, f.SLIGHT_DEGRADATION),
-        (-2.0, 9.00, f.WELL_RETAINED, f.SIGNIFICANT_FORGETTING),
-        (0.11, 0.30, f.SLIGHT_DEGRADATION, f.SLIGHT_DEGRADATION),
-        (0.25, 0.40, f.SLIGHT_DEGRADATION, f.SIGNIFICANT_FORGETTING),
-        (0.31, 0.90, f.SIGNIFICANT_FORGETTING, f.SIGNIFICANT_FORGETTING),
+        (-0.20, 0.05, WELL_RETAINED, WELL_RETAINED),
+        (0.02, 0.10, WELL_RETAINED, WELL_RETAINED),
+        (0.02, 0.11, WELL_RETAINED, SLIGHT_DEGRADATION),
+        (-2.0, 9.00, WELL_RETAINED, SIGNIFICANT_FORGETTING),
+        (0.11, 0.30, SLIGHT_DEGRADATION, SLIGHT_DEGRADATION),
+        (0.25, 0.40, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING),
+        (0.31, 0.90, SIGNIFICANT_FORGETTING, SIGNIFICANT_FORGETTING),
     ],
 )
 def test_the_lower_end_of_the_interval_decides_the_verdict_and_the_upper_end_whether_it_is_settled(
     low, high, word, worst
 ):
-    verdict = f.judge(Interval((low + high) / 2, low, high, 0.95, 12), RetentionLimits())
+    verdict = judge(Interval((low + high) / 2, low, high, 0.95, 12), RetentionLimits())
     assert (verdict.word, verdict.worst, verdict.settled) == (word, worst, word == worst)
 
 
 def test_without_an_interval_the_estimate_decides_and_nothing_is_settled():
-    verdict = f.judge(Interval(0.5, None, None, 0.95, 1), RetentionLimits())
-    assert (verdict.word, verdict.worst, verdict.settled) == (f.SIGNIFICANT_FORGETTING, None, False)
+    verdict = judge(Interval(0.5, None, None, 0.95, 1), RetentionLimits())
+    assert (verdict.word, verdict.worst, verdict.settled) == (SIGNIFICANT_FORGETTING, None, False)
 
 
 def test_absolute_limits_judge_the_loss_alone():
-    words = [f.judge_absolute(value, RetentionLimits()) for value in (0.69, 0.7, 0.99, 1.0)]
-    assert words == [f.WELL_RETAINED, f.SLIGHT_DEGRADATION, f.SLIGHT_DEGRADATION, f.SIGNIFICANT_FORGETTING]
+    words = [judge_absolute(value, RetentionLimits()) for value in (0.69, 0.7, 0.99, 1.0)]
+    assert words == [WELL_RETAINED, SLIGHT_DEGRADATION, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING]
 
 
 @pytest.mark.parametrize(

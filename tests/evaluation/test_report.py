@@ -15,9 +15,9 @@ from reading import QUICK, Page
 from synthetic_run import TASKS, edit, edit_lines, write_run
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.forgetting import RetentionLimits
-from kuavo_train.evaluation.numbers import FORMATS
 from kuavo_train.evaluation.stored_run import newest_run, read_run
+from kuavo_train.metrics.number_format import FORMATS
+from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.report import look_up, main, summary_table, write_matrix, write_report
 
 

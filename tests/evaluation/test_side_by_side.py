@@ -7,7 +7,7 @@ import pytest
 
 from kuavo_train.evaluation.rollout import Episode
 from kuavo_train.evaluation.side_by_side import differ, judge
-from kuavo_train.evaluation.statistics import PairedOutcomes
+from kuavo_train.metrics.intervals import PairedOutcomes
 
 
 def episode(seed: int, *, success: bool = True, **known: Any) -> Episode:

@@ -1,0 +1,96 @@
+"""What became of a task, in a word: from how its held-out loss changed since it was learnt, and by absolute limits."""
+
+from dataclasses import dataclass
+
+from kuavo_train.metrics.intervals import Interval
+from kuavo_train.metrics.number_format import integer, whole_percent
+
+WELL_RETAINED = "well retained"
+
+
+SLIGHT_DEGRADATION = "slight degradation"
+
+
+SIGNIFICANT_FORGETTING = "significant forgetting"
+
+
+VERDICTS = (WELL_RETAINED, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING)
+
+
+@dataclass(frozen=True)
+class RetentionLimits:
+    """When a task counts as kept.
+
+    Attributes:
+        well_retained_change, slight_change: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
+        well_retained_loss, slight_loss: limits on the loss itself, which depends on data and model.
+        confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
+    """
+
+    well_retained_change: float = 0.10
+    slight_change: float = 0.30
+    well_retained_loss: float = 0.7
+    slight_loss: float = 1.0
+    confidence: float = 0.95
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("change", "loss"):
+            well_retained, slight = getattr(self, f"well_retained_{name}"), getattr(self, f"slight_{name}")
+            if not 0 <= well_retained <= slight:
+                raise ValueError(f"well_retained_{name} must be in [0, slight_{name} = {slight}], got {well_retained}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
+        if self.resamples < 1:
+            raise ValueError(f"resamples must be at least 1, got {self.resamples}")
+
+    @property
+    def rule(self) -> str:
+        """The rule of `judge`, in words for a report."""
+        return (
+            "A task's verdict follows from how much its held-out loss has risen since the stage that learnt it, as a "
+            f"share of the loss then. The lower end of the {whole_percent(self.confidence)} interval (paired "
+            f"bootstrap over held-out episodes, {integer(self.resamples)} resamples) decides: at most "
+            f"{whole_percent(self.well_retained_change)} is '{WELL_RETAINED}', at most "
+            f"{whole_percent(self.slight_change)} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. So a task "
+            "is called forgotten only when the data show it; where the upper end would give another verdict, both are "
+            "told, and the verdict is not settled."
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the interval's lower end says (`word`) and what its upper end says (`worst`), of the three words above.
+
+    Without an interval `word` is the estimate's and `worst` None.
+    """
+
+    word: str
+    worst: str | None
+
+    @property
+    def settled(self) -> bool:
+        return self.word == self.worst
+
+
+def judge(relative_change: Interval, limits: RetentionLimits) -> Verdict:
+    """Verdict on one task from the relative change of its loss since learnt, by `RetentionLimits.rule`.
+
+    Without an interval (one episode) the estimate decides and the verdict is never settled.
+    """
+
+    def word(change: float) -> str:
+        if change <= limits.well_retained_change:
+            return WELL_RETAINED
+        return SLIGHT_DEGRADATION if change <= limits.slight_change else SIGNIFICANT_FORGETTING
+
+    if relative_change.low is None or relative_change.high is None:
+        return Verdict(word(relative_change.estimate), None)
+    return Verdict(word(relative_change.low), word(relative_change.high))
+
+
+def judge_absolute(loss: float, limits: RetentionLimits) -> str:
+    """The older, secondary verdict from the loss alone."""
+    if loss < limits.well_retained_loss:
+        return WELL_RETAINED
+    return SLIGHT_DEGRADATION if loss < limits.slight_loss else SIGNIFICANT_FORGETTING
