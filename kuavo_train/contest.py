@@ -19,13 +19,13 @@ from kuavo_train.data.tasks import Task, open_task
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
 from kuavo_train.evaluation.demonstrated import Errors, judge_errors, walk
-from kuavo_train.evaluation.page import write_page
 from kuavo_train.evaluation.query_cost import PeakMemory, time_queries
 from kuavo_train.evaluation.request import Request
 from kuavo_train.evaluation.robots import Environment
 from kuavo_train.evaluation.rollout import Episode, Rollouts, evaluation_seeds, roll_out
 from kuavo_train.evaluation.side_by_side import differ, judge
 from kuavo_train.evaluation.videos import Caption, picked, write_video
+from kuavo_train.reporting.html_page import write_page
 from kuavo_train.run_folder import now, write_json
 from kuavo_train.trained_run import TrainedRun, stage_folder_above
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
@@ -329,8 +329,8 @@ def _about(contestant: Contestant) -> Record:
 
 def write_evaluation(request: Request) -> Record:
     """Evaluate, write the JSON and the page, and return what the JSON holds. Errors as `evaluate`."""
-    from kuavo_train.evaluation.evaluation_figures import demonstration_figures, evaluation_figures
-    from kuavo_train.evaluation.figure_style import save_figures
+    from kuavo_train.reporting.figures.evaluation import demonstration_figures, evaluation_figures
+    from kuavo_train.reporting.figures.style import save_figures
 
     found = evaluate(request)
     request.output.parent.mkdir(parents=True, exist_ok=True)

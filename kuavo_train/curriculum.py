@@ -22,7 +22,7 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     configs = compose_run(overrides)
     # The heavy imports come after the configuration has been found good.
     from kuavo_train.opened_stage import record_missing_data
-    from kuavo_train.report import summary_table, write_report
+    from kuavo_train.reporting.write_report import summary_table, write_report
 
     if configs[0].data_only:
         record_missing_data(configs[0], [config.stage for config in configs])

@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
     from kuavo_train.contest import write_evaluation
     from kuavo_train.errors import RunFolderError
     from kuavo_train.evaluation.request import Request
-    from kuavo_train.evaluation.terminal import evaluation_lines
+    from kuavo_train.reporting.text_report import evaluation_lines
 
     try:
         request = Request.parse(words)

@@ -24,12 +24,10 @@ from kuavo_train.data.tasks import Task
 from kuavo_train.errors import ConfigError, RunFolderError, one_of, require
 from kuavo_train.evaluation.cues import cues_of, has_cues, question_of
 from kuavo_train.evaluation.instruction_probe import swap_instructions
-from kuavo_train.evaluation.matrix import stored_limits
 from kuavo_train.evaluation.memory_matrix import INTERVENTIONS, donors_among, memory_evidence, validate_with
 from kuavo_train.evaluation.memory_probe import MemoryProbe
 from kuavo_train.evaluation.memory_questions import Question, answer_questions
 from kuavo_train.evaluation.recovery import recovery_record
-from kuavo_train.evaluation.retention import end_line, episode_scores
 from kuavo_train.evaluation.stored_run import StoredStage, newest_run
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
@@ -43,7 +41,10 @@ from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.metrics.intervals import Scores
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.opened_stage import fresh_memory, open_stage
-from kuavo_train.report import OUTPUTS, write_report
+from kuavo_train.report import OUTPUTS
+from kuavo_train.reporting.run_analysis import stored_limits
+from kuavo_train.reporting.run_metrics import end_line, episode_scores
+from kuavo_train.reporting.write_report import write_report
 from kuavo_train.run_folder import write_json
 from kuavo_train.trained_run import TrainedRun
 

@@ -22,8 +22,6 @@ from kuavo_train.config import MergeConfig, RunConfig, StageConfig
 from kuavo_train.data import known_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.gate import Gate
-from kuavo_train.evaluation.matrix import write_matrix
-from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.rollout import Rollouts, evaluation_seeds, roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
@@ -57,6 +55,8 @@ from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_befo
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.remedies import told_in_one_line
+from kuavo_train.reporting.run_analysis import write_matrix
+from kuavo_train.reporting.run_metrics import episode_scores
 from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 

@@ -168,7 +168,7 @@ def _for(strategy: str, overrides: Sequence[str]) -> list[str]:
 
 def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
     """Train what the cell lacks; a failure is told and the study goes on, an interruption ends it with its status."""
-    from kuavo_train.report import write_report
+    from kuavo_train.reporting.write_report import write_report
 
     if cell.finished:
         print(f"{title} is finished in {cell.folder}", flush=True)
@@ -194,7 +194,7 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
 
 
 def _compare(study: StudyFile) -> None:
-    from kuavo_train.report import comparison_table, write_comparison
+    from kuavo_train.reporting.write_report import comparison_table, write_comparison
 
     runs = finished_cells(study.path)
     if len(runs) < 2:

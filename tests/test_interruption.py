@@ -14,11 +14,11 @@ from kuavo_sim import record
 from kuavo_train import opened_stage
 from kuavo_train.data.cache import EpisodeCache
 from kuavo_train.errors import Interrupted
-from kuavo_train.evaluation import matrix
 from kuavo_train.evaluation.robots import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
 from kuavo_train.learning.trainer import Trainer
+from kuavo_train.reporting import run_analysis as matrix
 from kuavo_train.run_folder import StageFolder
 
 Overrides = Callable[..., list[str]]

@@ -16,7 +16,8 @@ from kuavo_train.evaluation.memory_probe import MemoryProbe
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.probes import NothingToProbe, main, recovery, run_probe
-from kuavo_train.report import look_up, write_report
+from kuavo_train.report import look_up
+from kuavo_train.reporting.write_report import write_report
 from kuavo_train.trained_run import TrainedRun
 
 

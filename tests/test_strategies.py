@@ -19,11 +19,11 @@ from kuavo_train.config import RunConfig
 from kuavo_train.contest import Contestant
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError
-from kuavo_train.evaluation.matrix import write_matrix
 from kuavo_train.evaluation.request import Request
 from kuavo_train.learning.extra_loss import ElasticPenalty, Importance, measure_importance
 from kuavo_train.learning.merging import set_merged_weights, sweep_merges
 from kuavo_train.learning.recurrence import NoRecurrence
+from kuavo_train.reporting.run_analysis import write_matrix
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 from kuavo_train.trained_run import TrainedRun

@@ -15,10 +15,10 @@ from typing import Any
 from kuavo_train.data.mixture import Batch
 from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk
 from kuavo_train.evaluation.memory_questions import donor_of
-from kuavo_train.evaluation.retention import episode_scores
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
+from kuavo_train.reporting.run_metrics import episode_scores
 
 INTERVENTIONS = ("on", "reset", "swapped")
 Record = dict[str, Any]

@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kuavo_train.evaluation.figure_style import GREY, GRID, INK, MUTED, TASK_COLOURS
 from kuavo_train.evaluation.rollout import Episode, Trace
+from kuavo_train.reporting.figures.style import GREY, GRID, INK, MUTED, TASK_COLOURS
 
 WIDTH, MARGIN, GAP = 640, 16, 8
 LINE = 18  # pixels from one line of text to the next

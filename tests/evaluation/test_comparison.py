@@ -13,17 +13,10 @@ from reading import QUICK, Page
 from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.comparison import compare
 from kuavo_train.metrics.number_format import FORMATS
-from kuavo_train.report import (
-    comparison_table,
-    look_up,
-    main,
-    summary_table,
-    write_comparison,
-    write_matrix,
-    write_report,
-)
+from kuavo_train.report import look_up, main, write_matrix
+from kuavo_train.reporting.strategy_comparison import compare
+from kuavo_train.reporting.write_report import comparison_table, summary_table, write_comparison, write_report
 
 STRATEGIES = ("replay", "sequential", "joint")
 

@@ -17,9 +17,9 @@ from kuavo_train.data.tasks import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
 from kuavo_train.evaluation.demonstrated import judge_errors, walk
-from kuavo_train.evaluation.page import look_up
 from kuavo_train.evaluation.request import Request
 from kuavo_train.metrics.number_format import FORMATS
+from kuavo_train.reporting.html_page import look_up
 
 HORIZON, STRIDE = 6, 4
 

@@ -15,10 +15,10 @@ from kuavo_train.contest import evaluate, rows_of
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
 from kuavo_train.evaluation import query_cost
-from kuavo_train.evaluation.page import look_up
 from kuavo_train.evaluation.request import Request
 from kuavo_train.evaluation.rollout import evaluation_seeds
 from kuavo_train.metrics.number_format import FORMATS
+from kuavo_train.reporting.html_page import look_up
 
 IN_THE_ARMS_WORLD = ("tasks=weighing", "environment=worlds:Arms-v0", "n_episodes=5", "workers=1", "parallel=3")
 

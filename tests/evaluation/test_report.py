@@ -18,7 +18,8 @@ from kuavo_train.errors import RunFolderError
 from kuavo_train.evaluation.stored_run import newest_run, read_run
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.report import look_up, main, summary_table, write_matrix, write_report
+from kuavo_train.report import look_up, main, write_matrix
+from kuavo_train.reporting.write_report import summary_table, write_report
 
 
 @pytest.fixture(scope="module")

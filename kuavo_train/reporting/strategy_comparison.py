@@ -17,9 +17,15 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.comparable import check_comparable
-from kuavo_train.evaluation.matrix import SIGN_CONVENTION, analyse
-from kuavo_train.evaluation.retention import (
+from kuavo_train.evaluation.stored_run import Record, StoredRun, read_run
+from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics.forgetting import PerformanceMatrix
+from kuavo_train.metrics.intervals import hierarchical_bootstrap
+from kuavo_train.metrics.number_format import integer, number, signed, whole_percent
+from kuavo_train.metrics.verdict import VERDICTS, RetentionLimits, judge
+from kuavo_train.reporting.comparability import check_comparable
+from kuavo_train.reporting.run_analysis import SIGN_CONVENTION, analyse
+from kuavo_train.reporting.run_metrics import (
     CLOSED_LOOP,
     MEASURES,
     change_since_learnt,
@@ -28,12 +34,6 @@ from kuavo_train.evaluation.retention import (
     interval_record,
     performance_matrix,
 )
-from kuavo_train.evaluation.stored_run import Record, StoredRun, read_run
-from kuavo_train.metrics import forgetting as metrics
-from kuavo_train.metrics.forgetting import PerformanceMatrix
-from kuavo_train.metrics.intervals import hierarchical_bootstrap
-from kuavo_train.metrics.number_format import integer, number, signed, whole_percent
-from kuavo_train.metrics.verdict import VERDICTS, RetentionLimits, judge
 
 JOINT, REFERENCE = "joint", "replay"
 NOT_SETTLED = "not settled"

@@ -1,6 +1,6 @@
 """A record of numbers → one self-contained page: figures inlined, numbers looked up and nowhere written by hand.
 
-Templates (kuavo_train/templates) show numbers only through `value(pointer)` and `interval(pointer)`, which look them
+Templates (kuavo_train/reporting/templates) show numbers only through `value(pointer)` and `interval(pointer)`, which look them
 up in the record that is stored as JSON beside the page, so that the two cannot disagree.
 """
 
@@ -15,14 +15,14 @@ from markupsafe import Markup, escape
 from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, record: Record, figures: Mapping[str, Path]) -> str:
     """The page as text.
 
     Args:
-        template: file below kuavo_train/templates; it sees the record as `m`.
+        template: file below kuavo_train/reporting/templates; it sees the record as `m`.
         figures: name → PNG.
     """
     environment = Environment(

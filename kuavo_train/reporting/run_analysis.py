@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.checks import run_checks
-from kuavo_train.evaluation.comparable import check_comparable
-from kuavo_train.evaluation.retention import (
+from kuavo_train.evaluation.stored_run import Record, StoredRun, StoredStage, read_run
+from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics.forgetting import PerformanceMatrix
+from kuavo_train.metrics.intervals import wilson
+from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reporting.comparability import check_comparable
+from kuavo_train.reporting.run_checks import run_checks
+from kuavo_train.reporting.run_metrics import (
     MEASURES,
     cell,
     end_line,
@@ -22,12 +27,7 @@ from kuavo_train.evaluation.retention import (
     performance_matrix,
     task_verdict,
 )
-from kuavo_train.evaluation.stored_run import Record, StoredRun, StoredStage, read_run
-from kuavo_train.evaluation.strategy_facts import gate_readings, probe_records, strategy_facts
-from kuavo_train.metrics import forgetting as metrics
-from kuavo_train.metrics.forgetting import PerformanceMatrix
-from kuavo_train.metrics.intervals import wilson
-from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reporting.strategy_section import gate_readings, probe_records, strategy_facts
 
 SIGN_CONVENTION = (
     "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is "
