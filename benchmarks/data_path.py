@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 from benchmarks.measuring import Table, alternate, speed_rows
 from benchmarks.video_dataset import FPS, TASK, write_dataset
 from kuavo_train.compose import compose_run
+from kuavo_train.data.batch import preprocess
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
-from kuavo_train.data.mixture import MixedDataset, preprocess
 from kuavo_train.data.normalization import fit_normalization
-from kuavo_train.data.order import Draw
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.sampler import Draw
+from kuavo_train.data.task import Task, open_task
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
 CHUNK = 50

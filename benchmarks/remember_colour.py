@@ -33,12 +33,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from benchmarks.models import LAYOUTS
 from kuavo_train.config import TrainingConfig
+from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.instructions import Instructions
-from kuavo_train.data.lanes import LaneOrder
-from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.order import Order, SampleOrder
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.sampler import Order, SampleOrder
+from kuavo_train.data.task import Task
 from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
 from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.measuring import Table, alternate, milliseconds
 from benchmarks.models import ACTIONS, STATE
+from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.instructions import Instructions
-from kuavo_train.data.lanes import LaneOrder
-from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 
 EPISODE = 200
 CHUNK, STRIDE, DEPTH = 50, 8, 4

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
-from kuavo_train.data.shares import proportional_shares
+from kuavo_train.data.replay import proportional_shares
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
 

@@ -13,9 +13,9 @@ from lerobot.configs import PreTrainedConfig
 
 from kuavo_sim import ENVIRONMENT_IDS, TASKS
 from kuavo_train.config import FROM_DATASET, DataConfig, StageConfig
+from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.known_tasks import KnownTask, KnownTasks
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
 from kuavo_train.evaluation.demonstrated import Errors, judge_errors, walk

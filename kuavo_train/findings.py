@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.images import Images, size_text
-from kuavo_train.data.joints import columns_by_group
+from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.recording import recorded_fps
+from kuavo_train.data.task import Task
 from kuavo_train.data.task_checks import listed_counts, little_used
-from kuavo_train.data.tasks import Task
 from kuavo_train.errors import ConfigError, Problems
 from kuavo_train.learning.freezing import dtype_names, parameter_counts, parameter_groups, trainable_parameters
 from kuavo_train.learning.lora import adapted_state

@@ -25,7 +25,7 @@ def main(composed: DictConfig, overrides: list[str], *, episode: str | None = No
     # The heavy imports come after the configuration has been found good.
     from kuavo_train.data.frames import DecodedFrames
     from kuavo_train.data.inspection import episodes_in_use, overview, save_sheet
-    from kuavo_train.data.tasks import open_task
+    from kuavo_train.data.task import open_task
 
     task = open_task(config.stage, config.data)
     print(overview(task))

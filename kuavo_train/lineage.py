@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import content_hash
+from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.policy_factory import policy_defaults

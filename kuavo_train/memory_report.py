@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from kuavo_train.command_line import key_values
-from kuavo_train.data.mixture import MixedDataset
-from kuavo_train.data.tasks import open_task
+from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.task import open_task
 from kuavo_train.errors import ConfigError, RunFolderError, require
 from kuavo_train.evaluation.cues import cues_of, question_of
 from kuavo_train.evaluation.memory_probe import MemoryProbe, seeded_noise

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from kuavo_train.command_line import key_values
-from kuavo_train.data.mixture import MixedDataset
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, RunFolderError, one_of, require
 from kuavo_train.evaluation.cues import cues_of, has_cues, question_of
 from kuavo_train.evaluation.instruction_probe import swap_instructions

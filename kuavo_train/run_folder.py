@@ -25,7 +25,7 @@ import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines

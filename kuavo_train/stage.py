@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
 
 from kuavo_train.config import MergeConfig, RunConfig, StageConfig
-from kuavo_train.data import known_tasks
+from kuavo_train.data import checkpoint_tasks as known_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.rollout import Rollouts, evaluation_seeds, roll_out

@@ -13,7 +13,7 @@ from kuavo_sim.record import RecordSettings, record
 from kuavo_train.compose import compose_run
 from kuavo_train.data.frames import DecodedFrames
 from kuavo_train.data.inspection import save_sheet
-from kuavo_train.data.tasks import open_task
+from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.robots import Environment
 from kuavo_train.evaluation.rollout import evaluation_seeds, roll_out
 from kuavo_train.run_folder import stage_folder

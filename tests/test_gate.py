@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ForgettingConfig, RunConfig
-from kuavo_train.data.shares import proportional_shares, raised_shares
+from kuavo_train.data.replay import proportional_shares, raised_shares
 from kuavo_train.evaluation.gate import Gate, Reading
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Trainer

@@ -23,7 +23,7 @@ from lerobot.datasets.utils import MISSING_VERSION_TAG_MESSAGE
 from kuavo_train.config import RunConfig, said
 from kuavo_train.data import hub
 from kuavo_train.data.hub import Origin, fetch, remedy
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 
 LEFT = "observation.images.wrist_cam_l"

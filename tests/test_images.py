@@ -20,7 +20,7 @@ from kuavo_train.data import images as images_module
 from kuavo_train.data.features import CachedFeatures, Encoder
 from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images import Images, plan_images
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 
 

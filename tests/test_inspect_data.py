@@ -10,7 +10,7 @@ from test_command_line import Here, outputs_of
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics, overview
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.task import Task, open_task
 
 
 @pytest.fixture

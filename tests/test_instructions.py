@@ -14,10 +14,10 @@ from small_datasets import write_dataset
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
-from kuavo_train.data.known_tasks import KnownTasks
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.normalization import fit_normalization
-from kuavo_train.data.order import Draw
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.sampler import Draw
+from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 from kuavo_train.findings import Findings
 from kuavo_train.run_folder import stage_folder, write_run_facts

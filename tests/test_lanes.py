@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kuavo_train.data.lanes import LaneOrder
-from kuavo_train.data.order import Draw
+from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.sampler import Draw
 from kuavo_train.learning.recurrence import CarriedMemory
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
 

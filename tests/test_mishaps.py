@@ -17,8 +17,8 @@ from kuavo_train import findings, run_folder
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images import size_text
-from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines

@@ -7,11 +7,12 @@ from small_datasets import TASK_NAMES
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.mixture import MixedDataset
 from kuavo_train.data.normalization import Normalization, fit_normalization
-from kuavo_train.data.order import Draw, Quota, SampleOrder, StepSampler
-from kuavo_train.data.tasks import Task, open_task
+from kuavo_train.data.replay_quota import Quota
+from kuavo_train.data.sampler import Draw, SampleOrder, StepSampler
+from kuavo_train.data.task import Task, open_task
 
 STAGE_SHARES = [config.replay for config in compose_run()]
 SKIPPED = {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}

@@ -189,6 +189,6 @@ def test_outputs_that_were_moved_as_a_whole_bring_their_data_along(simulated_run
 
 
 def audit_rows(configs: list[RunConfig]) -> int:
-    from kuavo_train.data.tasks import open_task
+    from kuavo_train.data.task import open_task
 
     return len(open_task(configs[0].stage, configs[0].data).train_rows)

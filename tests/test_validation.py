@@ -11,9 +11,9 @@ import torch
 from lerobot.utils.constants import ACTION
 
 from kuavo_train.config import RunConfig
-from kuavo_train.data.mixture import MixedDataset
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
-from kuavo_train.data.tasks import open_task
+from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.answers import stratified_time
 from kuavo_train.evaluation.validation import Validator
 

@@ -14,7 +14,7 @@ import torch
 from lerobot.transforms.transforms import ImageTransformConfig, ImageTransforms, ImageTransformsConfig
 
 from kuavo_train.config import AugmentationConfig
-from kuavo_train.data.mixture import Batch
+from kuavo_train.data.batch import Batch
 from kuavo_train.errors import ConfigError
 
 STREAM = zlib.crc32(b"augmentation")  # apart from the other randomness of a step

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from kuavo_sim.cpus import usable_cpus
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 
 PIECE = 64  # frames held in memory at once, per thread that decodes

@@ -18,7 +18,7 @@ from PIL import Image
 
 from kuavo_train.config import DataConfig, said
 from kuavo_train.data.cache import EpisodeCache, fill
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 
 DECODE_TOLERANCE_S = 1e-4

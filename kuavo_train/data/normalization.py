@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from kuavo_train.data.tasks import FeatureSpace, Task
+from kuavo_train.data.feature_space import FeatureSpace
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 
 # A joint that hardly moves must not turn sensor noise into the loudest signal. In rad, m or claw units.

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from kuavo_train.data.joints import columns_by_group
+from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.recording import Recording, episode_list
 from kuavo_train.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.data.mixture import Batch
+from kuavo_train.data.batch import Batch
 
 Key = Sequence[int]
 """Of a row: task, episode, frame."""

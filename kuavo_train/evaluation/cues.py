@@ -13,7 +13,7 @@ from lerobot.utils.constants import ACTION
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import demonstrate
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.memory_questions import Question
 

@@ -15,8 +15,8 @@ from lerobot.utils.constants import OBS_STATE
 from tqdm import tqdm
 
 from kuavo_train.data.cache import ImageSource
-from kuavo_train.data.joints import columns_by_group
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.joint_groups import columns_by_group
+from kuavo_train.data.task import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap
 

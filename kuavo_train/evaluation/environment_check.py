@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from lerobot.utils.constants import OBS_IMAGES
 
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, Problems
 from kuavo_train.evaluation.robots import Act, Begin, Environment, Failure, Robots, Seen
 from kuavo_train.evaluation.rollout import evaluation_seeds

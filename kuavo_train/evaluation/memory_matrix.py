@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kuavo_train.data.mixture import Batch
+from kuavo_train.data.batch import Batch
 from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk
 from kuavo_train.evaluation.memory_questions import donor_of
 from kuavo_train.evaluation.validation import Validator

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 
-from kuavo_train.data.mixture import MixedDataset, preprocess
-from kuavo_train.data.order import Draw
+from kuavo_train.data.batch import preprocess
+from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.sampler import Draw
 
 QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
 INTERVENTIONS = ("on", "reset", "frozen", "swapped")

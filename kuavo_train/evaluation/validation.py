@@ -17,10 +17,11 @@ import torch
 from lerobot.utils.constants import ACTION
 from tqdm import tqdm
 
-from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
+from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.order import Draw
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.sampler import Draw
+from kuavo_train.data.task import Task
 from kuavo_train.evaluation.answers import asks
 
 Lane = list[int]  # rows of one episode, in order

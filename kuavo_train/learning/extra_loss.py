@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kuavo_train.data.mixture import Batch, preprocess
+from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.learning.freezing import trainable_parameters
 from kuavo_train.learning.recurrence import Recurrence
 

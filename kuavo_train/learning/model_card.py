@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from kuavo_train.config import RunConfig
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 
 FILE_NAME = "README.md"
 LISTED = 20

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kuavo_train.data.mixture import Batch
+from kuavo_train.data.batch import Batch
 from lerobot_policy_smolvla_memory.memory import MemoryState
 
 Exchange = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

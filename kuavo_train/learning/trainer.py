@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from kuavo_train.config import TrainingConfig
 from kuavo_train.data.augmentation import Augmentation, no_augmentation
-from kuavo_train.data.mixture import Batch, MixedDataset, preprocess
-from kuavo_train.data.order import Order, StepSampler
+from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.sampler import Order, StepSampler
 from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.learning.ema import Average
 from kuavo_train.learning.extra_loss import ExtraLoss

@@ -13,7 +13,7 @@ from reading import Page
 
 from kuavo_train.contest import Contestant, evaluate
 from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
 from kuavo_train.evaluation.demonstrated import judge_errors, walk

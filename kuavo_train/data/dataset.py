@@ -9,15 +9,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import DataLoader, Dataset
 
 from kuavo_sim.children import born_deaf
+from kuavo_train.data.batch import MEMORY_RESET, Batch
 from kuavo_train.data.cache import ImageSource
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.order import Draw, StepSampler
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.sampler import Draw, StepSampler
+from kuavo_train.data.task import Task
 from kuavo_train.data.workers import PREFETCHED, begin_as_worker
-
-Batch = dict[str, Any]
-BOOKKEEPING = ("task_position", "episode_index", "frame_index", "stream")
-MEMORY_RESET = "observation.memory_reset"
 
 
 class MixedDataset(Dataset):
@@ -131,22 +128,3 @@ def frames_of_sample(policy_config: Any) -> dict[str, Any]:
         "actions": policy_config.action_delta_indices,
         "observations": policy_config.observation_delta_indices or (0,),
     }
-
-
-def preprocess(
-    batch: Batch, preprocessor: Any, device: torch.device, change: Callable[[Batch], Batch] = lambda batch: batch
-) -> Batch:
-    """What is not bookkeeping through LeRobot's preprocessor: tokens, device, normalization.
-
-    Args:
-        device: where pictures become floats in [0, 1]; as bytes they are a quarter on the way there.
-        change: what is done to the batch then, before pictures are normalized.
-    """
-    with_floats = {
-        key: value.to(device, non_blocking=True).float() / 255
-        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-        else value
-        for key, value in batch.items()
-        if key not in BOOKKEEPING
-    }
-    return preprocessor(change(with_floats))

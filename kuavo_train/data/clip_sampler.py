@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kuavo_train.data.order import Draw, Order
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.sampler import Draw, Order
+from kuavo_train.data.task import Task
 
 
 class LaneOrder(Order):

@@ -5,7 +5,7 @@ own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,8 @@ from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_ST
 from kuavo_train.config import DataConfig, StageConfig
 from kuavo_train.data.hub import Origin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions
-from kuavo_train.data.joints import columns_by_group
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
+from kuavo_train.data.split import _split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
     check_claws,
@@ -246,33 +246,6 @@ def _read_feature(
     return names, values
 
 
-def split_episodes(
-    task: str, episodes: Iterable[int], held_out: int, seed: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(training, held-out) episodes: held out are those whose seeded hash of (task, episode) is smallest.
-
-    The order of hashes does not depend on the other episodes, so a longer dataset changes the split little.
-    """
-    episodes = list(episodes)
-    if len(episodes) <= held_out:
-        raise ConfigError(
-            f"data.held_out_episodes must be less than the {len(episodes)} episodes of {task}, got {held_out}"
-        )
-    by_hash = sorted(episodes, key=lambda episode: hashlib.sha256(f"{seed}/{task}/{episode}".encode()).digest())
-    return tuple(sorted(by_hash[held_out:])), tuple(sorted(by_hash[:held_out]))
-
-
-def _split_usable(
-    stage: StageConfig, total: int, config: DataConfig, where: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    first, last = stage.episodes or (0, total - 1)
-    if last >= total:
-        raise ConfigError(
-            f"{where}: stage.episodes must end before {total}, the number of episodes, got {stage.episodes}"
-        )
-    return split_episodes(stage.name, range(first, last + 1), config.held_out_episodes, config.split_seed)
-
-
 def _feature_names(
     recording: Recording, own: Sequence[str] | None, key: str, width: int, where: str
 ) -> tuple[str, ...]:
@@ -317,29 +290,3 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
             "or convert it to 8-bit pictures"
         )
     return mapped
-
-
-@dataclass(frozen=True)
-class FeatureSpace:
-    """The union over tasks of state and action dimensions, by name, in order of first appearance."""
-
-    state_names: tuple[str, ...]
-    action_names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, tasks: Sequence[Task]) -> "FeatureSpace":
-        return cls(
-            tuple(dict.fromkeys(name for task in tasks for name in task.state_names)),
-            tuple(dict.fromkeys(name for task in tasks for name in task.action_names)),
-        )
-
-    def state_columns(self, task: Task) -> np.ndarray:
-        """[S_task] place in the union of each of the task's own dimensions."""
-        return np.array([self.state_names.index(name) for name in task.state_names])
-
-    def action_columns(self, task: Task) -> np.ndarray:
-        return np.array([self.action_names.index(name) for name in task.action_names])
-
-    def action_groups(self) -> dict[str, np.ndarray]:
-        """Columns of each joint group that is there; what is in a group has one unit."""
-        return columns_by_group(self.action_names)

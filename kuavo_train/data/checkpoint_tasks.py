@@ -8,7 +8,7 @@ from pathlib import Path
 from lerobot.utils.constants import OBS_STATE
 
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.tasks import Task
+from kuavo_train.data.task import Task
 
 FILE_NAME = "tasks.json"
 
