@@ -24,8 +24,8 @@ from benchmarks.video_dataset import FPS, TASK, write_dataset
 from kuavo_train.compose import compose_run
 from kuavo_train.data.batch import preprocess
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.features import CachedFeatures, Encoder, feature_cache, fill_features
-from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
+from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task, open_task

@@ -14,7 +14,7 @@ from lerobot.configs import PreTrainedConfig
 from kuavo_sim import ENVIRONMENT_IDS, TASKS
 from kuavo_train.config import FROM_DATASET, DataConfig, StageConfig
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated

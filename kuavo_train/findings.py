@@ -19,7 +19,7 @@ from lerobot.configs import PreTrainedConfig
 from transformers import AutoTokenizer
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.data.images import Images, size_text
+from kuavo_train.data.images.plan import Images, size_text
 from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.recording import recorded_fps

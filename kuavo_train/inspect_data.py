@@ -23,7 +23,7 @@ def main(composed: DictConfig, overrides: list[str], *, episode: str | None = No
         config.strategy != "joint", "strategy", "be one with a stage for each task: it chooses the dataset", "joint"
     )
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.data.frames import DecodedFrames
+    from kuavo_train.data.images.frames import DecodedFrames
     from kuavo_train.data.inspection import episodes_in_use, overview, save_sheet
     from kuavo_train.data.task import open_task
 

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.data.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.clip_sampler import LaneOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.feature_space import FeatureSpace
-from kuavo_train.data.frames import DecodedFrames
-from kuavo_train.data.images import Images, plan_images
+from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
+from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.replay import proportional_shares
 from kuavo_train.data.sampler import Order, SampleOrder

@@ -21,7 +21,7 @@ import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.compose import resolve, without_data
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
-from kuavo_train.data.frames import open_frames
+from kuavo_train.data.images.frames import open_frames
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, require

@@ -9,7 +9,7 @@ from lerobot.transforms.transforms import ImageTransforms
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig
-from kuavo_train.data.augmentation import ClipAugmentation
+from kuavo_train.data.images.augmentation import ClipAugmentation
 from kuavo_train.errors import ConfigError
 from kuavo_train.run_folder import stage_folder
 from kuavo_train.stage import examine_stage, run_stage

@@ -11,7 +11,7 @@ from PIL import Image
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_sim.record import RecordSettings, record
 from kuavo_train.compose import compose_run
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.inspection import save_sheet
 from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.robots import Environment

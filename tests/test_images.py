@@ -15,11 +15,11 @@ import torch
 from small_datasets import write_dataset
 
 from kuavo_train.config import DataConfig, RunConfig
-from kuavo_train.data import cache as cache_module
-from kuavo_train.data import images as images_module
-from kuavo_train.data.features import CachedFeatures, Encoder
-from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
-from kuavo_train.data.images import Images, plan_images
+from kuavo_train.data.images import episode_cache as cache_module
+from kuavo_train.data.images import plan as images_module
+from kuavo_train.data.images.features import CachedFeatures, Encoder
+from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 

@@ -12,7 +12,7 @@ from forked import Forked, send, when
 
 from kuavo_sim import record
 from kuavo_train import opened_stage
-from kuavo_train.data.cache import EpisodeCache
+from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation.robots import Robots
 from kuavo_train.evaluation.validation import Validator

@@ -18,7 +18,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.images import size_text
+from kuavo_train.data.images.plan import size_text
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.learning.tracking import JsonLines

@@ -8,7 +8,7 @@ from small_datasets import TASK_NAMES
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.normalization import Normalization, fit_normalization
 from kuavo_train.data.replay_quota import Quota
 from kuavo_train.data.sampler import Draw, SampleOrder, StepSampler

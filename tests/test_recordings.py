@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from small_datasets import write_dataset
 
 from kuavo_train.config import RunConfig
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.recording import open_recording
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.data.task_checks import check_rows, check_segments, claw_factor, little_used

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
-from kuavo_train.data import images as images_module
 from kuavo_train.data.batch import preprocess
-from kuavo_train.data.features import CachedFeatures
-from kuavo_train.data.frames import CachedFrames
+from kuavo_train.data.images import plan as images_module
+from kuavo_train.data.images.features import CachedFeatures
+from kuavo_train.data.images.frames import CachedFrames
 from kuavo_train.data.sampler import Draw
 from kuavo_train.errors import ConfigError
 from kuavo_train.findings import Findings

@@ -16,7 +16,7 @@ from small_datasets import ARM_NAMES, write_dataset
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.feature_space import FeatureSpace
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normalization
 from kuavo_train.data.split import split_episodes
 from kuavo_train.data.task import Task, open_task

@@ -99,7 +99,7 @@ def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) 
 
 
 def test_what_a_robot_sees_is_what_training_saw(wrapper: SmolVLAPolicyWrapper, configs: list[RunConfig]) -> None:
-    from kuavo_train.data.frames import DecodedFrames
+    from kuavo_train.data.images.frames import DecodedFrames
     from kuavo_train.data.task import open_task
 
     config = configs[1]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kuavo_sim.children import born_deaf
 from kuavo_train.data.batch import MEMORY_RESET, Batch
-from kuavo_train.data.cache import ImageSource
+from kuavo_train.data.images.source import ImageSource
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw, StepSampler
 from kuavo_train.data.task import Task

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.joint_groups import columns_by_group, joint_group
 from kuavo_train.data.task import Task
 from kuavo_train.data.task_checks import listed_counts

@@ -9,7 +9,7 @@ import os
 import sys
 
 from kuavo_sim.children import follow_parent
-from kuavo_train.data.images import GIB, size_text
+from kuavo_train.data.images.plan import GIB, size_text
 
 PREFETCHED = 2  # batches that each worker has ready or under way
 SHARED_MEMORY = "/dev/shm"

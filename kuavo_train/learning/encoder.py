@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kuavo_train.data.features import Encoder
+from kuavo_train.data.images.features import Encoder
 from kuavo_train.learning.freezing import fingerprint, parameter_groups
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 

@@ -24,9 +24,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from kuavo_train.config import TrainingConfig
-from kuavo_train.data.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.sampler import Order, StepSampler
 from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.learning.ema import Average

@@ -12,7 +12,7 @@ import pytest
 from reading import Page
 
 from kuavo_train.contest import Contestant, evaluate
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main

@@ -37,7 +37,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
-from kuavo_train.data.frames import resized
+from kuavo_train.data.images.frames import resized
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 

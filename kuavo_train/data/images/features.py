@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.data.cache import EpisodeCache, ImageSource, fill
-from kuavo_train.data.frames import DecodedFrames
+from kuavo_train.data.images.episode_cache import EpisodeCache, fill
+from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.data.images.source import ImageSource
 
 
 @dataclass(frozen=True)

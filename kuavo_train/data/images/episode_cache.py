@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -27,15 +27,11 @@ import torch
 from tqdm import tqdm
 
 from kuavo_sim.cpus import usable_cpus
+from kuavo_train.data.images.source import ImageSource
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 
 PIECE = 64  # frames held in memory at once, per thread that decodes
-
-
-class ImageSource(Protocol):
-    def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
-        """[len(rows), …] what a camera, by its name in the policy, gives for rows of a task."""
 
 
 class EpisodeCache:

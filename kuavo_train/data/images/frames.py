@@ -17,7 +17,7 @@ from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
 from kuavo_train.config import DataConfig, said
-from kuavo_train.data.cache import EpisodeCache, fill
+from kuavo_train.data.images.episode_cache import EpisodeCache, fill
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 

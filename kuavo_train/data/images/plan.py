@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kuavo_train.config import DataConfig
-from kuavo_train.data.cache import EpisodeCache, ImageSource
-from kuavo_train.data.features import CachedFeatures, Encoder, feature_cache, fill_features
-from kuavo_train.data.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.episode_cache import EpisodeCache
+from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
+from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.source import ImageSource
 
 GIB = 2**30
 
