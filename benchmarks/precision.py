@@ -40,7 +40,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.data.images.frames import open_frames
-from kuavo_train.evaluation.demonstrated import walk
+from kuavo_train.evaluation.open_loop import walk
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import student_quantile
 from kuavo_train.run_folder import write_text

@@ -33,9 +33,9 @@ def main(words: Sequence[str]) -> int:
         print(__doc__)
         return 0
     # Not at the top: the processes that simulate import this module anew, and need nothing of it.
-    from kuavo_train.contest import write_evaluation
     from kuavo_train.errors import RunFolderError
-    from kuavo_train.evaluation.request import Request
+    from kuavo_train.evaluation.checkpoint_evaluation import write_evaluation
+    from kuavo_train.evaluation.options import Request
     from kuavo_train.reporting.text_report import evaluation_lines
 
     try:

@@ -24,9 +24,8 @@ from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task, examine_task
 from kuavo_train.data.workers import room_problems
 from kuavo_train.errors import ConfigError
+from kuavo_train.evaluation.environment import Environment, environment_of
 from kuavo_train.evaluation.environment_check import check_environment
-from kuavo_train.evaluation.robots import Environment
-from kuavo_train.evaluation.rollout import environment_of
 from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.encoder import frozen_encoder

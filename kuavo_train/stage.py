@@ -21,8 +21,10 @@ from tqdm import tqdm
 from kuavo_train.config import MergeConfig, RunConfig, StageConfig
 from kuavo_train.data import checkpoint_tasks as known_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
+from kuavo_train.evaluation.environment import evaluation_seeds
+from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.gate import Gate
-from kuavo_train.evaluation.rollout import Rollouts, evaluation_seeds, roll_out
+from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.interruption import Listening, listening

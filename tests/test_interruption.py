@@ -14,7 +14,7 @@ from kuavo_sim import record
 from kuavo_train import opened_stage
 from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.errors import Interrupted
-from kuavo_train.evaluation.robots import Robots
+from kuavo_train.evaluation.environment_pool import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
 from kuavo_train.learning.trainer import Trainer

@@ -15,7 +15,7 @@ from torch import Tensor
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.evaluation.answers import OwnAnswers
+from kuavo_train.evaluation.predictions import OwnAnswers
 from kuavo_train.learning.freezing import parameter_groups
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.run_folder import StageFolder, stage_folder

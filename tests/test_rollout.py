@@ -14,7 +14,9 @@ from kuavo_sim import EVALUATION_SEED_START
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RolloutConfig, RunConfig, SimulationConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.evaluation.rollout import Environment, Rollouts, environment_of, evaluation_seeds, roll_out
+from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
+from kuavo_train.evaluation.episodes import Rollouts
+from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import Stage, run_stage
 

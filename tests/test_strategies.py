@@ -16,10 +16,10 @@ from torch import nn
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
-from kuavo_train.contest import Contestant
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError
-from kuavo_train.evaluation.request import Request
+from kuavo_train.evaluation.checkpoints import Contestant
+from kuavo_train.evaluation.options import Request
 from kuavo_train.learning.extra_loss import ElasticPenalty, Importance, measure_importance
 from kuavo_train.learning.merging import set_merged_weights, sweep_merges
 from kuavo_train.learning.recurrence import NoRecurrence

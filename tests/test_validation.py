@@ -14,7 +14,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.task import open_task
-from kuavo_train.evaluation.answers import stratified_time
+from kuavo_train.evaluation.predictions import stratified_time
 from kuavo_train.evaluation.validation import Validator
 
 OFF_BY = {

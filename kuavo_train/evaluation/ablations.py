@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from lerobot.utils.constants import OBS_IMAGES
 
-from kuavo_train.evaluation.rollout import Policy
+from kuavo_train.evaluation.robot_policy import Policy
 
 Observation = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ from lerobot.utils.constants import OBS_IMAGES
 
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, Problems
-from kuavo_train.evaluation.robots import Act, Begin, Environment, Failure, Robots, Seen
-from kuavo_train.evaluation.rollout import evaluation_seeds
+from kuavo_train.evaluation.environment import Environment, evaluation_seeds
+from kuavo_train.evaluation.environment_pool import Act, Begin, Failure, Robots, Seen
 
 
 def check_environment(environment: Environment, task: Task, cameras: Mapping[str, tuple[int, int]]) -> str | None:

@@ -22,7 +22,7 @@ from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
-from kuavo_train.evaluation.answers import asks
+from kuavo_train.evaluation.predictions import asks
 
 Lane = list[int]  # rows of one episode, in order
 

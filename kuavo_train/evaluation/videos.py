@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kuavo_train.evaluation.rollout import Episode, Trace
+from kuavo_train.evaluation.episodes import Episode, Trace
 from kuavo_train.reporting.figures.style import GREY, GRID, INK, MUTED, TASK_COLOURS
 
 WIDTH, MARGIN, GAP = 640, 16, 8

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from reading import Page
 
-from kuavo_train.contest import Contestant, evaluate
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
-from kuavo_train.evaluation.demonstrated import judge_errors, walk
-from kuavo_train.evaluation.request import Request
+from kuavo_train.evaluation.checkpoint_evaluation import evaluate
+from kuavo_train.evaluation.checkpoints import Contestant
+from kuavo_train.evaluation.open_loop import judge_errors, walk
+from kuavo_train.evaluation.options import Request
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.reporting.html_page import look_up
 

@@ -11,12 +11,13 @@ import pytest
 import worlds  # noqa: F401 - registers what is played in
 from reading import Page
 
-from kuavo_train.contest import evaluate, rows_of
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
-from kuavo_train.evaluation import query_cost
-from kuavo_train.evaluation.request import Request
-from kuavo_train.evaluation.rollout import evaluation_seeds
+from kuavo_train.evaluation import latency as query_cost
+from kuavo_train.evaluation.checkpoint_evaluation import evaluate
+from kuavo_train.evaluation.checkpoints import rows_of
+from kuavo_train.evaluation.environment import evaluation_seeds
+from kuavo_train.evaluation.options import Request
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.reporting.html_page import look_up
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from kuavo_train.evaluation.rollout import Episode
-from kuavo_train.evaluation.side_by_side import differ, judge
+from kuavo_train.evaluation.episodes import Episode
+from kuavo_train.evaluation.paired_comparison import differ, judge
 from kuavo_train.metrics.intervals import PairedOutcomes
 
 

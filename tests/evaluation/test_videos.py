@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kuavo_train.evaluation.rollout import Episode, Trace
+from kuavo_train.evaluation.episodes import Episode, Trace
 from kuavo_train.evaluation.videos import Caption, picked, write_video
 
 STEPS = 12

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.evaluation.robots import Environment, seen_in
-from kuavo_train.evaluation.rollout import Policy, observation_of
+from kuavo_train.evaluation.environment import Environment
+from kuavo_train.evaluation.environment_pool import seen_in
+from kuavo_train.evaluation.robot_policy import Policy
+from kuavo_train.evaluation.rollout import observation_of
 
 WARM_UP, QUERIES = 3, 30
 MIB = 2**20

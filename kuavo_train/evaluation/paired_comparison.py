@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kuavo_train.evaluation.rollout import Episode
+from kuavo_train.evaluation.episodes import Episode
 from kuavo_train.metrics.intervals import PairedOutcomes, mean_interval, paired_bootstrap, wilson
 
 Episodes = Mapping[Hashable, Episode]

@@ -10,7 +10,7 @@ seen; a process that dies or hangs fails at all its places, and is replaced.
 
 import multiprocessing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -19,33 +19,9 @@ import numpy as np
 
 from kuavo_sim.children import born_deaf, follow_parent, let_children_hear
 from kuavo_sim.cpus import usable_cpus
+from kuavo_train.evaluation.environment import Environment
 
 STEP_TIMEOUT = 120.0  # seconds until a process that does not answer is given up
-
-
-@dataclass(frozen=True)
-class Environment:
-    """
-    Attributes:
-        id: gymnasium's, with the module that registers it: "kuavo_sim:kuavo_sim/Weighing-v0".
-        task: instruction or name of a learnt task, as the policy is told.
-        settings: of the environment itself, as for `gymnasium.make`.
-        max_steps: the time limit of an episode; None leaves it to the environment.
-    """
-
-    id: str
-    task: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    max_steps: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The id without the module."""
-        return self.id.rpartition(":")[2]
-
-    def make(self) -> gymnasium.Env:
-        """Raises what gymnasium raises where there is no such environment."""
-        return gymnasium.make(self.id, disable_env_checker=True, **self.settings)
 
 
 @dataclass(frozen=True)

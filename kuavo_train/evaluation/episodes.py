@@ -1,0 +1,146 @@
+"""How episodes in closed loop went."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kuavo_train.evaluation.environment import Environment
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One episode, step by step, for those who want to see it.
+
+    Attributes:
+        pictures: T of camera → a JPEG of what the policy saw; whole, the pictures of some episodes fill a memory.
+        memory_norms: T of [tokens]; empty without memory.
+    """
+
+    pictures: list[dict[str, bytes]] = field(default_factory=list)
+    memory_norms: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How an episode went. With an `error` it was not played to its end, and is no trial.
+
+    Attributes:
+        progress: share of the sub-goals reached, in [0, 1]; where the environment tells none, 1 for success.
+        reward: the sum over its steps.
+        subgoals: sub-goal → the step that reached it, None where none did.
+        cue, choice: what was demanded, what the policy acted on; None where there is no such thing.
+        chosen_at: the step in which it acted on it.
+        roughness: mean absolute second difference of the joint commands, in rad per step².
+    """
+
+    seed: int
+    success: bool
+    progress: float
+    reward: float
+    steps: int
+    subgoals: dict[str, int | None]
+    cue: int | None
+    choice: int | None
+    roughness: float
+    chosen_at: int | None = None
+    error: str | None = None
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def right_branch(self) -> bool | None:
+        """Whether it acted on the right cue; None where it never came to act on one."""
+        return None if self.choice is None else self.choice == self.cue
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        known = {key: value for key, value in vars(self).items() if key != "trace"}
+        return {**known, "right_branch": self.right_branch}
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The episodes of a task, in the order of their seeds."""
+
+    environment: Environment
+    n_action_steps: int
+    episodes: tuple[Episode, ...]
+
+    def without_traces(self) -> "Rollouts":
+        return replace(self, episodes=tuple(replace(episode, trace=None) for episode in self.episodes))
+
+    @property
+    def played(self) -> list[Episode]:
+        return [episode for episode in self.episodes if episode.error is None]
+
+    @property
+    def failures(self) -> list[Episode]:
+        """Episodes whose environment failed."""
+        return [episode for episode in self.episodes if episode.error is not None]
+
+    @property
+    def trials(self) -> int:
+        return len(self.played)
+
+    @property
+    def successes(self) -> int:
+        return sum(episode.success for episode in self.played)
+
+    @property
+    def progress(self) -> float | None:
+        """Mean share of the sub-goals reached."""
+        return float(np.mean([episode.progress for episode in self.played])) if self.played else None
+
+    @property
+    def funnel(self) -> dict[str, int]:
+        """Sub-goal → how many episodes reached it, in the order in which they are to be reached."""
+        names = dict.fromkeys(name for episode in self.played for name in episode.subgoals)
+        return {name: sum(episode.subgoals.get(name) is not None for episode in self.played) for name in names}
+
+    @property
+    def branches(self) -> tuple[int, int]:
+        """(right, acted on): episodes that acted on the right cue, out of those that acted on one."""
+        acted = [episode.right_branch for episode in self.played if episode.right_branch is not None]
+        return sum(acted), len(acted)
+
+    @property
+    def summary(self) -> str:
+        """In a line, for the terminal."""
+        right, acted = self.branches
+        parts = [f"{self.successes} of {self.trials} episodes succeeded"]
+        parts += [", ".join(f"{name} {count}" for name, count in self.funnel.items())] if self.funnel else []
+        parts += [f"right branch {right} of {acted}"] if acted else []
+        if self.failures:
+            parts.append(f"{len(self.failures)} environments failed: {self.failures[0].error}")
+        return "; ".join(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
+        """Those of several processes, of one environment."""
+        episodes = sorted((episode for part in parts for episode in part.episodes), key=lambda episode: episode.seed)
+        return cls(parts[0].environment, parts[0].n_action_steps, tuple(episodes))
+
+    def cells(self) -> dict[str, Any]:
+        """For a line of validation.jsonl, and so for the matrices; nothing when no episode could be played."""
+        if not self.trials:
+            return {}
+        right, acted = self.branches
+        return {
+            "success": {"successes": self.successes, "trials": self.trials},
+            "progress": self.progress,
+            "funnel": self.funnel,
+            "branches": {"right": right, "acted": acted},
+            "n_action_steps": self.n_action_steps,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "environment": asdict(self.environment),
+            "n_action_steps": self.n_action_steps,
+            "successes": self.successes,
+            "trials": self.trials,
+            "progress": self.progress,
+            "episodes": [episode.record() for episode in self.episodes],
+        }
