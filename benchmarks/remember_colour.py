@@ -39,7 +39,6 @@ from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task
-from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
 from kuavo_train.learning.ema import NoAverage
 from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.freezing import freeze
@@ -48,6 +47,8 @@ from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurre
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.metrics.intervals import wilson
+from kuavo_train.probing.linear_probe import linear_probe, nearest
+from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.run_folder import write_json
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from kuavo_train.errors import ConfigError, RunFolderError
-from kuavo_train.evaluation.instruction_probe import swap_instructions
-from kuavo_train.evaluation.memory_matrix import donors_among
-from kuavo_train.evaluation.memory_probe import MemoryProbe
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.metrics.number_format import FORMATS
-from kuavo_train.probes import NothingToProbe, main, recovery, run_probe
+from kuavo_train.probes import main
+from kuavo_train.probing.instruction_swap import swap_instructions
+from kuavo_train.probing.memory_interventions import donors_among
+from kuavo_train.probing.memory_walk import MemoryProbe
+from kuavo_train.probing.recovery import recovery
+from kuavo_train.probing.run_probes import run_probe
+from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.report import look_up
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.trained_run import TrainedRun

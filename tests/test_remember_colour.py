@@ -21,7 +21,8 @@ from benchmarks.remember_colour import (
     table,
     train,
 )
-from kuavo_train.evaluation.memory_probe import MemoryProbe, linear_probe, nearest, seeded_noise
+from kuavo_train.probing.linear_probe import linear_probe, nearest
+from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 
 TINY = Settings(
     tokens=2, depth=3, steps=2, short_steps=1, batch_size=6, longest_delay=2, training_layouts=1, held_out_layouts=2

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kuavo_train.evaluation.recovery import KEPT, LOST, PARTLY_KEPT, SUPPRESSED, UNDECIDED, recovery_record
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.probing.recovery import KEPT, LOST, PARTLY_KEPT, SUPPRESSED, UNDECIDED, recovery_record
 
 LIMITS = RetentionLimits(resamples=500)
 LEARNT = (0.10, 0.12, 0.09, 0.11, 0.10, 0.08)

@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kuavo_train.evaluation.memory_questions import Question
+from kuavo_train.probing.memory_decisions import Question
 from kuavo_train.reporting.figures.style import INK, MUTED, STYLE, TASK_COLOURS
 
 WIDTH = 9.0  # inches

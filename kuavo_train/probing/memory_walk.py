@@ -14,8 +14,7 @@ The observation, the noise and the weights are the same each time, so a differen
 Letters: E episodes, Q queries, M memory tokens, H hidden size, C chunk length, A action dimensions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +25,10 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 from kuavo_train.data.batch import preprocess
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.sampler import Draw
+from kuavo_train.probing.attention import _places_in_prefix, watched_attention
 
 QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
 INTERVENTIONS = ("on", "reset", "frozen", "swapped")
-PROBE_RIDGE = 1.0  # per sample, on features of unit variance
 Draws = Sequence[Draw]
 
 
@@ -163,103 +162,6 @@ class MemoryProbe:
         if instruction is not None:
             batch["task"] = [instruction] * len(draws)
         return preprocess(batch, self.preprocessor, next(self.policy.parameters()).device)
-
-
-@dataclass
-class WatchedAttention:
-    """What the action tokens attended to.
-
-    Attributes:
-        weights: of each layer and denoising step, [L] or in self-attention layers [L + C], the mean over queries,
-            heads and action tokens.
-        state_place: of the state token in a prefix without memory.
-    """
-
-    weights: list[np.ndarray]
-    state_place: int = 0
-
-    @property
-    def length(self) -> int:
-        """L, the prefix with memory: all that the cross-attention layers can see."""
-        return min(map(len, self.weights))
-
-
-@contextmanager
-def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
-    """Collect the attention of the action tokens while the policy denoises.
-
-    Raises:
-        ValueError: the policy runs LeRobot's forward, whose attention cannot be watched.
-    """
-    model, backbone = policy.model, policy.model.backbone
-    if not policy.config.fast_forward:
-        raise ValueError("attention can only be watched with policy.fast_forward=true, got false")
-    embed, velocity, attend = model.embed, model.velocity, backbone.attend
-    seen = WatchedAttention([])
-
-    def watched_embed(*observation: Any) -> Any:
-        prefix = embed(*observation)
-        seen.state_place = prefix.context.shape[1]
-        return prefix
-
-    def watched_attend(query: Any, key: Any, value: Any, bias: torch.Tensor) -> Any:
-        keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys) * query.shape[-1] ** -0.5
-        seen.weights.append((scores + bias[:, None]).softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
-        return attend(query, key, value, bias)
-
-    def watched_velocity(*arguments: Any) -> Any:
-        backbone.attend = watched_attend
-        try:
-            return velocity(*arguments)
-        finally:
-            backbone.attend = attend
-
-    model.embed, model.velocity = watched_embed, watched_velocity
-    try:
-        yield seen
-    finally:
-        del model.embed, model.velocity
-
-
-def _places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
-    """Kind of token → its places in a prefix of `length` tokens, memory included."""
-    memory = getattr(config, "num_mem_tokens", 0)
-    start = memory if memory and config.mem_at_start else 0
-    places = {
-        "images": list(range(start, start + state_place - language)),
-        "language": list(range(start + state_place - language, start + state_place)),
-        "state": [start + state_place],
-    }
-    if memory:
-        end = range(length - memory, length) if config.mem_at_end else ()
-        places = {"memory": [*range(start), *end], **places}
-    return places
-
-
-def nearest(predicted: np.ndarray, references: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[E] which of R references each prediction is nearest to, by the Euclidean distance over the valid entries.
-
-    Args:
-        predicted: [E, C, A]. references: [E, R, C, A]. valid: [E, C, A] bool.
-    """
-    difference = (references - predicted[:, None]) * valid[:, None]
-    return np.square(difference, dtype=np.float64).sum(axis=(2, 3)).argmin(axis=1)
-
-
-def linear_probe(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """[T] what a linear classifier reads from `held_out` [T, F] after fitting `features` [N, F], `labels` [N].
-
-    Ridge regression of the one-hot labels, on features standardized by those it is fitted on.
-    """
-    mean, std = features.mean(axis=0), features.std(axis=0)
-    x, t = ((values - mean) / np.maximum(std, 1e-6) for values in (features, held_out))
-    classes = np.unique(labels)
-    targets = (labels[:, None] == classes).astype(np.float64)
-    offset = targets.mean(axis=0)
-    ridge = PROBE_RIDGE * len(x) * np.eye(len(x))  # the dual form: far fewer samples than features
-    weights = x.T @ np.linalg.solve(x @ x.T + ridge, targets - offset)
-    return classes[(t @ weights + offset).argmax(axis=1)]
 
 
 def seeded_noise(policy: Any, keys: Sequence[Sequence[int]]) -> torch.Tensor:

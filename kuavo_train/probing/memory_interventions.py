@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kuavo_train.data.batch import Batch
-from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk
-from kuavo_train.evaluation.memory_questions import donor_of
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
+from kuavo_train.probing.memory_decisions import donor_of
+from kuavo_train.probing.memory_walk import MemoryProbe, Walk
 from kuavo_train.reporting.run_metrics import episode_scores
 
 INTERVENTIONS = ("on", "reset", "swapped")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.data.task import Task
-from kuavo_train.evaluation.memory_probe import MemoryProbe, seeded_noise
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent
+from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 
 Record = dict[str, Any]
 

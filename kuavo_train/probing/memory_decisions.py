@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.evaluation.memory_probe import MemoryProbe, Walk, linear_probe, nearest, seeded_noise
 from kuavo_train.metrics.intervals import wilson
+from kuavo_train.probing.linear_probe import linear_probe, nearest
+from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
 
 FEWEST_EPISODES = 4  # of each of both sides, for a point of the probe's curve
 

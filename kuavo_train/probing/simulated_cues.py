@@ -15,7 +15,7 @@ from kuavo_sim.expert import demonstrate
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
-from kuavo_train.evaluation.memory_questions import Question
+from kuavo_train.probing.memory_decisions import Question
 
 
 def cues_of(task: Task) -> dict[int, dict[str, Any]]:

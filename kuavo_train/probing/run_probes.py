@@ -1,0 +1,114 @@
+"""The probes of a trained run by name, and what each writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kuavo_train.data.task import Task
+from kuavo_train.errors import RunFolderError
+from kuavo_train.evaluation.stored_run import StoredStage
+from kuavo_train.probing.instruction_swap import swap_instructions
+from kuavo_train.probing.memory_decisions import Question, answer_questions
+from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among, memory_evidence, validate_with
+from kuavo_train.probing.memory_walk import MemoryProbe
+from kuavo_train.probing.recovery import recovery
+from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
+from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
+from kuavo_train.run_folder import write_json
+from kuavo_train.trained_run import TrainedRun
+
+
+def instruction_swap(run: TrainedRun) -> Record:
+    """The final policy on held-out frames of every task it has learnt, told to do another of them.
+
+    Raises:
+        NothingToProbe: the policy reads no instruction.
+    """
+    policy = run.settings.policy
+    if "tokenizer_max_length" not in policy:
+        raise NothingToProbe(f"instruction_swap needs a policy that reads instructions, got {policy['type']}")
+    probe = _probe(run, run.stored.finished[-1])
+    with run.autocast(), tqdm(desc="instruction swap", unit="query") as bar:
+        return {"tasks": swap_instructions(probe, [task.name for task in run.learnt], advance=bar.update)}
+
+
+def memory(run: TrainedRun) -> Record:
+    """Every task after every stage, with the memory on, reset at every query, and of another episode.
+
+    Raises:
+        NothingToProbe: the policy has no memory.
+    """
+    if not run.settings.policy.get("num_mem_tokens", 0):
+        raise NothingToProbe(f"memory needs policy.num_mem_tokens of at least 1, got 0 in {run.folder}")
+    cues = {task.name: cues_of(task) for task in run.tasks}
+    donors = {
+        task.name: donors_among([cues[task.name].get(e, {}).get("cue") for e in task.held_out_episodes])
+        for task in run.tasks
+    }
+    questions = {task.name: _questions(run, task, cues[task.name]) for task in run.tasks if has_cues(task)}
+    stages = []
+    with run.autocast(), tqdm(run.stored.finished, desc="memory", unit="stage") as bar:
+        for stage in bar:
+            bar.set_postfix_str(stage.name)
+            probe = _probe(run, stage)
+            found = validate_with(probe, _validation(run, probe.dataset, probe.preprocessor), donors)
+            for place, record in enumerate(found):
+                asked = questions.get(record["task"])
+                record["decision"] = _decide(probe, place, asked) if asked else None
+            stages.append({"stage": stage.index, "name": stage.name, "tasks": found})
+    evidence = [{"task": record["task"], "evidence": memory_evidence(record)} for record in stages[-1]["tasks"]]
+    return {"interventions": list(INTERVENTIONS), "stages": stages, "tasks": evidence}
+
+
+def _questions(run: TrainedRun, task: Task, cues: Mapping[int, Record]) -> list[Question]:
+    stride = run.settings.policy["n_action_steps"]
+    with tqdm(task.held_out_episodes, desc=f"cues of {task.name}", unit="episode", leave=False) as bar:
+        return [question_of(task, run.normalization, dict(cues), episode, stride) for episode in bar]
+
+
+def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Record:
+    walk = probe.walk([probe.queries_of(place, question.episode) for question in questions])
+    return answer_questions(probe, walk, questions)
+
+
+def _probe(run: TrainedRun, stage: StoredStage) -> MemoryProbe:
+    """The policy that the stage hands on, with the data to ask it about."""
+    policy, preprocessor = run.policy(run.checkpoint(stage))
+    return MemoryProbe(policy, run.dataset(run.tasks, policy.config), preprocessor)
+
+
+PROBES: dict[str, Callable[..., Record]] = {
+    "recovery": recovery,
+    "instruction_swap": instruction_swap,
+    "memory": memory,
+}
+
+
+def run_probe(name: str, folder: Path, **settings: Any) -> Path:
+    """Run a probe and write report/probes/<name>.json; returns its path.
+
+    Args:
+        settings: the probe's own, such as `steps` of recovery.
+
+    Raises:
+        RunFolderError, ConfigError: the run or what it was trained on cannot be opened, or has nothing to ask.
+    """
+    run = TrainedRun.open(folder)
+    if not run.stored.finished:
+        raise RunFolderError(f"{folder} has no finished stage to probe: finish one with resume=true")
+    last = run.stored.finished[-1]
+    checkpoint = run.checkpoint(last)
+    record = {
+        "probe": name,
+        "run": run.stored.record["run"],
+        "stage": last.index,
+        "checkpoint": f"{last.folder.name}/{last.record['checkpoint']}",
+        "checkpoint_hash": checkpoint.hash,
+        **PROBES[name](run, **settings),
+    }
+    path = folder / "report" / "probes" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return path

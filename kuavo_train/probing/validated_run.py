@@ -1,0 +1,26 @@
+"""What a probe needs of a trained run."""
+
+from typing import Any
+
+from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.errors import ConfigError
+from kuavo_train.trained_run import TrainedRun
+
+Record = dict[str, Any]
+
+
+class NothingToProbe(ConfigError):
+    """The run has nothing that the probe could ask about."""
+
+
+def _validation(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Record:
+    """The fields of a `Validator` that asks as every validation of the run did."""
+    settings = run.settings.validation
+    return {
+        "dataset": dataset,
+        "normalization": run.normalization,
+        "preprocessor": preprocessor,
+        "draws": settings.draws,
+        "batch_size": settings.batch_size,
+        "autocast": run.autocast,
+    }
