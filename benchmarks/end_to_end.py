@@ -25,7 +25,7 @@ from benchmarks.video_dataset import TASK, write_dataset
 from kuavo_train.compose import compose_run
 from kuavo_train.findings import Findings
 from kuavo_train.opened_stage import open_stage
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 
 STEP_TIMES = re.compile(r"updt_s:(\S+) data_s:(\S+)")
 

@@ -17,7 +17,7 @@ from benchmarks.memory_cost import step
 from benchmarks.models import SIZES, lerobot_policy, make_batch, our_policy
 from benchmarks.training_step import optimizer_of
 from kuavo_train.compose import compose_run
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 
 DEPTH = 4  # the embedded profile's mem_backprop_depth

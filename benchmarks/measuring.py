@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kuavo_train.run_folder import write_json
+from kuavo_train.runs.files import write_json
 
 LIBRARIES = ("torch", "lerobot", "transformers", "accelerate", "av", "numpy")
 

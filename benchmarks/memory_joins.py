@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.measuring import Table
 from benchmarks.models import LAYOUTS
 from kuavo_train.evaluation.validation import Validator
-from kuavo_train.trained_run import TrainedRun, load_policy
+from kuavo_train.runs.trained_run import TrainedRun, load_policy
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 

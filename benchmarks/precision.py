@@ -43,8 +43,8 @@ from kuavo_train.data.images.frames import open_frames
 from kuavo_train.evaluation.open_loop import walk
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import student_quantile
-from kuavo_train.run_folder import write_text
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.runs.files import write_text
+from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -49,7 +49,7 @@ from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
-from kuavo_train.run_folder import write_json
+from kuavo_train.runs.files import write_json
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 

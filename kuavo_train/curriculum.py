@@ -62,7 +62,7 @@ def train_all_stages(configs: Sequence[RunConfig]) -> int:
     Raises:
         ConfigError: a stage has been begun with other settings; nothing is trained then.
     """
-    from kuavo_train.run_folder import stage_folder
+    from kuavo_train.runs.run_folder import stage_folder
     from kuavo_train.stage import run_stage
 
     check_curriculum_settings(configs)

@@ -11,8 +11,8 @@ from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.policy_factory import policy_defaults
-from kuavo_train.run_folder import StageFolder, stage_folder
-from kuavo_train.settings import differences, refuse, shared_differences
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.settings import differences, refuse, shared_differences
 
 
 def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:

@@ -35,7 +35,7 @@ from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.tracking import check_tracking
 from kuavo_train.learning.trainer import step_seed
 from kuavo_train.lineage import seen_tasks, stages_before
-from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from kuavo_train.command_line import key_values
 from kuavo_train.errors import ConfigError, RunFolderError, one_of, require
-from kuavo_train.evaluation.stored_run import newest_run
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.probing.run_probes import PROBES, run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.report import OUTPUTS
 from kuavo_train.reporting.write_report import write_report
+from kuavo_train.runs.stored_run import newest_run
 
 
 def main(words: Sequence[str]) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.command_line import key_values
-from kuavo_train.evaluation.stored_run import newest_run
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.html_page import look_up
@@ -34,6 +33,7 @@ from kuavo_train.reporting.write_report import (
     write_comparison,
     write_report,
 )
+from kuavo_train.runs.stored_run import newest_run
 
 __all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
 

@@ -52,14 +52,16 @@ from kuavo_train.learning.policy_factory import (
 )
 from kuavo_train.learning.tracking import NoTracker, Tracker, curves_of, make_tracker
 from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
-from kuavo_train.lease import Lease, NoLease, held
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.remedies import told_in_one_line
 from kuavo_train.reporting.run_analysis import write_matrix
 from kuavo_train.reporting.run_metrics import episode_scores
-from kuavo_train.run_folder import StageFolder, now, stage_folder, write_json, write_run_facts, write_text
+from kuavo_train.runs.files import now, write_json, write_text
+from kuavo_train.runs.lease import Lease, NoLease, held
+from kuavo_train.runs.run_facts import write_run_facts
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 

@@ -27,10 +27,10 @@ from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.errors import ConfigError, RunError
-from kuavo_train.evaluation.stored_run import finished_cells
 from kuavo_train.interruption import end_on_signals
-from kuavo_train.lease import held
-from kuavo_train.settings import Difference, is_free, refuse
+from kuavo_train.runs.lease import held
+from kuavo_train.runs.settings import Difference, is_free, refuse
+from kuavo_train.runs.stored_run import finished_cells
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
 """What a study varies, and over what when nothing is said."""
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        from kuavo_train.run_folder import stage_folder
+        from kuavo_train.runs.run_folder import stage_folder
 
         return all(stage_folder(stage).status == "finished" for stage in stages_to_run(self.configs))
 
@@ -80,7 +80,7 @@ class StudyFile:
 
     def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
         """Note a cell's status (waiting, running, finished, interrupted or failed) and the seconds spent on it now."""
-        from kuavo_train.run_folder import write_json
+        from kuavo_train.runs.files import write_json
 
         about = {"run": cell.run, "folder": str(cell.folder), "strategy": cell.strategy, "seed": cell.seed}
         cells = {each["run"]: each for each in self.content["cells"]}

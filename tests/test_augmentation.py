@@ -11,7 +11,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig
 from kuavo_train.data.images.augmentation import ClipAugmentation
 from kuavo_train.errors import ConfigError
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import examine_stage, run_stage
 
 CAMERAS = ["observation.images.head_cam_h", "observation.images.wrist_cam_l"]

@@ -18,7 +18,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.learning.ema import NoAverage, average_of, check_average
 from kuavo_train.learning.trainer import Trainer
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]

@@ -16,7 +16,7 @@ from kuavo_train.data.inspection import save_sheet
 from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.rollout import roll_out
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import examine_stage, run_stage
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 

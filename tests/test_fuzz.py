@@ -24,7 +24,7 @@ import pytest
 from forked import Forked, fork, run_main
 from torch.distributed import TCPStore
 
-from kuavo_train.run_folder import StageFolder
+from kuavo_train.runs.run_folder import StageFolder
 
 KILLS = int(os.environ.get("KUAVO_KILLS", "12"))
 SEED = int(os.environ.get("KUAVO_FUZZ_SEED", "0"))

@@ -22,7 +22,7 @@ from kuavo_train.evaluation.gate import Gate, Reading
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Trainer
 from kuavo_train.metrics.intervals import Interval
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]

@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {  # floor → project packages and modules it may import
     "kuavo_train/config.py": set(),
     # kuavo_sim.cpus, kuavo_sim.children: what both ask of the machine
-    "kuavo_train/lease.py": {"kuavo_train.config"},
+    "kuavo_train/runs/lease.py": {"kuavo_train.config"},
     "kuavo_train/data": {"kuavo_train.config", "kuavo_train.data", "kuavo_sim.cpus", "kuavo_sim.children"},
     "kuavo_train/learning": {
         "kuavo_train.config",
@@ -19,10 +19,10 @@ MAY_IMPORT = {  # floor → project packages and modules it may import
         "lerobot_policy_smolvla_memory",
     },
     # kuavo_sim: what a recording's cues are, only the simulation can say
-    # kuavo_train.lease: whether a stage that says it is running still is
+    # kuavo_train.runs.lease: whether a stage that says it is running still is
     "kuavo_train/evaluation": {
         "kuavo_train.config",
-        "kuavo_train.lease",
+        "kuavo_train.runs.lease",
         "kuavo_train.data",
         "kuavo_train.evaluation",
         "kuavo_sim",

@@ -20,9 +20,10 @@ from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 from kuavo_train.findings import Findings
-from kuavo_train.run_folder import stage_folder, write_run_facts
+from kuavo_train.runs.run_facts import write_run_facts
+from kuavo_train.runs.run_folder import stage_folder
+from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage import run_stage
-from kuavo_train.trained_run import TrainedRun
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 RED, BLUE = "pick the red one", "pick the blue one"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from kuavo_train import lease
 from kuavo_train.errors import ConfigError, RunError
-from kuavo_train.lease import Holder, held, living_holder
+from kuavo_train.runs import lease
+from kuavo_train.runs.lease import Holder, held, living_holder
 
 FORK = multiprocessing.get_context("fork")
 

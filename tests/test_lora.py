@@ -18,7 +18,7 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.learning.freezing import parameter_counts
 from kuavo_train.learning.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
 from kuavo_train.learning.trainer import Trainer
-from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import examine_stage, run_stage
 
 Overrides = Callable[..., list[str]]

@@ -13,7 +13,7 @@ import torch
 from forked import Forked, when
 from torch.utils.data import get_worker_info
 
-from kuavo_train import findings, run_folder
+from kuavo_train import findings
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
@@ -21,9 +21,10 @@ from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.plan import size_text
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.learning.checkpoint import CheckpointFolder
-from kuavo_train.learning.tracking import JsonLines
 from kuavo_train.learning.trainer import Trainer
-from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.runs import run_folder
+from kuavo_train.runs.files import JsonLines
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]

@@ -21,7 +21,7 @@ from kuavo_train.probing.run_probes import run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.report import look_up
 from kuavo_train.reporting.write_report import write_report
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.runs.trained_run import TrainedRun
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
-from kuavo_train.settings import FREE, MEASURED, SHARED, Difference, differences, shared_differences
+from kuavo_train.runs.settings import FREE, MEASURED, SHARED, Difference, differences, shared_differences
 
 DEFAULTS = {"num_mem_tokens": 0, "mem_growth": 1.05}
 

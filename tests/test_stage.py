@@ -24,7 +24,7 @@ from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.findings import Findings
 from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
 from kuavo_train.opened_stage import open_stage
-from kuavo_train.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import run_stage
 
 Overrides = Callable[..., list[str]]

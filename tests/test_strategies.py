@@ -24,9 +24,9 @@ from kuavo_train.learning.extra_loss import ElasticPenalty, Importance, measure_
 from kuavo_train.learning.merging import set_merged_weights, sweep_merges
 from kuavo_train.learning.recurrence import NoRecurrence
 from kuavo_train.reporting.run_analysis import write_matrix
-from kuavo_train.run_folder import stage_folder
+from kuavo_train.runs.run_folder import stage_folder
+from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage import run_stage
-from kuavo_train.trained_run import TrainedRun
 
 Overrides = Callable[..., list[str]]
 STRATEGIES = ("replay", "sequential", "joint", "ewc", "merge")

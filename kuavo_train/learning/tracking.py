@@ -1,41 +1,11 @@
 """What a stage records while it runs: JSON lines always, Weights & Biases when asked for."""
 
-import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError, RunError
-
-
-class JsonLines:
-    """An append-only file of one JSON object a line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All complete lines; a last line cut off by a kill is left out."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
-
-    def forget(self, doubtful: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the records that a resumed stage makes again."""
-        if not self.path.is_file():
-            return
-        kept = [record for record in self.read() if not doubtful(record)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self.path)
 
 
 class Tracker(Protocol):

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
-from kuavo_train.evaluation.stored_run import StoredStage
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
@@ -30,7 +29,8 @@ from kuavo_train.opened_stage import fresh_memory, open_stage
 from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
 from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.reporting.run_metrics import end_line, episode_scores
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.runs.stored_run import StoredStage
+from kuavo_train.runs.trained_run import TrainedRun
 
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]

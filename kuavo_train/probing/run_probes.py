@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from kuavo_train.data.task import Task
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import StoredStage
 from kuavo_train.probing.instruction_swap import swap_instructions
 from kuavo_train.probing.memory_decisions import Question, answer_questions
 from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among, memory_evidence, validate_with
@@ -16,8 +15,9 @@ from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
 from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
-from kuavo_train.run_folder import write_json
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.runs.files import write_json
+from kuavo_train.runs.stored_run import StoredStage
+from kuavo_train.runs.trained_run import TrainedRun
 
 
 def instruction_swap(run: TrainedRun) -> Record:

@@ -4,7 +4,7 @@ from typing import Any
 
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.errors import ConfigError
-from kuavo_train.trained_run import TrainedRun
+from kuavo_train.runs.trained_run import TrainedRun
 
 Record = dict[str, Any]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import StoredRun
+from kuavo_train.runs.stored_run import StoredRun
 
 SAME_DATA = "train both on the same data with the same split and normalization (data.*, policy.*, validation.draws)"
 

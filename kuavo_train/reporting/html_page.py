@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
+from kuavo_train.runs.stored_run import Record
 
 TEMPLATES = Path(__file__).parent / "templates"
 

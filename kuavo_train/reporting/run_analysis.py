@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import Record, StoredRun, StoredStage, read_run
 from kuavo_train.metrics import forgetting as metrics
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import wilson
@@ -28,6 +27,7 @@ from kuavo_train.reporting.run_metrics import (
     task_verdict,
 )
 from kuavo_train.reporting.strategy_section import gate_readings, probe_records, strategy_facts
+from kuavo_train.runs.stored_run import Record, StoredRun, StoredStage, read_run
 
 SIGN_CONVENTION = (
     "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is "

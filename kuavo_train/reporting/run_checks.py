@@ -5,8 +5,8 @@ Each check passes, fails, or (None) could not be made because the run did not wr
 
 from collections.abc import Callable
 
-from kuavo_train.evaluation.stored_run import Record, StoredRun
 from kuavo_train.metrics.number_format import integer
+from kuavo_train.runs.stored_run import Record, StoredRun
 
 Outcome = tuple[bool | None, str]
 

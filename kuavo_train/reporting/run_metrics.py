@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import Record, StoredRun
 from kuavo_train.metrics import forgetting as metrics
 from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
+from kuavo_train.runs.stored_run import Record, StoredRun
 
 MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
 """What R is made of, and whether higher is better."""

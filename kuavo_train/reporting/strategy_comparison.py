@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import Record, StoredRun, read_run
 from kuavo_train.metrics import forgetting as metrics
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import hierarchical_bootstrap
@@ -34,6 +33,7 @@ from kuavo_train.reporting.run_metrics import (
     interval_record,
     performance_matrix,
 )
+from kuavo_train.runs.stored_run import Record, StoredRun, read_run
 
 JOINT, REFERENCE = "joint", "replay"
 NOT_SETTLED = "not settled"

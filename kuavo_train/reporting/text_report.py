@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.metrics.number_format import FORMATS
+from kuavo_train.runs.stored_run import Record
 
 
 def run_lines(matrix: Record) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import finished_cells, read_run
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.reporting.run_analysis import analyse, stored_limits, write_matrix
 from kuavo_train.reporting.strategy_comparison import CSV_COLUMNS, compare, comparison_rows
 from kuavo_train.reporting.text_report import comparison_lines, run_lines
+from kuavo_train.runs.stored_run import finished_cells, read_run
 
 TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "lr", "grad_norm", "samples_per_s")
 """Of training.csv, from the lines of metrics.jsonl."""

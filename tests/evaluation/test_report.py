@@ -15,11 +15,11 @@ from reading import QUICK, Page
 from synthetic_run import TASKS, edit, edit_lines, write_run
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.evaluation.stored_run import newest_run, read_run
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.report import look_up, main, write_matrix
 from kuavo_train.reporting.write_report import summary_table, write_report
+from kuavo_train.runs.stored_run import newest_run, read_run
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.lerobot import KuavoSimEnvConfig, KuavoSimRobot, KuavoSimRobotConfig
 from kuavo_sim.robot import BASE_NAMES
 from kuavo_train.evaluation.rollout import Environment, roll_out
-from kuavo_train.trained_run import PreTrainedConfig
+from kuavo_train.runs.trained_run import PreTrainedConfig
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 STEPS = 12

@@ -6,9 +6,9 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.reporting.figures.run import heat_map
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, draw_limits, short_name
+from kuavo_train.runs.stored_run import Record
 
 
 def comparison_figures(comparison: Record) -> dict[str, Callable[[], Figure | None]]:

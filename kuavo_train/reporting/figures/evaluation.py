@@ -6,8 +6,8 @@ from itertools import cycle
 import numpy as np
 from matplotlib.figure import Figure
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, short_name
+from kuavo_train.runs.stored_run import Record
 
 
 def evaluation_figures(found: Record) -> dict[str, Callable[[], Figure | None]]:

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.metrics.number_format import number, percent
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, log_if_wide, short_name
+from kuavo_train.runs.stored_run import Record
 
 PALE = "#a9b8c9"
 

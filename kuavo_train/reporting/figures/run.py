@@ -9,7 +9,6 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from kuavo_train.evaluation.stored_run import Record
 from kuavo_train.metrics.number_format import MINUS, number, percent
 from kuavo_train.metrics.verdict import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
 from kuavo_train.reporting.figures.style import (
@@ -23,6 +22,7 @@ from kuavo_train.reporting.figures.style import (
     log_if_wide,
     short_name,
 )
+from kuavo_train.runs.stored_run import Record
 
 VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}
 CHANGE = LinearSegmentedColormap.from_list("change", ["#9cc4b2", "#ffffff", "#f3c9a5", "#dd7f63"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.lease import living_holder
+from kuavo_train.runs.lease import living_holder
 
 Record = dict[str, Any]
 

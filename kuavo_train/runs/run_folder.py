@@ -1,0 +1,115 @@
+"""Files of a run and of its stages, each written in one move.
+
+outputs/<run>/run.json, normalization.json
+outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation.jsonl, replay_audit.json,
+                              parameters.json, checkpoints/; with rollout.episodes rollouts.jsonl, with a
+                              forgetting.budget gate.jsonl, with strategy=ewc ewc.safetensors, with strategy=merge
+                              merge.json
+"""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.errors import ConfigError
+from kuavo_train.learning.checkpoint import CheckpointFolder
+from kuavo_train.runs.files import JsonLines, write_json, write_text
+from kuavo_train.runs.lease import living_holder
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Files of one stage, and whether it may be entered."""
+
+    path: Path
+
+    @property
+    def status(self) -> str:
+        """absent, running, interrupted, failed, finished, or killed: running as it says, yet no process is there."""
+        if not (self.path / "stage.json").is_file():
+            return "absent"
+        status = self.about["status"]
+        return "killed" if status == "running" and living_holder(self.path) is None else status
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return json.loads((self.path / "stage.json").read_text())
+
+    @property
+    def holds_files(self) -> bool:
+        """Anything but what a kill left hidden before the stage was begun."""
+        return self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What the stage's files were made with; None before it began."""
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.is_file() else None
+
+    def answer_for(self, config: RunConfig) -> None:
+        """From now on the stage's files mean these settings."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+    def tell(self, **values: Any) -> None:
+        """Update stage.json in one move; None takes a value out."""
+        about = {**(self.about if self.status != "absent" else {}), **values}
+        write_json(self.path / "stage.json", {key: value for key, value in about.items() if value is not None})
+
+    def tell_end(self, **values: Any) -> None:
+        """As `tell`, also on a full disk, where only what lies on it already can be written over."""
+        try:
+            self.tell(**values)
+        except OSError:
+            about = {**self.about, **values}
+            with contextlib.suppress(OSError), open(self.path / "stage.json", "r+") as file:
+                file.write(json.dumps(about))
+                file.truncate()
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints")
+
+    @property
+    def metrics(self) -> JsonLines:
+        return JsonLines(self.path / "metrics.jsonl")
+
+    @property
+    def importance(self) -> Path:
+        """What elastic weight consolidation keeps of the stages up to this one."""
+        return self.path / "ewc.safetensors"
+
+    @property
+    def gate(self) -> JsonLines:
+        return JsonLines(self.path / "gate.jsonl")
+
+    @property
+    def rollouts(self) -> JsonLines:
+        return JsonLines(self.path / "rollouts.jsonl")
+
+    @property
+    def validations(self) -> JsonLines:
+        return JsonLines(self.path / "validation.jsonl")
+
+
+def stage_folder(config: RunConfig, stage: StageConfig | None = None) -> StageFolder:
+    """Folder of a stage of the run, by default of the config's own."""
+    return StageFolder(config.run_folder / (stage or config.stage).folder_name)
+
+
+def _check_instructions(run: str, learnt: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
+    """Raises `ConfigError` where a task that was learnt would be replayed and validated with other words."""
+    before = {task["name"]: task for task in stored}
+    for task in learnt:
+        for key in ("instructions", "instructions_of_dataset"):
+            told = before.get(task["name"], {}).get(key, task[key])
+            if told != task[key]:
+                raise ConfigError(
+                    f"the {key.replace('_', ' ')} of {task['name']} must stay what it was learnt with in run {run} "
+                    f"({told}), got {task[key]}; put stage.instruction back, or choose another run=NAME"
+                )
