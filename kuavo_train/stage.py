@@ -23,7 +23,6 @@ from kuavo_train.data import checkpoint_tasks as known_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
-from kuavo_train.evaluation.gate import Gate
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
@@ -31,20 +30,12 @@ from kuavo_train.interruption import Listening, listening
 from kuavo_train.learning import model_card
 from kuavo_train.learning.checkpoint import Checkpoint, load_weights
 from kuavo_train.learning.ema import average_of
-from kuavo_train.learning.extra_loss import (
-    ElasticPenalty,
-    ExtraLoss,
-    Importance,
-    NoExtraLoss,
-    measure_importance,
-)
 from kuavo_train.learning.freezing import (
     ParameterGroup,
     compare_fingerprints,
     take_fingerprints,
 )
 from kuavo_train.learning.lora import adapted_state, merge_adapters, restore_adapted
-from kuavo_train.learning.merging import copy_weights, sweep_merges
 from kuavo_train.learning.policy_factory import (
     build_optimizer,
     choose_device,
@@ -62,6 +53,10 @@ from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.lease import Lease, NoLease, held
 from kuavo_train.runs.run_facts import write_run_facts
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
+from kuavo_train.strategies.forgetting_gate import Gate
+from kuavo_train.strategies.merging import copy_weights, sweep_merges
+from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 

@@ -30,9 +30,9 @@ from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.sampler import Order, StepSampler
 from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.learning.ema import Average
-from kuavo_train.learning.extra_loss import ExtraLoss
 from kuavo_train.learning.recurrence import Recurrence
 from kuavo_train.learning.timetable import Timetable
+from kuavo_train.training.extra_loss import ExtraLoss
 
 
 class TrainingDiverged(RunError):

@@ -18,7 +18,6 @@ from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.learning.checkpoint import Checkpoint
 from kuavo_train.learning.ema import NoAverage
-from kuavo_train.learning.extra_loss import NoExtraLoss
 from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.learning.timetable import Timetable
 from kuavo_train.learning.trainer import Progress, Trainer, Validated
@@ -31,6 +30,7 @@ from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.reporting.run_metrics import end_line, episode_scores
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.training.extra_loss import NoExtraLoss
 
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,16 +23,6 @@ from torch import Tensor, nn
 from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.learning.freezing import trainable_parameters
 from kuavo_train.learning.recurrence import Recurrence
-
-
-class ExtraLoss(Protocol):
-    def add_gradient(self) -> dict[str, float]:
-        """Add the loss's gradient to that of the parameters; returns what to log of it."""
-
-
-class NoExtraLoss:
-    def add_gradient(self) -> dict[str, float]:
-        return {}
 
 
 @dataclass(frozen=True)
