@@ -12,7 +12,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from kuavo_train.learning.freezing import freeze
+from kuavo_train.training.parameter_groups import freeze
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -39,17 +39,17 @@ from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task
-from kuavo_train.learning.ema import NoAverage
-from kuavo_train.learning.freezing import freeze
-from kuavo_train.learning.policy_factory import build_optimizer
-from kuavo_train.learning.recurrence import CarriedMemory, NoRecurrence, Recurrence
-from kuavo_train.learning.timetable import Timetable
-from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.runs.files import write_json
+from kuavo_train.training.carried_memory import CarriedMemory, NoRecurrence, Recurrence
+from kuavo_train.training.ema import NoAverage
+from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.extra_loss import NoExtraLoss
+from kuavo_train.training.optimizer import build_optimizer
+from kuavo_train.training.parameter_groups import freeze
+from kuavo_train.training.trainer import Progress, Trainer, Validated
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 

@@ -20,7 +20,7 @@ from lerobot.utils.utils import format_big_number
 from benchmarks.measuring import Table, alternate, speed_rows
 from benchmarks.models import SIZES, VISION_FROZEN, VLM_FROZEN, lerobot_policy, make_batch, our_policy, with_features
 from kuavo_train.config import TrainingConfig
-from kuavo_train.learning.policy_factory import build_optimizer
+from kuavo_train.training.optimizer import build_optimizer
 
 LEARNS = {"VLM frozen": VLM_FROZEN, "vision frozen": VISION_FROZEN}
 NO_RATE = TrainingConfig(epochs=1, lr=1e-30, decay_lr=0.0, warmup_steps=0, decay_steps=1)

@@ -26,8 +26,8 @@ from kuavo_train.data.recording import recorded_fps
 from kuavo_train.data.task import Task
 from kuavo_train.data.task_checks import listed_counts, little_used
 from kuavo_train.errors import ConfigError, Problems
-from kuavo_train.learning.freezing import dtype_names, parameter_counts, parameter_groups, trainable_parameters
-from kuavo_train.learning.lora import adapted_state
+from kuavo_train.training.lora import adapted_state
+from kuavo_train.training.parameter_groups import dtype_names, parameter_counts, parameter_groups, trainable_parameters
 
 ADAM_MOMENTS = 2
 AVERAGED_AND_NOT = 2  # a checkpoint's training state holds the trained weights both ways, where they are averaged

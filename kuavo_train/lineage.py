@@ -9,10 +9,10 @@ from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.checkpoint import Checkpoint
-from kuavo_train.learning.policy_factory import policy_defaults
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.settings import differences, refuse, shared_differences
+from kuavo_train.training.checkpoint import Checkpoint
+from kuavo_train.training.policy_factory import policy_defaults
 
 
 def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:

@@ -27,15 +27,15 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import Environment, environment_of
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.findings import Findings
-from kuavo_train.learning.checkpoint import Checkpoint
-from kuavo_train.learning.encoder import frozen_encoder
-from kuavo_train.learning.policy_factory import BuiltPolicy, build_policy, configure_policy, policy_config_class
-from kuavo_train.learning.recurrence import CarriedMemory, Exchange, NoRecurrence, Recurrence
-from kuavo_train.learning.timetable import Timetable
-from kuavo_train.learning.tracking import check_tracking
-from kuavo_train.learning.trainer import step_seed
 from kuavo_train.lineage import seen_tasks, stages_before
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
+from kuavo_train.training.checkpoint import Checkpoint
+from kuavo_train.training.epochs import Timetable
+from kuavo_train.training.frozen_encoder import frozen_encoder
+from kuavo_train.training.policy_factory import BuiltPolicy, build_policy, configure_policy, policy_config_class
+from kuavo_train.training.tracking import check_tracking
+from kuavo_train.training.trainer import step_seed
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,6 @@ from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
 from kuavo_train.interruption import Listening, listening
-from kuavo_train.learning import model_card
-from kuavo_train.learning.checkpoint import Checkpoint, load_weights
-from kuavo_train.learning.ema import average_of
-from kuavo_train.learning.freezing import (
-    ParameterGroup,
-    compare_fingerprints,
-    take_fingerprints,
-)
-from kuavo_train.learning.lora import adapted_state, merge_adapters, restore_adapted
-from kuavo_train.learning.policy_factory import (
-    build_optimizer,
-    choose_device,
-    policy_config_class,
-)
-from kuavo_train.learning.tracking import NoTracker, Tracker, curves_of, make_tracker
-from kuavo_train.learning.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
@@ -56,7 +40,20 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
 from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.strategies.merging import copy_weights, sweep_merges
+from kuavo_train.training import model_card
+from kuavo_train.training.checkpoint import Checkpoint, load_weights
+from kuavo_train.training.ema import average_of
 from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
+from kuavo_train.training.lora import adapted_state, merge_adapters, restore_adapted
+from kuavo_train.training.optimizer import build_optimizer, choose_device
+from kuavo_train.training.parameter_groups import (
+    ParameterGroup,
+    compare_fingerprints,
+    take_fingerprints,
+)
+from kuavo_train.training.policy_factory import policy_config_class
+from kuavo_train.training.tracking import NoTracker, Tracker, curves_of, make_tracker
+from kuavo_train.training.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forked import Forked, send, when
 
-from kuavo_train.learning.trainer import Trainer
+from kuavo_train.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Overrides = Callable[..., list[str]]

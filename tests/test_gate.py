@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from kuavo_train.compose import compose_run
 from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.replay import proportional_shares, raised_shares
-from kuavo_train.learning.timetable import Timetable
-from kuavo_train.learning.trainer import Trainer
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import run_stage
 from kuavo_train.strategies.forgetting_gate import Gate, Reading
+from kuavo_train.training.epochs import Timetable
+from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 ByDepth = Callable[[int], list[RunConfig]]  # depth of backpropagation through the memory → a run, trained once

@@ -17,9 +17,9 @@ from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation.environment_pool import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
-from kuavo_train.learning.trainer import Trainer
 from kuavo_train.reporting import run_analysis as matrix
 from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 Start = Callable[..., Forked]

@@ -10,7 +10,7 @@ import pytest
 
 from kuavo_train.data.clip_sampler import LaneOrder
 from kuavo_train.data.sampler import Draw
-from kuavo_train.learning.recurrence import CarriedMemory
+from kuavo_train.training.carried_memory import CarriedMemory
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
 
 STRIDE = 4

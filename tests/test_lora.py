@@ -15,11 +15,11 @@ from torch import nn
 from kuavo_train.compose import compose_run
 from kuavo_train.config import LoraConfig, RunConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.freezing import parameter_counts
-from kuavo_train.learning.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
-from kuavo_train.learning.trainer import Trainer
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import examine_stage, run_stage
+from kuavo_train.training.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
+from kuavo_train.training.parameter_groups import parameter_counts
+from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 RANK = 2

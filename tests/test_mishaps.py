@@ -20,12 +20,12 @@ from kuavo_train.data import workers
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.plan import size_text
 from kuavo_train.errors import ConfigError, RunError
-from kuavo_train.learning.checkpoint import CheckpointFolder
-from kuavo_train.learning.trainer import Trainer
 from kuavo_train.runs import run_folder
 from kuavo_train.runs.files import JsonLines
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import run_stage
+from kuavo_train.training.checkpoint import CheckpointFolder
+from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 Start = Callable[..., Forked]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kuavo_train.errors import ConfigError, RunFolderError
-from kuavo_train.learning.policy_factory import build_optimizer
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.probes import main
 from kuavo_train.probing.instruction_swap import swap_instructions
@@ -22,6 +21,7 @@ from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.report import look_up
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.checkpoint import CheckpointFolder
-from kuavo_train.learning.trainer import Trainer
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import read_run
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage import run_stage
+from kuavo_train.training.checkpoint import CheckpointFolder
+from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 

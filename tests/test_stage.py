@@ -22,10 +22,11 @@ from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.findings import Findings
-from kuavo_train.learning.trainer import STEP_PARTS, Trainer, TrainingDiverged
 from kuavo_train.opened_stage import open_stage
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import run_stage
+from kuavo_train.training.step_metrics import STEP_PARTS
+from kuavo_train.training.trainer import Trainer, TrainingDiverged
 
 Overrides = Callable[..., list[str]]
 

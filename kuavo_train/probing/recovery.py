@@ -16,11 +16,6 @@ from kuavo_train.data.task import Task
 from kuavo_train.errors import require
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.findings import Findings
-from kuavo_train.learning.checkpoint import Checkpoint
-from kuavo_train.learning.ema import NoAverage
-from kuavo_train.learning.policy_factory import build_optimizer
-from kuavo_train.learning.timetable import Timetable
-from kuavo_train.learning.trainer import Progress, Trainer, Validated
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
@@ -30,7 +25,12 @@ from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.reporting.run_metrics import end_line, episode_scores
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.training.checkpoint import Checkpoint
+from kuavo_train.training.ema import NoAverage
+from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.extra_loss import NoExtraLoss
+from kuavo_train.training.optimizer import build_optimizer
+from kuavo_train.training.trainer import Progress, Trainer, Validated
 
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]

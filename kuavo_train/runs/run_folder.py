@@ -18,9 +18,9 @@ import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.checkpoint import CheckpointFolder
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
+from kuavo_train.training.checkpoint import CheckpointFolder
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
                 f"{folder} is a checkpoint of another run: its {key} is {manifest.get(key)}, that of {run.folder} is "
                 f"{expected}; move it back there, and train stage {stage.index} of this run again"
             )
-    # As kuavo_train.learning.checkpoint hashes it.
+    # As kuavo_train.training.checkpoint hashes it.
     found = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if found != stage.record.get("checkpoint_hash"):
         raise RunFolderError(

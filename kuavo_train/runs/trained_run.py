@@ -25,9 +25,9 @@ from kuavo_train.data.images.frames import open_frames
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, require
-from kuavo_train.learning.checkpoint import Checkpoint, CheckpointFolder
-from kuavo_train.learning.policy_factory import choose_device
 from kuavo_train.runs.stored_run import StoredRun, StoredStage, read_run
+from kuavo_train.training.checkpoint import Checkpoint, CheckpointFolder
+from kuavo_train.training.optimizer import choose_device
 
 
 def stage_folder_above(checkpoint: Path) -> Path | None:

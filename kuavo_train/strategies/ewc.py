@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kuavo_train.data.batch import Batch, preprocess
-from kuavo_train.learning.freezing import trainable_parameters
-from kuavo_train.learning.recurrence import Recurrence
+from kuavo_train.training.carried_memory import Recurrence
+from kuavo_train.training.parameter_groups import trainable_parameters
 
 
 @dataclass(frozen=True)

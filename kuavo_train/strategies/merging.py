@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kuavo_train.learning.freezing import trainable_parameters
+from kuavo_train.training.parameter_groups import trainable_parameters
 
 
 def copy_weights(policy: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_model
 
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.lora import adapters_merged
+from kuavo_train.training.lora import adapters_merged
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kuavo_train.data.images.features import Encoder
-from kuavo_train.learning.freezing import fingerprint, parameter_groups
+from kuavo_train.training.parameter_groups import fingerprint, parameter_groups
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
 ENCODER_GROUPS = ("vision", "connector")

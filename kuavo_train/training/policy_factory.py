@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
-from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from kuavo_train.config import RunConfig, TrainingConfig, said
+from kuavo_train.config import RunConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.ema import check_average
-from kuavo_train.learning.freezing import freeze
-from kuavo_train.learning.lora import add_adapters
+from kuavo_train.training.ema import check_average
+from kuavo_train.training.lora import add_adapters
+from kuavo_train.training.parameter_groups import freeze
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
@@ -312,44 +311,3 @@ def _not_had(key: str, source: str | Path, error: Exception) -> str:
         f"Nothing is put in its place. Without the hub, copy it here and give the folder: {key}=/path/to/"
         f"{Path(source).name}; a mirror of the hub: hf_endpoint=https://…"
     )
-
-
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter],
-    config: TrainingConfig,
-    *,
-    steps: int,
-    planned: Callable[[int], float] = float,
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Fused AdamW and a cosine decay with warm-up; LeRobot shortens the schedule when the stage has fewer steps.
-
-    Args:
-        planned: step → the step of the plan it stands for, where a stage takes longer than planned.
-    """
-    # LeRobot's AdamWConfig knows no `fused`: a third of the plain one's time, on the CPU as well.
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in parameters if parameter.requires_grad],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    scheduler = CosineDecayWithWarmupSchedulerConfig(
-        num_warmup_steps=config.warmup_steps,
-        num_decay_steps=config.decay_steps,
-        peak_lr=config.lr,
-        decay_lr=config.decay_lr,
-    ).build(optimizer, steps)
-    scheduler.lr_lambdas = [lambda step, rate=rate: rate(planned(step)) for rate in scheduler.lr_lambdas]
-    return optimizer, scheduler
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one. Raises `ConfigError` when the named device is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name]:
-        raise ConfigError(f"training.device must be available, got {name}; use training.device=cpu, or auto")
-    return torch.device(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.freezing import trainable_parameters
+from kuavo_train.training.parameter_groups import trainable_parameters
 
 
 class Average(Protocol):

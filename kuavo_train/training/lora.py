@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kuavo_train.config import LoraConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.learning.freezing import parameter_groups, trainable_parameters
+from kuavo_train.training.parameter_groups import parameter_groups, trainable_parameters
 
 ADAPTED_GROUP = "expert"
 ADAPTER = "default"  # peft's name of a model's only adapter
