@@ -23,9 +23,9 @@ from benchmarks.measuring import Spread, Table
 from benchmarks.models import SIZES, Size
 from benchmarks.video_dataset import TASK, write_dataset
 from kuavo_train.compose import compose_run
-from kuavo_train.findings import Findings
-from kuavo_train.opened_stage import open_stage
 from kuavo_train.runs.run_folder import stage_folder
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.setup import open_stage
 
 STEP_TIMES = re.compile(r"updt_s:(\S+) data_s:(\S+)")
 

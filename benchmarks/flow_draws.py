@@ -18,7 +18,7 @@ from benchmarks.models import SIZES, lerobot_policy, make_batch, our_policy
 from benchmarks.training_step import optimizer_of
 from kuavo_train.compose import compose_run
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 
 DEPTH = 4  # the embedded profile's mem_backprop_depth
 

@@ -12,8 +12,8 @@ from kuavo_train.compose import compose_stage
 def main(composed: DictConfig, overrides: list[str]) -> int:
     config, curriculum = compose_stage(composed, overrides)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.opened_stage import record_missing_data
-    from kuavo_train.stage import run_stage
+    from kuavo_train.stage.setup import record_missing_data
+    from kuavo_train.stage.stage import run_stage
 
     if config.data_only:
         record_missing_data(config, curriculum)

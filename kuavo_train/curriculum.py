@@ -21,8 +21,8 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     check_overrides(overrides)
     configs = compose_run(overrides)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.opened_stage import record_missing_data
     from kuavo_train.reporting.write_report import summary_table, write_report
+    from kuavo_train.stage.setup import record_missing_data
 
     if configs[0].data_only:
         record_missing_data(configs[0], [config.stage for config in configs])
@@ -47,7 +47,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 def check_curriculum_settings(configs: Sequence[RunConfig]) -> None:
     """Raises `ConfigError` where a stage has been begun with other settings, naming them."""
-    from kuavo_train.lineage import check_settings
+    from kuavo_train.stage.lineage import check_settings
 
     for config in stages_to_run(configs):
         check_settings(config, [each.stage for each in configs])
@@ -63,7 +63,7 @@ def train_all_stages(configs: Sequence[RunConfig]) -> int:
         ConfigError: a stage has been begun with other settings; nothing is trained then.
     """
     from kuavo_train.runs.run_folder import stage_folder
-    from kuavo_train.stage import run_stage
+    from kuavo_train.stage.stage import run_stage
 
     check_curriculum_settings(configs)
     curriculum = [config.stage for config in configs]

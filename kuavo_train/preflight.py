@@ -19,8 +19,8 @@ from kuavo_train.compose import compose_stage
 def main(composed: DictConfig, overrides: list[str], *, as_json: bool = False) -> int:
     config, curriculum = compose_stage(composed, overrides)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.findings import listed
-    from kuavo_train.stage import examine_stage
+    from kuavo_train.stage.preflight import listed
+    from kuavo_train.stage.stage import examine_stage
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print on the way is not for machines
         findings = examine_stage(config, curriculum)

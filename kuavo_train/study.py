@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _carry_out(study: StudyFile, cells: Sequence[Cell]) -> int:
-    from kuavo_train.opened_stage import record_missing_data
+    from kuavo_train.stage.setup import record_missing_data
 
     first = cells[0].configs[0]
     record_missing_data(first, [config.stage for config in cells[0].configs])

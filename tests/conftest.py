@@ -22,7 +22,7 @@ from small_datasets import TASK_NAMES, write_dataset
 from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 
 LONGEST_FIRST = [  # of the files that take longer than about ten seconds
     "test_stage.py",

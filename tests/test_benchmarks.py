@@ -15,7 +15,7 @@ from benchmarks.models import SIZES
 from benchmarks.video_dataset import write_dataset
 from kuavo_train.compose import compose_run
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:

@@ -17,7 +17,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.ema import NoAverage, average_of, check_average
 from kuavo_train.training.trainer import Trainer
 

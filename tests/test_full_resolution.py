@@ -17,7 +17,7 @@ from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage import examine_stage, run_stage
+from kuavo_train.stage.stage import examine_stage, run_stage
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 HEAD = "observation.images.head_cam_h"

@@ -20,7 +20,7 @@ from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.replay import proportional_shares, raised_shares
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.strategies.forgetting_gate import Gate, Reading
 from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.trainer import Trainer
@@ -219,7 +219,7 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch, result: str, place: int
 ) -> None:
     worse = iter([0.1, 0.2, 0.3])
-    monkeypatch.setattr("kuavo_train.stage.mean_loss", lambda records: next(worse))
+    monkeypatch.setattr("kuavo_train.stage.stage.mean_loss", lambda records: next(worse))
     configs = compose_run(small_run(*FEW_WHOLE_EPOCHS, "policy.mem_backprop_depth=0", f"validation.result={result}"))
     assert run(configs, 0) == 0
     folder = stage_folder(configs[0])
@@ -243,7 +243,7 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
 def test_a_stage_stopped_and_killed_before_its_conclusion_is_concluded_not_continued(
     begun: ByDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kuavo_train.stage import Stage
+    from kuavo_train.stage.stage import Stage
 
     configs = continued(begun(0), tmp_path, "stop")
     with monkeypatch.context() as patched:

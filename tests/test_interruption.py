@@ -11,7 +11,6 @@ import pytest
 from forked import Forked, send, when
 
 from kuavo_sim import record
-from kuavo_train import opened_stage
 from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation.environment_pool import Robots
@@ -19,6 +18,7 @@ from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
 from kuavo_train.reporting import run_analysis as matrix
 from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.stage import setup as opened_stage
 from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]

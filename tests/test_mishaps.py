@@ -13,7 +13,6 @@ import torch
 from forked import Forked, when
 from torch.utils.data import get_worker_info
 
-from kuavo_train import findings
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
@@ -23,7 +22,8 @@ from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.runs import run_folder
 from kuavo_train.runs.files import JsonLines
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage import preflight as findings
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
 from kuavo_train.training.trainer import Trainer
 

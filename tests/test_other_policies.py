@@ -18,7 +18,7 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.predictions import OwnAnswers
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import examine_stage, run_stage
+from kuavo_train.stage.stage import examine_stage, run_stage
 from kuavo_train.training.parameter_groups import parameter_groups
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper

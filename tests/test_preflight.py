@@ -12,8 +12,8 @@ from small_datasets import CAMERAS, write_dataset
 from test_command_line import Here
 
 from kuavo_train.compose import compose_run
-from kuavo_train.findings import Findings
-from kuavo_train.stage import examine_stage
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.stage import examine_stage
 
 Overrides = Callable[..., list[str]]
 

@@ -19,8 +19,8 @@ from test_command_line import command
 
 from kuavo_train.command_line import set_hub
 from kuavo_train.compose import compose_run
-from kuavo_train.findings import Findings
-from kuavo_train.opened_stage import OpenedStage, open_stage
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.setup import OpenedStage, open_stage
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 Overrides = Callable[..., list[str]]

@@ -18,7 +18,7 @@ from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import Stage, run_stage
+from kuavo_train.stage.stage import Stage, run_stage
 
 COUNTING = Environment("worlds:Counting-v0", "count to the goal")
 

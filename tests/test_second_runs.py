@@ -24,7 +24,7 @@ from kuavo_train.runs.lease import held
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import read_run
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
 from kuavo_train.training.trainer import Trainer
 

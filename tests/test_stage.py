@@ -16,15 +16,15 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from kuavo_train import opened_stage
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError, RunError
-from kuavo_train.findings import Findings
-from kuavo_train.opened_stage import open_stage
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage import setup as opened_stage
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.setup import open_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.step_metrics import STEP_PARTS
 from kuavo_train.training.trainer import Trainer, TrainingDiverged
 

@@ -22,10 +22,10 @@ from kuavo_train.data.images.features import CachedFeatures
 from kuavo_train.data.images.frames import CachedFrames
 from kuavo_train.data.sampler import Draw
 from kuavo_train.errors import ConfigError
-from kuavo_train.findings import Findings
-from kuavo_train.opened_stage import OpenedStage, open_stage
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.setup import OpenedStage, open_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.frozen_encoder import frozen_encoder
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 

@@ -23,7 +23,7 @@ from kuavo_train.evaluation.options import Request
 from kuavo_train.reporting.run_analysis import write_matrix
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage import run_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
 from kuavo_train.strategies.merging import set_merged_weights, sweep_merges
 from kuavo_train.training.carried_memory import NoRecurrence

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kuavo_train import stage as stage_module
 from kuavo_train import study
 from kuavo_train.errors import ConfigError
+from kuavo_train.stage import stage as stage_module
 from kuavo_train.study import compose_cells
 from kuavo_train.training.trainer import Trainer, TrainingDiverged
 

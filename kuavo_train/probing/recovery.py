@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
 from kuavo_train.evaluation.validation import Validator
-from kuavo_train.findings import Findings
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.opened_stage import fresh_memory, open_stage
 from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
 from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.reporting.run_metrics import end_line, episode_scores
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.setup import fresh_memory, open_stage
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.ema import NoAverage
 from kuavo_train.training.epochs import Timetable

@@ -26,9 +26,9 @@ from kuavo_train.data.workers import room_problems
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import Environment, environment_of
 from kuavo_train.evaluation.environment_check import check_environment
-from kuavo_train.findings import Findings
-from kuavo_train.lineage import seen_tasks, stages_before
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.stage.lineage import seen_tasks, stages_before
+from kuavo_train.stage.preflight import Findings
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.epochs import Timetable

@@ -25,18 +25,18 @@ from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator
-from kuavo_train.findings import Findings
 from kuavo_train.interruption import Listening, listening
-from kuavo_train.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.opened_stage import OpenedStage, fresh_memory, open_stage, record_missing_data
-from kuavo_train.remedies import told_in_one_line
 from kuavo_train.reporting.run_analysis import write_matrix
 from kuavo_train.reporting.run_metrics import episode_scores
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.lease import Lease, NoLease, held
 from kuavo_train.runs.run_facts import write_run_facts
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.stage.lineage import checkpoint_to_resume, result_before, stages_before
+from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.remedies import told_in_one_line
+from kuavo_train.stage.setup import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
 from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.strategies.merging import copy_weights, sweep_merges
