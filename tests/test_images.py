@@ -15,8 +15,7 @@ import torch
 from small_datasets import write_dataset
 
 from kuavo_train.config import DataConfig, RunConfig
-from kuavo_train.data.images import episode_cache as cache_module
-from kuavo_train.data.images import plan as images_module
+from kuavo_train.data.images import episode_cache, plan
 from kuavo_train.data.images.features import CachedFeatures, Encoder
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.plan import Images, plan_images
@@ -58,7 +57,7 @@ def encoder(embed: Callable[..., torch.Tensor], weights: str = "first") -> Encod
     return Encoder(embed, {"weights": weights}, lambda camera: f"features of {camera}", torch.device("cpu"))
 
 
-def plan(config: DataConfig, decoded: DecodedFrames, chosen: Encoder | None, episodes: Sequence[int] = ()) -> Images:
+def planned(config: DataConfig, decoded: DecodedFrames, chosen: Encoder | None, episodes: Sequence[int] = ()) -> Images:
     name = decoded.task.name
     return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen)
 
@@ -93,7 +92,7 @@ def test_an_episode_that_was_not_filled_is_not_read(decoded: DecodedFrames, tmp_
 
 def test_features_are_the_encoders_output_as_bfloat16(config: DataConfig, decoded: DecodedFrames) -> None:
     embed = Counted()
-    images = plan(config, decoded, encoder(embed))
+    images = planned(config, decoded, encoder(embed))
     assert isinstance(images.sources["weighing"], CachedFeatures)
     images.fill(progress=False)
     rows = np.array([30, 2, 30, 69])
@@ -107,16 +106,16 @@ def test_a_cut_off_computation_keeps_what_is_done_and_goes_on_with_the_rest(
     config: DataConfig, decoded: DecodedFrames
 ) -> None:
     embed = Counted()
-    images = plan(config, decoded, encoder(embed))
+    images = planned(config, decoded, encoder(embed))
     embed.fail_at = len(embed.asked) + 7  # in the third of five episodes of three cameras
     with pytest.raises(KeyboardInterrupt):
         images.fill(progress=False)
     again = Counted()
-    images = plan(config, decoded, encoder(again))
+    images = planned(config, decoded, encoder(again))
     again.asked.clear()
     images.fill(progress=False)
     assert len(again.asked) == 3 * 3
-    whole = plan(replace(config, cache_root=f"{config.cache_root}/whole"), decoded, encoder(Counted()))
+    whole = planned(replace(config, cache_root=f"{config.cache_root}/whole"), decoded, encoder(Counted()))
     whole.fill(progress=False)
     for camera in decoded.task.cameras:
         rows = np.arange(len(decoded.task.state))
@@ -131,13 +130,13 @@ def test_processes_share_the_work_and_fill_one_cache(
     config: DataConfig, decoded: DecodedFrames, *, at_once: bool
 ) -> None:
     embeds = [Counted(), Counted()]
-    plans = [plan(config, decoded, encoder(embed)) for embed in embeds]
+    plans = [planned(config, decoded, encoder(embed)) for embed in embeds]
     for embed in embeds:
         embed.asked.clear()
     with ThreadPoolExecutor(2 if at_once else 1) as pool:
         list(pool.map(lambda rank: plans[rank].fill(process=rank, processes=2, progress=False), range(2)))
     assert [len(embed.asked) for embed in embeds] == [3 * 3, 2 * 3]  # episodes × cameras
-    alone = plan(replace(config, cache_root=f"{config.cache_root}/alone"), decoded, encoder(Counted()))
+    alone = planned(replace(config, cache_root=f"{config.cache_root}/alone"), decoded, encoder(Counted()))
     alone.fill(progress=False)
     for camera in decoded.task.cameras:
         rows = np.arange(len(decoded.task.state))
@@ -148,8 +147,8 @@ def test_processes_share_the_work_and_fill_one_cache(
 
 def test_only_episodes_that_are_read_are_computed(config: DataConfig, decoded: DecodedFrames) -> None:
     few, all_of_them = Counted(), Counted()
-    plan(config, decoded, encoder(few), episodes=[3]).fill(progress=False)
-    plan(config, decoded, encoder(all_of_them)).fill(progress=False)
+    planned(config, decoded, encoder(few), episodes=[3]).fill(progress=False)
+    planned(config, decoded, encoder(all_of_them)).fill(progress=False)
     shapes = 3  # each plan asks every camera once for the shape
     assert (len(few.asked) - shapes, len(all_of_them.asked) - shapes) == (3, 12)
 
@@ -157,11 +156,11 @@ def test_only_episodes_that_are_read_are_computed(config: DataConfig, decoded: D
 def test_other_weights_are_another_cache_and_the_old_one_is_named_with_its_size(
     config: DataConfig, decoded: DecodedFrames
 ) -> None:
-    first = plan(config, decoded, encoder(Counted()))
+    first = planned(config, decoded, encoder(Counted()))
     first.fill(progress=False)
     assert "to be deleted" not in first.description
     changed = Counted()
-    second = plan(config, decoded, encoder(changed, "second"))
+    second = planned(config, decoded, encoder(changed, "second"))
     changed.asked.clear()
     second.fill(progress=False)
     assert len(changed.asked) == 15
@@ -186,15 +185,15 @@ def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) ->
 
 
 def test_frames_that_are_cached_already_are_not_decoded_again(config: DataConfig, decoded: DecodedFrames) -> None:
-    frames = plan(config, decoded, None)
+    frames = planned(config, decoded, None)
     frames.fill(progress=False)
     decoded._decode = Counted()  # type: ignore[method-assign]
-    plan(config, decoded, encoder(Counted())).fill(progress=False)
+    planned(config, decoded, encoder(Counted())).fill(progress=False)
     assert decoded._decode.asked == []
 
 
 def test_features_fill_without_a_frame_cache(config: DataConfig, decoded: DecodedFrames) -> None:
-    plan(config, decoded, encoder(Counted())).fill(progress=False)
+    planned(config, decoded, encoder(Counted())).fill(progress=False)
     assert not (config.cache_folder / "frames").exists()
 
 
@@ -218,7 +217,7 @@ RULES: list[tuple[dict[str, Any], bool, type, str]] = [  # config, encoder froze
 def test_what_images_come_from_follows_a_rule_and_is_told(
     config: DataConfig, decoded: DecodedFrames, changes: dict[str, Any], source: type, told: str, *, frozen: bool
 ) -> None:
-    images = plan(replace(config, **changes), decoded, encoder(Counted()) if frozen else None)
+    images = planned(replace(config, **changes), decoded, encoder(Counted()) if frozen else None)
     assert isinstance(images.sources["weighing"], source)
     assert told in images.description
     assert list(config.cache_folder.iterdir()) == []  # nothing is written before it has been told
@@ -229,15 +228,15 @@ def test_a_disk_that_cannot_hold_it_is_a_problem_before_anything_is_computed(
     config: DataConfig, decoded: DecodedFrames, monkeypatch: pytest.MonkeyPatch, key: str, *, frozen: bool
 ) -> None:
     chosen = encoder(Counted()) if frozen else None
-    assert plan(config, decoded, chosen).problems == []
-    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
-    (problem,) = plan(config, decoded, chosen).problems
+    assert planned(config, decoded, chosen).problems == []
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    (problem,) = planned(config, decoded, chosen).problems
     assert problem.startswith(f"data.{key} needs ")
     assert f"set data.cache_root to another disk, or data.{key}=false" in problem
     monkeypatch.undo()
-    plan(config, decoded, chosen).fill(progress=False)
-    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    assert plan(config, decoded, chosen).problems == []  # all there: nothing more is needed
+    planned(config, decoded, chosen).fill(progress=False)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert planned(config, decoded, chosen).problems == []  # all there: nothing more is needed
 
 
 def test_a_disk_that_fills_up_is_an_error_with_words_and_loses_nothing(
@@ -250,13 +249,13 @@ def test_a_disk_that_fills_up_is_an_error_with_words_and_loses_nothing(
         if len(writes) > 6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    images = plan(config, decoded, encoder(Counted()))
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    images = planned(config, decoded, encoder(Counted()))
+    monkeypatch.setattr(episode_cache.os, "fsync", full)
     with pytest.raises(ConfigError, match=r"data.cache_root must be a folder that can be written.*No space left"):
         images.fill(progress=False)
     monkeypatch.undo()
     again = Counted()
-    images = plan(config, decoded, encoder(again))
+    images = planned(config, decoded, encoder(again))
     again.asked.clear()
     images.fill(progress=False)
     assert len(again.asked) == 4 * 3
@@ -265,7 +264,7 @@ def test_a_disk_that_fills_up_is_an_error_with_words_and_loses_nothing(
 def test_a_folder_that_cannot_be_made_is_an_error_with_words(config: DataConfig, decoded: DecodedFrames) -> None:
     (Path(str(config.cache_root)) / "file").touch()
     with pytest.raises(ConfigError, match=r"data.cache_root must be a folder that can be written, got .*/file/frames"):
-        plan(replace(config, cache_root=f"{config.cache_root}/file"), decoded, None).fill(progress=False)
+        planned(replace(config, cache_root=f"{config.cache_root}/file"), decoded, None).fill(progress=False)
 
 
 def test_a_video_that_does_not_decode_is_named(configs: list[RunConfig], config: DataConfig, tmp_path: Path) -> None:
@@ -277,4 +276,4 @@ def test_a_video_that_does_not_decode_is_named(configs: list[RunConfig], config:
     video = next(root.rglob("*.mp4"))
     video.write_bytes(b"no video")
     with pytest.raises(ConfigError, match=r"weighing: video .* must decode, got an error at frame \d+ of episode \d"):
-        plan(config, decoded, None, episodes=[0, 1]).fill(progress=False)
+        planned(config, decoded, None, episodes=[0, 1]).fill(progress=False)

@@ -1,41 +1,39 @@
-"""Imports go one way: runnable → stage → evaluation, learning → data → config."""
+"""Imports go downward only, from the commands to the errors, and no circle ties modules together."""
 
 import ast
+import graphlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {  # floor → project packages and modules it may import
-    "kuavo_train/config.py": set(),
-    # kuavo_sim.cpus, kuavo_sim.children: what both ask of the machine
-    "kuavo_train/runs/lease.py": {"kuavo_train.config"},
-    "kuavo_train/data": {"kuavo_train.config", "kuavo_train.data", "kuavo_sim.cpus", "kuavo_sim.children"},
-    "kuavo_train/learning": {
-        "kuavo_train.config",
-        "kuavo_train.data",
-        "kuavo_train.learning",
-        "lerobot_policy_smolvla_memory",
-    },
-    # kuavo_sim: what a recording's cues are, only the simulation can say
-    # kuavo_train.runs.lease: whether a stage that says it is running still is
-    "kuavo_train/evaluation": {
-        "kuavo_train.config",
-        "kuavo_train.runs.lease",
-        "kuavo_train.data",
-        "kuavo_train.evaluation",
-        "kuavo_sim",
-    },
-    "kuavo_train/wrapper": {"kuavo_train.data", "kuavo_train.wrapper", "lerobot_policy_smolvla_memory"},
-    "kuavo_sim": {"kuavo_sim"},
-    # kuavo_sim.lerobot: LeRobot's commands import this package alone, so it has to bring the environment along
-    "lerobot_policy_smolvla_memory": {"lerobot_policy_smolvla_memory", "kuavo_sim.lerobot"},
-}
 OURS = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
+FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not import each other
+    {"errors", "metrics"},
+    {"config", "interruption"},
+    {"keys", "data"},
+    {"compose"},
+    {"command_line", "training", "wrapper"},
+    {"runs"},
+    {"strategies"},
+    {"reporting"},
+    {"evaluation"},
+    {"stage"},
+    {"probing"},
+    {"__main__", "evaluate", "inspect_data", "memory_report", "preflight", "report"},
+    {"curriculum", "probes"},
+    {"study"},
+]
+NEIGHBOURS = {  # package beside kuavo_train → rooms that may import it
+    "lerobot_policy_smolvla_memory": {"training", "wrapper", "runs"},
+    # what both ask of the machine; recordings made on the spot; environments; what a recording's cues are
+    "kuavo_sim": {"data", "evaluation", "interruption", "probing", "stage"},
+}
 
 
 def imported(file: Path) -> set[str]:
+    """Dotted names of this project that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -46,24 +44,51 @@ def imported(file: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in OURS}
 
 
-@pytest.mark.parametrize("floor", MAY_IMPORT)
-def test_a_floor_imports_only_what_is_below_it(floor: str) -> None:
-    path = REPOSITORY / floor
-    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
-    assert files
-    for file in files:
+def rooms() -> dict[str, list[Path]]:
+    """Folder or module of kuavo_train → its files."""
+    top = REPOSITORY / "kuavo_train"
+    files = {path.stem: [path] for path in top.glob("*.py") if path.name != "__init__.py"}
+    return files | {path.parent.name: sorted(path.parent.rglob("*.py")) for path in top.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
+    height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    for file in rooms()[room]:
         for name in imported(file):
-            allowed = any(name == below or name.startswith(below + ".") for below in MAY_IMPORT[floor])
-            assert allowed, f"{file.relative_to(REPOSITORY)} must not import {name}"
+            package, _, inside = name.partition(".")
+            below = inside.split(".")[0]
+            where = f"{file.relative_to(REPOSITORY)} must not import {name}"
+            if package == "kuavo_train":
+                assert below == room or height[below] < height[room], where
+            else:
+                assert room in NEIGHBOURS[package], where
 
 
-def test_only_the_stage_and_the_runnables_know_both_learning_and_evaluation() -> None:
-    for file in sorted((REPOSITORY / "kuavo_train").glob("*.py")):
-        wings = {name.split(".")[1] for name in imported(file) if name.count(".") >= 1}
-        if {"learning", "evaluation"} <= wings:
-            assert file.name in ("stage.py", "opened_stage.py", "probes.py", "trained_run.py"), (
-                f"{file.name} knows the whole"
-            )
+def test_no_room_is_missing_in_the_table_of_floors() -> None:
+    assert sorted(rooms()) == sorted(name for floor in FLOORS for name in floor)
+
+
+def test_the_packages_beside_know_nothing_of_the_training() -> None:
+    for package in ("kuavo_sim", "lerobot_policy_smolvla_memory"):
+        for file in (REPOSITORY / package).rglob("*.py"):
+            assert not any(name.startswith("kuavo_train") for name in imported(file)), file
+
+
+def test_no_circle_ties_modules_of_the_training_together() -> None:
+    modules = {
+        ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (REPOSITORY / "kuavo_train").rglob("*.py")
+    }
+    graph = {
+        module: {_module_of(name, modules) for name in imported(file) if name.startswith("kuavo_train")} - {module}
+        for module, file in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def _module_of(name: str, modules: Mapping[str, Path]) -> str:
+    return name if name in modules else name.rpartition(".")[0]
 
 
 SIMULATION = [  # from the ground up; those of one storey do not import each other

@@ -16,9 +16,9 @@ from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation.environment_pool import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
-from kuavo_train.reporting import run_analysis as matrix
+from kuavo_train.reporting import run_analysis
 from kuavo_train.runs.run_folder import StageFolder
-from kuavo_train.stage import setup as opened_stage
+from kuavo_train.stage import setup
 from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
@@ -54,7 +54,7 @@ def test_a_run_stopped_in_every_phase_ends_as_one_that_never_was(
         "rollout.workers=1",
         "resume=true",
     )
-    monkeypatch.setattr(opened_stage, "check_environment", lambda *_: None)  # a process to start, each time
+    monkeypatch.setattr(setup, "check_environment", lambda *_: None)  # a process to start, each time
     whole = StageFolder(tmp_path / "outputs" / "whole" / "stage1_moving_grasp")
     assert forked("kuavo_train", *words, "run=whole").wait().returncode == 0
     cut = StageFolder(tmp_path / "outputs" / "cut" / "stage1_moving_grasp")
@@ -115,6 +115,9 @@ def test_a_second_ctrl_c_interrupts_at_once_but_not_the_launchers_copy_of_the_fi
 
 
 def test_ctrl_c_ends_what_trains_nothing_with_a_word(forked: Start) -> None:
-    done = forked("kuavo_train.report", "run=any", before=lambda: when(matrix, "read_run", send(signal.SIGINT))).wait()
+    process = forked(
+        "kuavo_train.report", "run=any", before=lambda: when(run_analysis, "read_run", send(signal.SIGINT))
+    )
+    done = process.wait()
     assert done.returncode == 130
     assert done.stderr == "interrupted\n"

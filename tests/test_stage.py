@@ -21,7 +21,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import setup as opened_stage
+from kuavo_train.stage import setup
 from kuavo_train.stage.preflight import Findings
 from kuavo_train.stage.setup import open_stage
 from kuavo_train.stage.stage import run_stage
@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = compose_run(small_run("training.save_every=1", "training.max_steps=5"))
-    build = opened_stage.build_policy
+    build = setup.build_policy
 
     def with_poison(*arguments: Any, **named: Any) -> Any:
         built = build(*arguments, **named)
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint_and_names_i
         built.policy.forward = poisoned
         return built
 
-    monkeypatch.setattr(opened_stage, "build_policy", with_poison)
+    monkeypatch.setattr(setup, "build_policy", with_poison)
     message = r"loss nan .* step 3 .*\(moving_grasp, \d, \d+\).*last good checkpoint is .*000002"
     with pytest.raises(TrainingDiverged, match=message):
         run(configs, 0)

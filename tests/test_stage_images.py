@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.batch import preprocess
-from kuavo_train.data.images import plan as images_module
+from kuavo_train.data.images import plan
 from kuavo_train.data.images.features import CachedFeatures
 from kuavo_train.data.images.frames import CachedFrames
 from kuavo_train.data.sampler import Draw
@@ -214,7 +214,7 @@ def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(em
 def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
     embedded: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_module, "_missing_bytes", lambda *_: 2**60)
+    monkeypatch.setattr(plan, "_missing_bytes", lambda *_: 2**60)
     configs = embedded()
     with pytest.raises(ConfigError, match=r"data.feature_cache needs 1073741824.0 GiB below .* are free"):
         opened(configs)

@@ -1,1 +1,1 @@
-"""What the policy learns from: tasks, their mixture, the normalization they share."""
+"""What the policy learns from: tasks, their mixture, the normalization they share; pictures in data/images."""

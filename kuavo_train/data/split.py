@@ -23,7 +23,7 @@ def split_episodes(
     return tuple(sorted(by_hash[held_out:])), tuple(sorted(by_hash[:held_out]))
 
 
-def _split_usable(
+def split_usable(
     stage: StageConfig, total: int, config: DataConfig, where: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     first, last = stage.episodes or (0, total - 1)

@@ -19,7 +19,7 @@ from kuavo_train.config import DataConfig, StageConfig
 from kuavo_train.data.hub import Origin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
-from kuavo_train.data.split import _split_usable
+from kuavo_train.data.split import split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
     check_claws,
@@ -140,7 +140,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     if opened is None:
         return None
     recording, origin = opened
-    split = attempt(_split_usable, stage, len(recording.lengths), config, where)
+    split = attempt(split_usable, stage, len(recording.lengths), config, where)
     used = sorted([*split[0], *split[1]]) if split else list(range(len(recording.lengths)))
     cameras = attempt(_map_cameras, stage, recording, config.cameras, where)
     rows = attempt(_read_rows, recording, cameras or {}, used, origin, where)

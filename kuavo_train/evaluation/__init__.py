@@ -1,1 +1,1 @@
-"""What a policy can do after each stage: validation, the performance matrix, forgetting and its intervals."""
+"""How good a policy is: held-out questions, and closed loop."""

@@ -1,0 +1,1 @@
+"""What forgetting is: pure functions of numbers."""

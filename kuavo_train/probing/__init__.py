@@ -1,0 +1,1 @@
+"""What a policy does inside: its memory, its language, what it recovers."""

@@ -66,7 +66,7 @@ def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
         del model.embed, model.velocity
 
 
-def _places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
+def places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
     """Kind of token → its places in a prefix of `length` tokens, memory included."""
     memory = getattr(config, "num_mem_tokens", 0)
     start = memory if memory and config.mem_at_start else 0

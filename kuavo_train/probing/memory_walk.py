@@ -25,7 +25,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 from kuavo_train.data.batch import preprocess
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.sampler import Draw
-from kuavo_train.probing.attention import _places_in_prefix, watched_attention
+from kuavo_train.probing.attention import places_in_prefix, watched_attention
 
 QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
 INTERVENTIONS = ("on", "reset", "frozen", "swapped")
@@ -143,7 +143,7 @@ class MemoryProbe:
         batch = self._prepared([draw._replace(begins=False) for draw in draws])
         with watched_attention(self.policy) as seen:
             self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
-        places = _places_in_prefix(
+        places = places_in_prefix(
             self.policy.config, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
         )
         shares = {

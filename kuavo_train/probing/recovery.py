@@ -8,7 +8,6 @@ Held-out losses, as at every validation; intervals over episodes.
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -18,7 +17,7 @@ from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
+from kuavo_train.probing.validated_run import NothingToProbe, Record, validation_fields
 from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.reporting.run_metrics import end_line, episode_scores
 from kuavo_train.runs.stored_run import StoredStage
@@ -35,7 +34,6 @@ from kuavo_train.training.trainer import Progress, Trainer, Validated
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]
 """(steps of fine-tuning, held-out episode → loss), from step 0 on."""
-Record = dict[str, Any]
 
 
 def recovery_record(
@@ -174,7 +172,7 @@ def _relearn(
     optimizer, scheduler = build_optimizer(stage.built.policy.parameters(), training, steps=steps)
     policy, optimizer = accelerator.prepare(stage.built.policy, optimizer)
     dataset = run.dataset(stage.order.tasks, stage.built.policy.config)
-    validator = Validator(**_validation(run, dataset, stage.built.preprocessor))
+    validator = Validator(**validation_fields(run, dataset, stage.built.preprocessor))
     curve: list[tuple[int, Scores]] = []
 
     def validate(step: int, _epoch: int = 0) -> Validated:

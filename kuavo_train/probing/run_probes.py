@@ -14,7 +14,7 @@ from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
-from kuavo_train.probing.validated_run import NothingToProbe, Record, _validation
+from kuavo_train.probing.validated_run import NothingToProbe, Record, validation_fields
 from kuavo_train.runs.files import write_json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
@@ -53,7 +53,7 @@ def memory(run: TrainedRun) -> Record:
         for stage in bar:
             bar.set_postfix_str(stage.name)
             probe = _probe(run, stage)
-            found = validate_with(probe, _validation(run, probe.dataset, probe.preprocessor), donors)
+            found = validate_with(probe, validation_fields(run, probe.dataset, probe.preprocessor), donors)
             for place, record in enumerate(found):
                 asked = questions.get(record["task"])
                 record["decision"] = _decide(probe, place, asked) if asked else None

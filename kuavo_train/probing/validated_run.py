@@ -13,7 +13,7 @@ class NothingToProbe(ConfigError):
     """The run has nothing that the probe could ask about."""
 
 
-def _validation(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Record:
+def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Record:
     """The fields of a `Validator` that asks as every validation of the run did."""
     settings = run.settings.validation
     return {

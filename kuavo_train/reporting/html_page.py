@@ -1,6 +1,6 @@
 """A record of numbers → one self-contained page: figures inlined, numbers looked up and nowhere written by hand.
 
-Templates (kuavo_train/reporting/templates) show numbers only through `value(pointer)` and `interval(pointer)`, which look them
+Templates (reporting/templates) show numbers only through `value(pointer)` and `interval(pointer)`, which look them
 up in the record that is stored as JSON beside the page, so that the two cannot disagree.
 """
 

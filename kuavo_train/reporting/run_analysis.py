@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.metrics.verdict import RetentionLimits
@@ -133,24 +133,24 @@ def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) 
             reason = str(error)
         named[name] = {"value": value, "definition": definition, "reason": reason}
 
-    for name, (definition, function) in metrics.METRICS.items():
+    for name, (definition, function) in forgetting.METRICS.items():
         add(name, definition, lambda function=function: function(matrix))  # type: ignore[misc]
     add(
         "forgetting by task",
         "best R since learnt − R[T][j]; positive = lost",
-        lambda: metrics.forgetting(matrix),
+        lambda: forgetting.forgetting(matrix),
     )
     if joint is not None:
         scores = _joint_values(run, joint, matrix.measure)
         add(
             "intransigence",
             "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
-            lambda: metrics.mean_intransigence(matrix, scores),
+            lambda: forgetting.mean_intransigence(matrix, scores),
         )
         add(
             "intransigence by task",
             "joint R − R[when learnt][j]; positive = learnt less than jointly",
-            lambda: metrics.intransigence(matrix, scores),
+            lambda: forgetting.intransigence(matrix, scores),
         )
     if matrix.measure == "success":
         curves = {
@@ -166,18 +166,18 @@ def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) 
         add(
             "LIBERO FWT",
             "mean success over evaluations during the task's own stage",
-            lambda: metrics.libero_fwt(curves),
+            lambda: forgetting.libero_fwt(curves),
         )
-        add("LIBERO NBT", "mean drop of success over later stages", lambda: metrics.libero_nbt(matrix))
+        add("LIBERO NBT", "mean drop of success over later stages", lambda: forgetting.libero_nbt(matrix))
         add(
             "LIBERO NBT, normalised",
             "NBT over the success when learnt",
-            lambda: metrics.libero_nbt(matrix, relative=True),
+            lambda: forgetting.libero_nbt(matrix, relative=True),
         )
         add(
             "LIBERO AUC",
             "(FWT + sum of later successes) / (1 + later stages)",
-            lambda: metrics.libero_auc(matrix, metrics.libero_fwt(curves)),
+            lambda: forgetting.libero_auc(matrix, forgetting.libero_fwt(curves)),
         )
     rows: list[Record] = [
         {"stage": stage, "values": dict(zip(matrix.tasks, row, strict=True))}

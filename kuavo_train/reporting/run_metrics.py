@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
@@ -166,7 +166,7 @@ def task_verdict(
         "episodes": relative.n,
         "relative_change": interval_record(relative),
         "action_error_relative_change": interval_record(action),
-        "forgetting": metrics.forgetting(loss)[name],
+        "forgetting": forgetting.forgetting(loss)[name],
         "evidence": _evidence(verdict, relative, then, now),
     }
 

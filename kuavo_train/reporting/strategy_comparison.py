@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.metrics import forgetting as metrics
+from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import PerformanceMatrix
-from kuavo_train.metrics.intervals import hierarchical_bootstrap
+from kuavo_train.metrics.intervals import Interval, hierarchical_bootstrap
 from kuavo_train.metrics.number_format import integer, number, signed, whole_percent
 from kuavo_train.metrics.verdict import VERDICTS, RetentionLimits, judge
 from kuavo_train.reporting.comparability import check_comparable
@@ -234,11 +234,11 @@ def _metrics(arm: Arm, reference: Arm, joint: Arm | None, measure: str, combine:
         both = {seed: matrix for seed, matrix in of.matrices[measure].items() if seed in goals}
         if not both:
             raise ValueError("no joint run has the seed of one of these runs")
-        return {s: np.asarray(metrics.mean_intransigence(matrix, goals[s])) for s, matrix in both.items()}
+        return {s: np.asarray(forgetting.mean_intransigence(matrix, goals[s])) for s, matrix in both.items()}
 
     statistics: dict[str, tuple[str, Callable[[Arm], PerSeed]]] = {
         name: (definition, lambda of, function=function: of.per_seed(measure, function))  # type: ignore[misc]
-        for name, (definition, function) in metrics.METRICS.items()
+        for name, (definition, function) in forgetting.METRICS.items()
     }
     if arm.strategy != JOINT:
         statistics["intransigence"] = (
@@ -284,7 +284,7 @@ def _task(arm: Arm, task: str, combine: _Combined, limits: RetentionLimits) -> R
     if len(arm.runs) == 1:  # the very interval, and so the verdict, of the run's own report
         (run,) = arm.runs.values()
         change |= interval_record(change_since_learnt(run, "loss", task, limits, relative=True)) or {}
-    interval = metrics.Interval(**{key: value for key, value in change.items() if key != "by_seed"})
+    interval = Interval(**{key: value for key, value in change.items() if key != "by_seed"})
     verdict = judge(interval, limits)
     return entry | {
         "state": "judged",

@@ -16,7 +16,6 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.files import now, write_json
-from kuavo_train.runs.run_folder import _check_instructions
 from kuavo_train.runs.settings import is_free
 
 VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "numpy")
@@ -119,3 +118,16 @@ def _git_commit() -> str:
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def _check_instructions(run: str, learnt: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
+    """Raises `ConfigError` where a task that was learnt would be replayed and validated with other words."""
+    before = {task["name"]: task for task in stored}
+    for task in learnt:
+        for key in ("instructions", "instructions_of_dataset"):
+            told = before.get(task["name"], {}).get(key, task[key])
+            if told != task[key]:
+                raise ConfigError(
+                    f"the {key.replace('_', ' ')} of {task['name']} must stay what it was learnt with in run {run} "
+                    f"({told}), got {task[key]}; put stage.instruction back, or choose another run=NAME"
+                )

@@ -9,7 +9,6 @@ outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation
 
 import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.errors import ConfigError
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.training.checkpoint import CheckpointFolder
@@ -100,16 +98,3 @@ class StageFolder:
 def stage_folder(config: RunConfig, stage: StageConfig | None = None) -> StageFolder:
     """Folder of a stage of the run, by default of the config's own."""
     return StageFolder(config.run_folder / (stage or config.stage).folder_name)
-
-
-def _check_instructions(run: str, learnt: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
-    """Raises `ConfigError` where a task that was learnt would be replayed and validated with other words."""
-    before = {task["name"]: task for task in stored}
-    for task in learnt:
-        for key in ("instructions", "instructions_of_dataset"):
-            told = before.get(task["name"], {}).get(key, task[key])
-            if told != task[key]:
-                raise ConfigError(
-                    f"the {key.replace('_', ' ')} of {task['name']} must stay what it was learnt with in run {run} "
-                    f"({told}), got {task[key]}; put stage.instruction back, or choose another run=NAME"
-                )

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
 
 from kuavo_train.config import MergeConfig, RunConfig, StageConfig
-from kuavo_train.data import checkpoint_tasks as known_tasks
+from kuavo_train.data import checkpoint_tasks
 from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
@@ -472,7 +472,7 @@ class Stage:
     @property
     def _documents(self) -> dict[str, str]:
         """Files beside the weights: what a robot must know of the tasks learnt by now."""
-        return {known_tasks.FILE_NAME: self.opened.known_tasks.to_json()}
+        return {checkpoint_tasks.FILE_NAME: self.opened.known_tasks.to_json()}
 
     @property
     def _about(self) -> dict[str, Any]:

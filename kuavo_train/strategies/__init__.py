@@ -1,0 +1,1 @@
+"""How earlier tasks are kept."""

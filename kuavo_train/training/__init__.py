@@ -1,0 +1,1 @@
+"""How one stage learns: build the policy, freeze, loop, checkpoint. Knows no task names."""

@@ -13,7 +13,7 @@ from reading import Page
 
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
-from kuavo_train.evaluation import latency as query_cost
+from kuavo_train.evaluation import latency
 from kuavo_train.evaluation.checkpoint_evaluation import evaluate
 from kuavo_train.evaluation.checkpoints import rows_of
 from kuavo_train.evaluation.environment import evaluation_seeds
@@ -36,7 +36,7 @@ def evaluated(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(autouse=True, scope="module")
 def _few_timings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(query_cost, "QUERIES", 4)
+        patch.setattr(latency, "QUERIES", 4)
         yield
 
 

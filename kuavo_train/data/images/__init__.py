@@ -1,0 +1,1 @@
+"""Where pictures come from: decoded video, frames kept on disk, features of a frozen encoder."""

@@ -1,1 +1,0 @@
-"""Training one stage: build the policy, freeze, loop, checkpoint. Knows no task names."""
