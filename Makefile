@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench constraints clean
+.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench docs constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -82,6 +82,16 @@ bench: $(if $(wildcard benchmarks),.venv/.ready)  ## measure speed and memory
 	@[ -d benchmarks ] || { echo "There is nothing to measure yet: this checkout has no benchmarks/." >&2; exit 2; }
 	$(PY) -m benchmarks $(ARGS)
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/.docs  ## build the documentation as a site, outputs/site (a dead link fails)
+	$(PY) -m mkdocs build --strict
+	@echo "outputs/site/index.html"
+
+# Their packages are for this target alone, so that the set-up stays as quick as it is.
+.venv/.docs: .venv/.ready
+	.venv/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:  ## remove caches and build leftovers; keeps .venv, outputs/ and all data
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './outputs/*' -prune -exec rm -rf {} +
@@ -90,7 +100,7 @@ clean:  ## remove caches and build leftovers; keeps .venv, outputs/ and all data
 # Pins already in the file stay unless ARGS="--upgrade" (or "--upgrade-package torch") says otherwise.
 constraints: .venv/.ready  ## pin the dependencies anew in constraints.txt (ARGS="--upgrade" for newer ones)
 	@cp constraints.txt .venv/constraints.new
-	@VIRTUAL_ENV=.venv .venv/bin/uv pip compile --quiet --universal --python-version 3.12 --extra dev --no-annotate \
+	@VIRTUAL_ENV=.venv .venv/bin/uv pip compile --quiet --universal --python-version 3.12 --extra dev --extra docs --no-annotate \
 	    --no-header --output-file .venv/constraints.new $(ARGS) pyproject.toml
 	@{ sed -n '/^#/!q;p' constraints.txt; cat .venv/constraints.new; } > .venv/constraints.txt
 	@cmp -s .venv/constraints.txt constraints.txt || cp .venv/constraints.txt constraints.txt

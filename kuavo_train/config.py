@@ -47,11 +47,11 @@ def said(error: BaseException, limit: int = 1500) -> str:
 class SimulationConfig:
     """How kuavo_sim records the demonstrations of a task whose dataset is missing."""
 
-    episodes: int = 60
-    seed: int = 0
+    episodes: int = 60  # demonstrations per task
+    seed: int = 0  # of their layouts
     image_size: int | list[int] = 64  # the side of square pictures, or [height, width]
-    renderer: str = "rays"
-    phase_visible: bool = True
+    renderer: str = "rays"  # rays (no OpenGL, the same picture everywhere), egl (MuJoCo's, with a driver)
+    phase_visible: bool = True  # whether weighing's light shows that the parcel has been weighed
     action_noise: float = 0.025  # rad, the joint noise that makes recovery demonstrations
     depth: bool = False  # record depth too, as Kuavo recordings have it
 
@@ -68,13 +68,13 @@ class SimulationConfig:
 class StageConfig:
     """One file of configs/tasks/: a task and the recipe of the stage that learns it."""
 
-    name: str
+    name: str  # of the task: folders, reports and replay shares call it so
     index: int  # place in the order of learning, from 1
     instruction: list[str] | str  # one sentence; several, one of which each episode is told; or `dataset`: its own
     epochs: int  # passes over this task's training frames
-    lr: float
-    warmup_steps: int
-    decay_steps: int
+    lr: float  # learning rate at the end of the warm-up
+    warmup_steps: int  # optimizer steps from 0 to lr
+    decay_steps: int  # optimizer steps from lr to training.decay_lr, a cosine
     replay: dict[str, float]  # task name → share of the samples, this task included
     root: str  # folder of the LeRobot dataset
     loss_target: float = 0.7  # training loss expected at the stage's end
@@ -84,7 +84,7 @@ class StageConfig:
     repo_id: str | None = None  # of the dataset on the hub, fetched to `root` when it is not there
     revision: str | None = None  # of that: a branch, a tag or a commit; None: the tag of the format that LeRobot reads
     state_names: list[str] | None = None  # in place of the dataset's, where they are wrong or missing
-    action_names: list[str] | None = None
+    action_names: list[str] | None = None  # as state_names
     scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
     simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
     environment: str | None = None  # gymnasium's id of another environment to roll the task out in, "module:id"
@@ -141,7 +141,7 @@ class AugmentationConfig:
     """LeRobot's random transforms of training pictures, with its names and defaults."""
 
     max_num_transforms: int = 3  # applied to a clip, of those in `tfs`
-    random_order: bool = False
+    random_order: bool = False  # whether they are applied in another order each time
     tfs: dict[str, Any] | None = None  # name → {weight, type, kwargs}; None: LeRobot's own, of colour, sharpness, place
 
     def __post_init__(self) -> None:
@@ -163,8 +163,8 @@ class DataConfig:
     feature_cache_limit_gib: float = 100.0
     cache_root: str | None = None  # None: .cache in `root`
     augmentation: AugmentationConfig | None = None
-    num_workers: int = 0
-    video_backend: str = "pyav"
+    num_workers: int = 0  # processes that load batches; 0 loads them in the trainer
+    video_backend: str = "pyav"  # pyav, or torchcodec (needs FFmpeg)
     record_workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ class DataConfig:
 class LoraConfig:
     """Low-rank adapters on the action expert in place of its own weights."""
 
-    rank: int = 64
+    rank: int = 64  # of the two matrices that are learnt in place of a layer's change
     alpha: int = 64  # what is learnt is scaled by alpha / rank
 
     def __post_init__(self) -> None:
@@ -205,18 +205,18 @@ class LoraConfig:
 class TrainingConfig:
     """The recipe in force; the profiles derive epochs and rates from the stage's own."""
 
-    epochs: int
-    lr: float
-    warmup_steps: int
-    decay_steps: int
-    batch_size: int = 64
-    decay_lr: float = 1e-6
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 5e-7
-    grad_clip_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
-    mixed_precision: str = "no"
+    epochs: int  # passes over the new task's training frames
+    lr: float  # learning rate at the end of the warm-up
+    warmup_steps: int  # optimizer steps from 0 to lr
+    decay_steps: int  # optimizer steps from lr to decay_lr, a cosine
+    batch_size: int = 64  # samples per batch, replayed ones included
+    decay_lr: float = 1e-6  # learning rate that the decay ends in
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 5e-7  # of AdamW
+    grad_clip_norm: float = 1.0  # norm that gradients are cut to
+    gradient_accumulation_steps: int = 1  # batches per optimizer step
+    mixed_precision: str = "no"  # no, or bf16: computes in bfloat16; what is trained stays float32
     freeze_first_stage: list[str] = field(default_factory=list)  # parameter groups held fixed while learning task 1
     freeze: list[str] = field(default_factory=list)  # and in all later stages
     lora: LoraConfig | None = None  # None: the expert's own weights are trained
@@ -225,7 +225,7 @@ class TrainingConfig:
     query_jitter: int = 0  # frames by which the queries of a recurrent policy are moved in training
     log_every: int = 20  # steps
     save_every: int = 500  # steps; a checkpoint is also written at every validation
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "log_every", "save_every", "decay_steps"):
@@ -251,9 +251,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every_epochs: int = 2
+    every_epochs: int = 2  # passes between two validations; one more at a stage's end
     draws: int = 4  # (noise, time) pairs per frame, time on a stratified grid
-    batch_size: int = 64
+    batch_size: int = 64  # frames at a time
     unseen_tasks: bool = True  # at stage ends; row 0 and forward transfer need them
     result: str = "best"  # what a stage ends in: best (least mean loss over all tasks seen), last
 
@@ -287,10 +287,10 @@ class RolloutConfig:
 class ForgettingConfig:
     """Limits of the verdict, and the gate; change is relative to the held-out loss when the task was learnt."""
 
-    well_retained_change: float = 0.10
-    slight_change: float = 0.30
-    well_retained_loss: float = 0.7
-    slight_loss: float = 1.0
+    well_retained_change: float = 0.10  # up to this change a task is well retained
+    slight_change: float = 0.30  # up to this one slightly degraded, beyond it forgotten
+    well_retained_loss: float = 0.7  # the same limits on the loss itself, shown beside
+    slight_loss: float = 1.0  # as above
     budget: float | None = None  # change an earlier task may show for certain, at any validation; None: no gate
     on_exceed: str = "warn"  # what then: warn, stop (the stage), raise_replay (of that task)
     raise_factor: float = 2.0  # by which a raise multiplies the task's share
@@ -351,21 +351,21 @@ class MergeConfig:
 class TinyVLMConfig:
     """The small offline SmolVLM of the embedded profile; deterministic, made on the spot."""
 
-    text_hidden: int = 96
-    text_layers: int = 4
-    vision_hidden: int = 96
-    vision_layers: int = 2
-    image_size: int = 64
-    patch_size: int = 16
-    scale_factor: int = 2
-    seed: int = 0
+    text_hidden: int = 96  # width of the language model
+    text_layers: int = 4  # its layers
+    vision_hidden: int = 96  # width of the vision encoder
+    vision_layers: int = 2  # its layers
+    image_size: int = 64  # pixels that pictures are brought to
+    patch_size: int = 16  # pixels a patch; smaller ones make more tokens
+    scale_factor: int = 2  # patches per side that the connector joins into one token
+    seed: int = 0  # of its weights
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     """Where Weights & Biases keeps the curves of a run that is tracked."""
 
-    project: str = "kuavo_train"
+    project: str = "kuavo_train"  # of Weights & Biases
     entity: str | None = None  # a user or a team; None: who is logged in
 
     def __post_init__(self) -> None:
@@ -377,11 +377,11 @@ class RunConfig:
     """Everything one stage is made of."""
 
     run: str
-    outputs: str
-    profile: str
-    strategy: str
+    outputs: str  # folder of all runs
+    profile: str  # size of model and data: embedded, smoke, study, robot
+    strategy: str  # how earlier tasks are kept: replay, sequential, joint, ewc, merge
     mixture: str  # what a stage's samples are from: replay (shares), own_task, all_tasks (one stage for all)
-    seed: int
+    seed: int  # of samples, noise and new weights
     resume: bool
     tracking: str
     stage: StageConfig

@@ -135,20 +135,6 @@ def test_the_curriculum_refuses_what_holds_for_one_stage_only(here: Here) -> Non
     assert "must hold for every stage, got stage.epochs=3" in refused.stderr
 
 
-def test_the_readme_shows_the_layout_that_is_there() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    layout = readme.split("## The layout")[1].split("Imports go downward")[0]
-    for name in re.findall(r"\b\w+\.py\b", layout):
-        assert list((REPOSITORY / "kuavo_train").rglob(name)), name
-    for module in (REPOSITORY / "kuavo_train").glob("*.py"):
-        assert module.name == "__init__.py" or module.name in layout, module.name
-    for package in (REPOSITORY / "kuavo_train").glob("*/__init__.py"):
-        assert f"      {package.parent.name}/" in layout, package.parent.name
-    for target in re.findall(r"\$ make ([a-z-]+)", readme):
-        assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), target
-    assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
-
-
 @pytest.mark.slow
 def test_two_processes_train_one_policy_and_share_the_quota(small_run: Overrides, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

@@ -1,6 +1,6 @@
 """The performance matrix of a run, the metrics read from it, and the verdict on each task. Pure functions.
 
-R[i][j] is the score on task j after stage i; row 0 is the policy before any training. Higher is better for
+`R[i][j]` is the score on task j after stage i; row 0 is the policy before any training. Higher is better for
 every score: a loss or an error is negated first, so a *negative* backward transfer and a *positive*
 forgetting mean that something was lost, whatever was measured. l(j) is the stage that learnt task j (its own
 stage; the only one under joint training), T the last stage.
@@ -117,7 +117,7 @@ class PerformanceMatrix:
         return value
 
     def score(self, stage: int, task: str) -> float:
-        """R[stage][task], higher is better."""
+        """`R[stage][task]`, higher is better."""
         value = self.value(stage, task)
         return value if self.higher_is_better else -value
 

@@ -84,7 +84,7 @@ class SmolVLAPolicyWrapper:
             device: cpu, cuda or mps; None takes a GPU where there is one.
             dtype: of SmolVLA's vision-language model and action expert, float32 or bfloat16; None leaves them as they
                 are stored. bfloat16 takes half the room and, where the processor has it, time; what it changes of the
-                actions is in docs/PERFORMANCE.md. Memory, state, actions and their denoising are float32 in any case.
+                actions is in docs/experiments/speed.md. Memory, state, actions and their denoising stay float32.
 
         Raises:
             FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.

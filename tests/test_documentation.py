@@ -1,0 +1,159 @@
+"""README and docs/: what can be checked of them without building the site (`make docs` does, strictly)."""
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *PAGES]
+LOGS = [*(DOCS / "experiments").glob("*.md"), DOCS / "reference" / "simulation.md", DOCS / "reference" / "changelog.md"]
+"""Where measurements stand with their circumstances; sentences there may be long."""
+LONGEST_LINE, LONGEST_SENTENCE, LONGEST_README = 120, 25, 150
+NOT_OUR_WORDS = re.compile(r"\b(lanes?|contest|owes?|goes the whole way|cannot be meant|told|asked)\b", re.IGNORECASE)
+
+name_of = pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(REPOSITORY)))
+
+
+@cache
+def generated() -> ModuleType:
+    """docs/generated.py, which is in no package."""
+    sys.path.insert(0, str(DOCS))
+    return import_module("generated")
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are neither code nor table nor link nor picture, with their numbers."""
+    code = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code and not line.startswith(("    ", "|", "![", "#", "<!--", "--8<--", ":::", ">")):
+            yield number, line
+
+
+def sentences(page: Path) -> Iterator[str]:
+    text = "\n".join(line for _, line in prose(page))
+    text = re.sub(r"`[^`]*`", "CODE", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        yield from re.split(r"(?<=[.!?])[)\"*]*\s+(?=[\"*(]*[A-Z0-9])", " ".join(paragraph.split()))
+
+
+@name_of
+def test_a_link_leads_to_a_page_that_is_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+@name_of
+def test_lines_wrap(page: Path) -> None:
+    assert [
+        number for number, line in prose(page) if len(line) > LONGEST_LINE and "](" not in line and " " in line.strip()
+    ] == []
+
+
+@name_of
+def test_the_words_are_the_fields(page: Path) -> None:
+    found = [(number, match[0]) for number, line in prose(page) if (match := NOT_OUR_WORDS.search(line))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCUMENTS if page not in LOGS], ids=lambda page: str(page.relative_to(REPOSITORY))
+)
+def test_sentences_are_short(page: Path) -> None:
+    assert [sentence for sentence in sentences(page) if len(sentence.split()) > LONGEST_SENTENCE] == []
+
+
+def test_the_table_of_contents_lists_every_page() -> None:
+    # mkdocs.yml may hold tags of Python's, which the plain loader refuses.
+    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text().partition("\nnav:\n")[2])
+    listed = re.findall(r"[\w/-]+\.md", str(nav))
+    assert sorted(listed) == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+def test_the_readme_fits_on_a_screen_or_two_and_its_pictures_are_small() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) < LONGEST_README
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.stat().st_size < 300_000, picture
+
+
+def test_the_architecture_shows_the_layout_that_is_there() -> None:
+    page = (DOCS / "explanation" / "architecture.md").read_text()
+    layout = page.split("## The layout")[1].split("Imports go downward")[0]
+    for name in re.findall(r"\b\w+\.py\b", layout):
+        assert list((REPOSITORY / "kuavo_train").rglob(name)), name
+    for module in (REPOSITORY / "kuavo_train").glob("*.py"):
+        assert module.name == "__init__.py" or module.name in layout, module.name
+    for package in (REPOSITORY / "kuavo_train").glob("*/__init__.py"):
+        assert f"      {package.parent.name}/" in layout, package.parent.name
+    assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+
+
+def test_every_make_target_that_a_page_calls_is_there() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for page in DOCUMENTS:
+        for target in re.findall(r"(?:\$ |`)make ([a-z-]+)", page.read_text()):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
+
+
+def test_the_configuration_reference_holds_every_key_with_a_word_about_it() -> None:
+    keys = [key for section in generated().sections() for key in section.keys]
+    assert [key.name for key in keys if not key.help] == []
+    names = {key.name for key in keys}
+    assert {"seed", "stage.replay", "training.lora.rank", "forgetting.budget", "data.root"} <= names
+    page = generated().on_page_markdown((DOCS / "reference" / "configuration.md").read_text())
+    assert "<!-- generated" not in page
+    for row in ("| `training.batch_size` | `int` | `64` | no |", "| `policy.num_mem_tokens` | `int` | `4` |"):
+        assert row in page
+
+
+def test_the_reference_of_commands_holds_the_help_of_each() -> None:
+    page = generated().on_page_markdown((DOCS / "reference" / "commands.md").read_text())
+    for command in (REPOSITORY / "kuavo_train").glob("*.py"):
+        text = command.read_text()
+        if '__name__ == "__main__"' in text:
+            assert (ast.get_docstring(ast.parse(text)) or "no docstring") in page, command
+
+
+def test_an_error_that_is_explained_can_occur() -> None:
+    texts = list(_texts_of_the_code())
+    quoted = re.findall(r"^> (.*)$", (DOCS / "reference" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 15
+    for quote in quoted:
+        (message,) = re.findall(r"^`(.*)`$", quote)
+        pattern = ".*".join(map(re.escape, message.split("…")))
+        assert any(re.search(pattern, text) for text in texts), message
+
+
+def _texts_of_the_code() -> Iterator[str]:
+    """Texts as they are written; what is put in is left out, and a constant stands where it is named."""
+    for path in (REPOSITORY / "kuavo_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+                key, rule = (list(_texts(part)) for part in node.args[1:3]) if len(node.args) > 2 else ([], [])
+                yield from (f"{one} must {other}, got …" for one in key for other in rule)
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.JoinedStr):
+        yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        yield "…"
