@@ -84,5 +84,5 @@ class HeldOutLoss:
             setattr(config, name, value)
         torch.manual_seed(seed)
         policy = SmolVLAMemoryPolicy.from_pretrained(self.folder, config=config).to(self.trained.device)
-        records = self.validator.validate_all_tasks(policy, [task.name for task in self.trained.learnt])
-        return mean(record["loss"] for record in records)
+        found = self.validator.validate_all_tasks(policy, [task.name for task in self.trained.learnt])
+        return mean(scores.loss for scores in found)

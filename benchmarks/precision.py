@@ -275,8 +275,8 @@ def held_out_loss(trained: TrainedRun, folder: Path, settings: Settings) -> floa
         autocast=trained.autocast,
         progress=False,
     )
-    (record,) = validator.validate_all_tasks(policy, [TASK])
-    return record["loss"]
+    (found,) = validator.validate_all_tasks(policy, [TASK])
+    return found.loss
 
 
 def _changed_and_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[float, float]:

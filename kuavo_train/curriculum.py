@@ -21,7 +21,10 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     check_overrides(overrides)
     configs = compose_run(overrides)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.reporting.write_report import summary_table, write_report
+    from kuavo_train.reporting.run_analysis import analyse
+    from kuavo_train.reporting.text_report import summary_table
+    from kuavo_train.reporting.write_report import write_report
+    from kuavo_train.runs.stored_run import StoredRun
     from kuavo_train.stage.setup import record_missing_data
 
     if configs[0].data_only:
@@ -30,8 +33,9 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     status = train_all_stages(configs)
     if status or os.environ.get("RANK", "0") != "0":  # of several processes, the first one reports
         return status
-    report = write_report(configs[0].run_folder)
-    print(f"\n{summary_table(configs[0].run_folder)}\n\nreport: {report}")
+    analysis = analyse(StoredRun.open(configs[0].run_folder))
+    report = write_report(analysis)
+    print(f"\n{summary_table(analysis)}\n\nreport: {report}")
     return 0
 
 

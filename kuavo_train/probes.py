@@ -19,8 +19,9 @@ from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.probing.run_probes import PROBES, run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.report import OUTPUTS
+from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
-from kuavo_train.runs.stored_run import newest_run
+from kuavo_train.runs.stored_run import StoredRun, newest_run
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,7 +43,7 @@ def main(words: Sequence[str]) -> int:
                 if "probe" in given:
                     raise
                 print(f"{name}: left out: {nothing}")
-        print(f"report: {write_report(folder)}")
+        print(f"report: {write_report(analyse(StoredRun.open(folder)))}")
     except (ConfigError, RunFolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

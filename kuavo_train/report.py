@@ -14,7 +14,6 @@ figures. Every number on a page stands in a file beside it.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,19 +22,11 @@ from typing import Any
 from kuavo_train.command_line import key_values
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.reporting.html_page import look_up
-from kuavo_train.reporting.run_analysis import stored_limits, write_matrix
-from kuavo_train.reporting.text_report import comparison_lines, run_lines
-from kuavo_train.reporting.write_report import (
-    comparison_table,
-    run_folders,
-    summary_table,
-    write_comparison,
-    write_report,
-)
-from kuavo_train.runs.stored_run import newest_run
-
-__all__ = ["comparison_table", "look_up", "main", "summary_table", "write_comparison", "write_matrix", "write_report"]
+from kuavo_train.reporting.run_analysis import analyse, stored_limits
+from kuavo_train.reporting.strategy_comparison import compare
+from kuavo_train.reporting.text_report import comparison_table, summary_table
+from kuavo_train.reporting.write_report import run_folders, write_comparison, write_report
+from kuavo_train.runs.stored_run import StoredRun, newest_run
 
 OUTPUTS = Path("outputs")
 
@@ -69,22 +60,19 @@ def _report_one(given: dict[str, str], wanted: dict[str, Any]) -> None:
     limits = None
     if wanted:
         limits = dataclasses.replace(stored_limits(run_folder) or RetentionLimits(), **wanted)
-    page = write_report(run_folder, limits=limits, joint=given.get("joint"))
-    print(f"{run_lines(_stored(page.with_name('matrix.json')))}\n\nreport: {page}")
+    joint = StoredRun.open(given["joint"]) if "joint" in given else None
+    analysis = analyse(StoredRun.open(run_folder), limits=limits, joint=joint)
+    page = write_report(analysis)
+    print(f"{summary_table(analysis)}\n\nreport: {page}")
 
 
 def _report_several(given: dict[str, str], wanted: dict[str, Any]) -> None:
     for key in ("run", "joint"):
         _refuse_together(given, key, "runs")
     runs, output = run_folders(given["runs"])
-    limits = RetentionLimits(**wanted)
-    page = write_comparison(runs, Path(given.get("output", output)), limits=limits)
-    print(f"{comparison_lines(_stored(page.with_name('comparison.json')))}\n\ncomparison: {page}")
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    """What was just written: the terminal tells the same as the page."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    comparison = compare([StoredRun.open(run) for run in runs], RetentionLimits(**wanted))
+    page = write_comparison(comparison, Path(given.get("output", output)))
+    print(f"{comparison_table(comparison)}\n\ncomparison: {page}")
 
 
 def _refuse_together(given: dict[str, str], key: str, with_key: str) -> None:

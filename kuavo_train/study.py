@@ -30,7 +30,7 @@ from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.settings import Difference, is_free, refuse
-from kuavo_train.runs.stored_run import finished_cells
+from kuavo_train.runs.stored_run import StoredRun, finished_cells
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
 """What a study varies, and over what when nothing is said."""
@@ -168,6 +168,7 @@ def _for(strategy: str, overrides: Sequence[str]) -> list[str]:
 
 def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
     """Train what the cell lacks; a failure is told and the study goes on, an interruption ends it with its status."""
+    from kuavo_train.reporting.run_analysis import analyse
     from kuavo_train.reporting.write_report import write_report
 
     if cell.finished:
@@ -181,7 +182,7 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
         if status:
             outcome = "interrupted"
             return status
-        write_report(cell.folder)
+        write_report(analyse(StoredRun.open(cell.folder)))
         outcome = "finished"
     except RunError as error:
         print(f"error: {title}: {error}", file=sys.stderr, flush=True)
@@ -194,14 +195,17 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
 
 
 def _compare(study: StudyFile) -> None:
-    from kuavo_train.reporting.write_report import comparison_table, write_comparison
+    from kuavo_train.reporting.strategy_comparison import compare
+    from kuavo_train.reporting.text_report import comparison_table
+    from kuavo_train.reporting.write_report import write_comparison
 
     runs = finished_cells(study.path)
     if len(runs) < 2:
         print(f"\nnothing to compare yet: {len(runs)} finished runs in {study.path}")
         return
-    page = write_comparison(runs, study.path.parent / "report")
-    print(f"\n{comparison_table(runs)}\n\ncomparison: {page}")
+    comparison = compare([StoredRun.open(run) for run in runs])
+    page = write_comparison(comparison, study.path.parent / "report")
+    print(f"\n{comparison_table(comparison)}\n\ncomparison: {page}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation.environment_pool import Robots
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
-from kuavo_train.reporting import run_analysis
 from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.stage import setup
 from kuavo_train.training.trainer import Trainer
 
@@ -115,9 +115,7 @@ def test_a_second_ctrl_c_interrupts_at_once_but_not_the_launchers_copy_of_the_fi
 
 
 def test_ctrl_c_ends_what_trains_nothing_with_a_word(forked: Start) -> None:
-    process = forked(
-        "kuavo_train.report", "run=any", before=lambda: when(run_analysis, "read_run", send(signal.SIGINT))
-    )
+    process = forked("kuavo_train.report", "run=any", before=lambda: when(StoredRun, "open", send(signal.SIGINT)))
     done = process.wait()
     assert done.returncode == 130
     assert done.stderr == "interrupted\n"

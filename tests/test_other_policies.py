@@ -16,8 +16,10 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.predictions import OwnAnswers
+from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.stage.stage import examine_stage, run_stage
 from kuavo_train.training.parameter_groups import parameter_groups
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
@@ -58,7 +60,7 @@ def run(request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest
 
 
 def test_stages_end_in_a_report_with_losses_errors_and_success(run: RunConfig) -> None:
-    page = write_report(run.run_folder).read_text()
+    page = write_report(analyse(StoredRun.open(run.run_folder))).read_text()
     matrix = json.loads((run.run_folder / "report" / "matrix.json").read_text())["matrices"]
     for measure in ("loss", "action_error", "success"):
         assert all(value is not None for value in matrix[measure]["rows"][-1]["values"].values()), measure
@@ -214,7 +216,7 @@ def test_four_stages_of_the_smoke_profile_end_in_a_report(policy: str, tmp_path:
     configs = compose_run(["profile=smoke", f"policy={policy}", f"outputs={tmp_path}"])
     for config in configs:
         assert run_stage(config, [each.stage for each in configs]) == 0
-    assert write_report(configs[0].run_folder).is_file()
+    assert write_report(analyse(StoredRun.open(configs[0].run_folder))).is_file()
     assert all(StageFolder(configs[0].run_folder / c.stage.folder_name).status == "finished" for c in configs)
 
 

@@ -18,8 +18,10 @@ from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.run_probes import run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
-from kuavo_train.report import look_up
+from kuavo_train.reporting.html_page import look_up
+from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
+from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.training.optimizer import build_optimizer
 
@@ -140,7 +142,7 @@ class Numbers(HTMLParser):
 
 
 def test_the_report_has_a_section_for_each_probe_whose_numbers_are_those_stored(run: Path) -> None:
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(analyse(StoredRun.open(run))).read_text(encoding="utf-8")
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     shown = Numbers(html).found
     for pointer, form, text in shown:
@@ -158,7 +160,7 @@ def test_a_probe_of_another_checkpoint_is_marked_as_such(run: Path, tmp_path: Pa
     shutil.copytree(run, copy)
     path = copy / "report" / "probes" / "memory.json"
     path.write_text(json.dumps({**found(run, "memory"), "checkpoint_hash": "0" * 64}))
-    assert write_report(copy).read_text().count("Of an earlier state of this run") == 1
+    assert write_report(analyse(StoredRun.open(copy))).read_text().count("Of an earlier state of this run") == 1
 
 
 def test_donors_have_another_cue_where_there_is_one() -> None:

@@ -131,7 +131,7 @@ def test_an_environment_that_is_not_there_is_told_for_every_episode() -> None:
     rollouts = play(range(3), environment=Environment("worlds:Missing-v0", "count"))
     assert rollouts.trials == 0
     assert "Missing" in str(rollouts.failures[0].error)
-    assert rollouts.cells() == {}
+    assert rollouts.closed_loop() is None
 
 
 def test_evaluation_seeds_are_disjoint_from_demonstrations_and_from_other_evaluations() -> None:

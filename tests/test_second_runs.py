@@ -22,7 +22,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.runs.stored_run import read_run
+from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
@@ -80,7 +80,7 @@ def test_a_stage_goes_on_with_another_number_of_processes(
         run(configs)
     assert run(configs) == 143
     stage_folder(configs[0]).tell(status="running")  # as a kill leaves it
-    assert stage_folder(configs[0]).status == read_run(configs[0].run_folder).stages[0].record["status"] == "killed"
+    assert stage_folder(configs[0]).status == StoredRun.open(configs[0].run_folder).stages[0].record.status == "killed"
     stop_before(4)
     assert together(lambda: run(configs, resume=True)) == [143, 143]
     folder = stage_folder(configs[0])

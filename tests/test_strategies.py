@@ -20,8 +20,9 @@ from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.checkpoints import Contestant
 from kuavo_train.evaluation.options import Request
-from kuavo_train.reporting.run_analysis import write_matrix
+from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.runs.run_folder import stage_folder
+from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
@@ -212,10 +213,11 @@ def test_a_joint_run_is_one_stage_that_sees_all_tasks_and_forgets_none(runs: dic
     ends = [record for record in folder.validations.read() if record["kind"] == "end"]
     assert [(record["task"], record["seen"]) for record in ends] == [(task, True) for task in EPOCHS]
     assert json.loads((stage.run_folder / "run.json").read_text())["strategy"] == "joint"
-    matrix = write_matrix(stage.run_folder)
+    jointly = StoredRun.open(stage.run_folder)
+    matrix = analyse(jointly).matrix
     assert not matrix["partial"]
     assert {verdict["state"] for verdict in matrix["verdicts"]} == {"learnt last"}
-    apart = write_matrix(runs["replay"][0].run_folder, joint=stage.run_folder)
+    apart = analyse(StoredRun.open(runs["replay"][0].run_folder), joint=jointly).matrix
     assert set(apart["matrices"]["loss"]["metrics"]["intransigence by task"]["value"]) == set(EPOCHS)
 
 

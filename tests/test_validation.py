@@ -16,6 +16,7 @@ from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.predictions import stratified_time
 from kuavo_train.evaluation.validation import Validator
+from kuavo_train.runs.records import HeldOutScores
 
 OFF_BY = {
     "left_arm": 0.5,
@@ -81,10 +82,10 @@ def names(validator: Validator) -> list[str]:
     return [task.name for task in validator.dataset.tasks]
 
 
-def asked(validator: Validator, policy: Witness, *tasks: str) -> dict[str, dict[str, Any]]:
-    """Task → record, without the time it took."""
-    records = validator.validate_all_tasks(policy, tasks or names(validator))
-    return {record["task"]: {**record, "seconds": None} for record in records}
+def asked(validator: Validator, policy: Witness, *tasks: str) -> dict[str, HeldOutScores]:
+    """Task → its scores, without the time they took."""
+    found = validator.validate_all_tasks(policy, tasks or names(validator))
+    return {scores.task: replace(scores, seconds=None) for scores in found}
 
 
 def test_the_same_questions_give_the_same_digits_in_any_company(validator: Validator) -> None:
@@ -93,9 +94,9 @@ def test_the_same_questions_give_the_same_digits_in_any_company(validator: Valid
     assert asked(validator, policy) == once
     assert asked(validator, policy, "sorting") == {"sorting": once["sorting"]}
     one_by_one = asked(replace(validator, batch_size=1), policy)
-    for task, record in once.items():
-        assert one_by_one[task]["loss"] == pytest.approx(record["loss"], rel=1e-6)
-    losses = [record["loss"] for record in once.values()]
+    for task, scores in once.items():
+        assert one_by_one[task].loss == pytest.approx(scores.loss, rel=1e-6)
+    losses = [scores.loss for scores in once.values()]
     assert len(set(losses)) == len(losses)  # other tasks, other noise
 
 
@@ -116,10 +117,10 @@ def test_memory_is_carried_through_an_episode_and_never_beyond(
 ) -> None:
     found = asked(replace(validator, batch_size=batch_size), Witness(validator, memory=memory))
     for task in validator.dataset.tasks:
-        episodes = found[task.name]["episodes"]
-        assert [episode["episode"] for episode in episodes] == list(task.held_out_episodes)
-        assert [episode["loss"] for episode in episodes] == [age] * 2
-        assert [episode["frames"] for episode in episodes] == [4] * 2  # 14 frames, a query every 4
+        episodes = found[task.name].episodes
+        assert [episode.episode for episode in episodes] == list(task.held_out_episodes)
+        assert [episode.loss for episode in episodes] == [age] * 2
+        assert [episode.frames for episode in episodes] == [4] * 2  # 14 frames, a query every 4
 
 
 def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(validator: Validator) -> None:
@@ -127,14 +128,14 @@ def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(
     std = validator.normalization.array(ACTION, "std")
     groups = validator.normalization.space.action_groups()
     for task in validator.dataset.tasks:
-        told = found[task.name]["action_error_by_group"]
+        told = found[task.name].action_error_by_group
         assert list(told) == ["left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
         for group, columns in groups.items():
             absent = group.startswith("base") and task.name != "sorting"
             assert told[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
     arms_and_claws = (7 * 0.5 + 7 * 0.25 + 2 * 1.0) / 16
-    assert found["weighing"]["action_error"] == pytest.approx(arms_and_claws, rel=1e-4)
-    assert found["sorting"]["action_error"] == pytest.approx((16 * arms_and_claws + 11.0) / 20, rel=1e-4)
+    assert found["weighing"].action_error == pytest.approx(arms_and_claws, rel=1e-4)
+    assert found["sorting"].action_error == pytest.approx((16 * arms_and_claws + 11.0) / 20, rel=1e-4)
 
 
 def test_times_divide_the_training_distribution_into_equal_parts() -> None:

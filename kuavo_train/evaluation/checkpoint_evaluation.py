@@ -13,7 +13,7 @@ from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.evaluation.ablations import Ablatable
-from kuavo_train.evaluation.checkpoints import Contestant, Record, Row, rows_of
+from kuavo_train.evaluation.checkpoints import Contestant, Row, rows_of
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.episodes import Episode, Rollouts
 from kuavo_train.evaluation.latency import PeakMemory, time_queries
@@ -24,12 +24,13 @@ from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.videos import Caption, picked, write_video
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.runs.files import now, write_json
+from kuavo_train.runs.records import Json
 
 EPISODES = 50  # per task in simulation, unless said otherwise
 VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here
 
 
-def evaluate(request: Request) -> Record:
+def evaluate(request: Request) -> Json:
     """Let all checkpoints play, or walk demonstrations, and return the content of the JSON; writes videos beside it.
 
     Raises:
@@ -51,12 +52,12 @@ def evaluate(request: Request) -> Record:
     return {**about, **(_in_simulation if request.data is None else _on_demonstrations)(contestants, tasks, request)}
 
 
-def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Record:
+def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Json:
     assert request.data is not None
     opened = {(c.name, task): c.demonstrations(task, request.data) for c in contestants for task in tasks}
     episodes = {task: _unseen_by_all(contestants, [opened[c.name, task] for c in contestants]) for task in tasks}
     walked: dict[str, dict[str, dict[int, Errors]]] = {}
-    rows: list[Record] = []
+    rows: list[Json] = []
     for contestant in contestants:
         policy = contestant.policy(request)
         for row in rows_of(contestant.name, policy, request, contestants[0].name):
@@ -83,11 +84,11 @@ def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) ->
     return sorted(unseen)
 
 
-def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Record:
+def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Json:
     places = {(c.name, task): c.environment(task, request) for c in contestants for task in tasks}
     seeds = evaluation_seeds(request.n_episodes or EPISODES, seed=request.seed)
     played: dict[str, dict[Any, Episode]] = {}
-    rows: list[Record] = []
+    rows: list[Json] = []
     for contestant in contestants:
         policy = contestant.policy(request)
         for row in rows_of(contestant.name, policy, request, contestants[0].name):
@@ -111,7 +112,7 @@ def _learnt_by_all(contestants: Sequence[Contestant]) -> tuple[str, ...]:
 
 def _play(
     policy: Ablatable, environments: Mapping[str, Environment], seeds: Sequence[int], row: Row, request: Request
-) -> tuple[dict[str, Rollouts], dict[str, list[Record]]]:
+) -> tuple[dict[str, Rollouts], dict[str, list[Json]]]:
     """Task → episodes, and task → videos of them; only a checkpoint as it is gets any."""
     found, videos = {}, {}
     filmed = request.videos > 0 and row.whole
@@ -130,7 +131,7 @@ def _play(
     return found, videos
 
 
-def _film(rollouts: Rollouts, task: str, row: Row, request: Request) -> list[Record]:
+def _film(rollouts: Rollouts, task: str, row: Row, request: Request) -> list[Json]:
     """Videos below the folder named like the JSON, and what they show."""
     simulated = {f"kuavo_sim:{id}": TASKS[name] for name, id in ENVIRONMENT_IDS.items()}.get(rollouts.environment.id)
     films = []
@@ -148,7 +149,7 @@ def _film(rollouts: Rollouts, task: str, row: Row, request: Request) -> list[Rec
     return films
 
 
-def _told(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Record:
+def _told(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Json:
     """The numbers of a row: task by task, and over all of them."""
     tasks = []
     for name, rolled in rollouts.items():
@@ -159,14 +160,14 @@ def _told(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], ref
                 "environment": asdict(rolled.environment),
                 **judge(mine),
                 "difference": None if reference is None else differ(mine, reference),
-                "episodes": [episode.record() for episode in rolled.episodes],
+                "episodes": [episode.to_json() for episode in rolled.episodes],
             }
         )
     difference = None if reference is None else differ(episodes, reference)
     return {"tasks": tasks, "all": {"task": "all", **judge(episodes), "difference": difference}}
 
 
-def _about(contestant: Contestant) -> Record:
+def _about(contestant: Contestant) -> Json:
     return {
         "name": contestant.name,
         "folder": str(contestant.folder),
@@ -175,7 +176,7 @@ def _about(contestant: Contestant) -> Record:
     }
 
 
-def write_evaluation(request: Request) -> Record:
+def write_evaluation(request: Request) -> Json:
     """Evaluate, write the JSON and the page, and return what the JSON holds. Errors as `evaluate`."""
     from kuavo_train.reporting.figures.evaluation import demonstration_figures, evaluation_figures
     from kuavo_train.reporting.figures.style import save_figures

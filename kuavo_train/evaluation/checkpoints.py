@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 
@@ -15,10 +14,9 @@ from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
 from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.options import Request
+from kuavo_train.runs.records import Json
 from kuavo_train.runs.trained_run import TrainedRun, stage_folder_above
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,10 @@ class Contestant:
 
     def unseen(self, task: Task) -> set[int]:
         """Episodes of a dataset that it was not trained on, as far as its run tells."""
-        stored = (
-            []
-            if self.run is None
-            else [entry["dataset"] for entry in self.run.stored.tasks if entry["name"] == task.name]
-        )
-        for dataset in stored:
-            if dataset["hash"] == task.content_hash:
-                return set(dataset["held_out_episodes"])
+        stored = () if self.run is None else self.run.stored.tasks
+        for entry in stored:
+            if (entry.name, entry.dataset.hash) == (task.name, task.content_hash):
+                return set(entry.dataset.held_out_episodes)
         return set(range(len(task.bounds)))
 
     def policy(self, request: Request) -> SmolVLAPolicyWrapper:
@@ -146,7 +140,7 @@ class Row:
         policy.n_action_steps, policy.sampling_temperature = self.n_action_steps, self.sampling_temperature
         return policy if self.ablation is None else Ablated(policy, self.ablation)
 
-    def record(self) -> Record:
+    def record(self) -> Json:
         about = None if self.ablation is None else ABLATIONS[self.ablation][0]
         return {**asdict(self), "whole": self.whole, "about": about}
 

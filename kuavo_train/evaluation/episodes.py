@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from kuavo_train.evaluation.environment import Environment
+from kuavo_train.runs.records import ClosedLoop, Json
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Episode:
         """Whether it acted on the right cue; None where it never came to act on one."""
         return None if self.choice is None else self.choice == self.cue
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> Json:
         known = {key: value for key, value in vars(self).items() if key != "trace"}
         return {**known, "right_branch": self.right_branch}
 
@@ -121,26 +120,20 @@ class Rollouts:
         episodes = sorted((episode for part in parts for episode in part.episodes), key=lambda episode: episode.seed)
         return cls(parts[0].environment, parts[0].n_action_steps, tuple(episodes))
 
-    def cells(self) -> dict[str, Any]:
-        """For a line of validation.jsonl, and so for the matrices; nothing when no episode could be played."""
+    def closed_loop(self) -> ClosedLoop | None:
+        """In total; None when no episode could be played."""
         if not self.trials:
-            return {}
+            return None
         right, acted = self.branches
-        return {
-            "success": {"successes": self.successes, "trials": self.trials},
-            "progress": self.progress,
-            "funnel": self.funnel,
-            "branches": {"right": right, "acted": acted},
-            "n_action_steps": self.n_action_steps,
-        }
+        return ClosedLoop(self.successes, self.trials, self.progress, self.funnel, right, acted, self.n_action_steps)
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> Json:
+        """As in rollouts.jsonl, which `PlayedEpisode` reads."""
         return {
             "environment": asdict(self.environment),
             "n_action_steps": self.n_action_steps,
             "successes": self.successes,
             "trials": self.trials,
             "progress": self.progress,
-            "episodes": [episode.record() for episode in self.episodes],
+            "episodes": [episode.to_json() for episode in self.episodes],
         }

@@ -19,8 +19,7 @@ from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap
-
-Record = dict[str, Any]
+from kuavo_train.runs.records import Json
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     return np.where(there.any(axis=0), np.nansum(values, axis=0) / np.maximum(there.sum(axis=0), 1), np.nan)
 
 
-def judge_errors(errors: Mapping[int, Errors], names: Sequence[str], reference: Mapping[int, Errors] | None) -> Record:
+def judge_errors(errors: Mapping[int, Errors], names: Sequence[str], reference: Mapping[int, Errors] | None) -> Json:
     """The numbers of one policy on one task, and how it differs from `reference` on the episodes both walked."""
     groups: dict[str, Any] = {"all": slice(None), **columns_by_group(names)}
     first = next(iter(errors.values())).error
@@ -110,7 +109,7 @@ def _scores(errors: Mapping[int, Errors], columns: Any) -> dict[int, float]:
     return {episode: float(np.nanmean(each.error[:, columns])) for episode, each in errors.items()}
 
 
-def _difference(errors: Mapping[int, Errors], reference: Mapping[int, Errors], columns: Any) -> Record | None:
+def _difference(errors: Mapping[int, Errors], reference: Mapping[int, Errors], columns: Any) -> Json | None:
     both = errors.keys() & reference.keys()
     if not both:
         return None

@@ -7,16 +7,15 @@ for nobody, and its seed for no difference.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
 from kuavo_train.evaluation.episodes import Episode
 from kuavo_train.metrics.intervals import PairedOutcomes, mean_interval, paired_bootstrap, wilson
+from kuavo_train.runs.records import Json
 
 Episodes = Mapping[Hashable, Episode]
 """Key that pairs the episodes of different policies, such as (task, seed) → episode."""
-Record = dict[str, Any]
 
 MEANS: dict[str, Callable[[Episode], float]] = {
     "progress": lambda episode: episode.progress,
@@ -26,7 +25,7 @@ MEANS: dict[str, Callable[[Episode], float]] = {
 }
 
 
-def judge(episodes: Episodes) -> Record:
+def judge(episodes: Episodes) -> Json:
     """One policy's numbers; `success` and all means are None when no episode could be played."""
     played = {key: episode for key, episode in episodes.items() if episode.error is None}
     failures = [f"seed {episode.seed}: {episode.error}" for episode in episodes.values() if episode.error is not None]
@@ -42,7 +41,7 @@ def judge(episodes: Episodes) -> Record:
     }
 
 
-def _funnel(played: Episodes) -> list[Record]:
+def _funnel(played: Episodes) -> list[Json]:
     """Sub-goal by sub-goal, in order: how many episodes reached it, and in which step at the median."""
     names = next(iter(played.values())).subgoals
     rows = []
@@ -55,13 +54,13 @@ def _funnel(played: Episodes) -> list[Record]:
     return rows
 
 
-def _branches(played: Episodes) -> Record | None:
+def _branches(played: Episodes) -> Json | None:
     """Of the episodes that came to act on a cue, how many on the right one; None where none did."""
     acted = [episode.right_branch for episode in played.values() if episode.right_branch is not None]
     return {"right": sum(acted), **asdict(wilson(sum(acted), len(acted)))} if acted else None
 
 
-def differ(episodes: Episodes, reference: Episodes) -> Record | None:
+def differ(episodes: Episodes, reference: Episodes) -> Json | None:
     """`episodes` less `reference`, over the keys that both have played; None when there is none."""
     pairs = [
         key

@@ -7,7 +7,7 @@ A policy's loss depends on what it draws at random, as noise and time of flow ma
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.predictions import asks
+from kuavo_train.runs.records import EpisodeScore, HeldOutScores
 
 Lane = list[int]  # rows of one episode, in order
 
@@ -39,8 +40,8 @@ class Validator:
     autocast: Callable[[], AbstractContextManager]
     progress: bool = True
 
-    def validate_all_tasks(self, policy: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-        """One record per named task: loss, action error, both per episode, and the constant predictor's error.
+    def validate_all_tasks(self, policy: Any, names: Sequence[str]) -> list[HeldOutScores]:
+        """Of each named task loss, action error, both per episode, and the constant predictor's error.
 
         The loss of a task is the mean over its held-out episodes of their mean over queries and draws; the
         action error is the mean absolute difference of the predicted chunk and the demonstrated one, normalized
@@ -61,11 +62,11 @@ class Validator:
                 disable=not self.progress,
             ) as bar,
         ):
-            records = [self._validate(policy, place, bar) for place in places]
+            found = [self._validate(policy, place, bar) for place in places]
         policy.train(was_training)
-        return records
+        return found
 
-    def _validate(self, policy: Any, place: int, bar: tqdm) -> dict[str, Any]:
+    def _validate(self, policy: Any, place: int, bar: tqdm) -> HeldOutScores:
         began = time.perf_counter()
         task = self.dataset.tasks[place]
         by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
@@ -93,7 +94,7 @@ class Validator:
                     }
                 )
             bar.update(len(batch["task"]))
-        return self._record(task, by_episode, time.perf_counter() - began)
+        return self._scores(task, by_episode, time.perf_counter() - began)
 
     def _lanes(self, policy: Any, place: int) -> list[Lane]:
         """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""
@@ -125,7 +126,7 @@ class Validator:
         constant[columns] = (task.action[task.train_rows].mean(axis=0) - mean[columns]) / std[columns]
         return torch.from_numpy(constant)
 
-    def _record(self, task: Task, by_episode: dict[int, list[dict[str, np.ndarray]]], seconds: float) -> dict[str, Any]:
+    def _scores(self, task: Task, by_episode: dict[int, list[dict[str, np.ndarray]]], seconds: float) -> HeldOutScores:
         columns = self.normalization.space.action_columns(task)
         std = self.normalization.array(ACTION, "std")
         errors = {
@@ -139,24 +140,29 @@ class Validator:
             group: float(in_units[np.intersect1d(members, columns)].mean()) if np.isin(members, columns).any() else None
             for group, members in self.normalization.space.action_groups().items()
         }
-        return {
-            "task": task.name,
-            "loss": float(errors["loss"].mean()),
-            "action_error": float(errors["error"][:, columns].mean()),
-            "action_error_by_group": groups,
-            "constant_error": float(errors["constant"][:, columns].mean()),
-            "episodes": [
-                {
-                    "episode": episode,
-                    "frames": len(queries),
-                    "loss": float(errors["loss"][number]),
-                    "action_error": float(errors["error"][number, columns].mean()),
-                }
+        return HeldOutScores(
+            task=task.name,
+            loss=float(errors["loss"].mean()),
+            action_error=float(errors["error"][:, columns].mean()),
+            action_error_by_group=groups,
+            constant_error=float(errors["constant"][:, columns].mean()),
+            episodes=tuple(
+                EpisodeScore(
+                    episode=episode,
+                    frames=len(queries),
+                    loss=float(errors["loss"][number]),
+                    action_error=float(errors["error"][number, columns].mean()),
+                )
                 for number, (episode, queries) in enumerate(by_episode.items())
-            ],
-            "draws": self.draws,
-            "seconds": round(seconds, 3),
-        }
+            ),
+            draws=self.draws,
+            seconds=round(seconds, 3),
+        )
+
+
+def mean_loss(found: Iterable[HeldOutScores]) -> float:
+    """Over tasks: what the best checkpoint is chosen by."""
+    return float(np.mean([scores.loss for scores in found]))
 
 
 def _column_means(values: torch.Tensor, valid: torch.Tensor) -> np.ndarray:

@@ -19,11 +19,10 @@ from kuavo_train.data.task import Task
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
+from kuavo_train.runs.records import Json
 
-Record = dict[str, Any]
 
-
-def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Callable[[], Any]) -> list[Record]:
+def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Callable[[], Any]) -> list[Json]:
     """One record per named task: what each other task's instruction does to the actions predicted on its frames.
 
     Args:
@@ -33,7 +32,7 @@ def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Call
     return [_swapped(probe, task, [other for other in tasks if other is not task], advance) for task in tasks]
 
 
-def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Callable[[], Any]) -> Record:
+def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Callable[[], Any]) -> Json:
     place = probe.dataset.tasks.index(task)
     key = zlib.crc32(task.name.encode())
     walk = probe.walk([probe.queries_of(place, episode) for episode in task.held_out_episodes])
@@ -79,7 +78,7 @@ def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Ca
     return record | {"evidence": _evidence(record)}
 
 
-def _swap(scores: Mapping[str, Scores], other: str) -> Record:
+def _swap(scores: Mapping[str, Scores], other: str) -> Json:
     return {
         "instruction_of": other,
         "change": asdict(_level(scores[f"change/{other}"])),
@@ -98,7 +97,7 @@ def _mean(difference: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return (np.abs(difference) * valid).sum(axis=(1, 2)) / np.maximum(valid.sum(axis=(1, 2)), 1)
 
 
-def _evidence(record: Record) -> str:
+def _evidence(record: Json) -> str:
     if record["change"] is None:
         return "There is no other task whose instruction could be read instead."
     change, against, noise = record["change"], record["against_noise"], record["noise"]

@@ -18,10 +18,9 @@ from kuavo_train.metrics.intervals import paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.probing.memory_decisions import donor_of
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk
-from kuavo_train.reporting.run_metrics import episode_scores
+from kuavo_train.runs.records import HeldOutMeasure, HeldOutScores, Json
 
 INTERVENTIONS = ("on", "reset", "swapped")
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class InterveningValidator(Validator):
             yield batch, self.memory_of(place, batch), lambda memory: None
 
 
-def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[str, Sequence[int]]) -> list[Record]:
+def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[str, Sequence[int]]) -> list[Json]:
     """One record per task named in `donors`: its validation under each intervention, and what they change.
 
     Args:
@@ -68,12 +67,12 @@ def _states(walk: Walk) -> Sequence[Any]:
     return walk.states
 
 
-def _record(by_intervention: Mapping[str, Record]) -> Record:
-    on = by_intervention["on"]
-    record: Record = {"task": on["task"]}
-    for measure in ("loss", "action_error"):
-        scores = {name: episode_scores(line, measure) for name, line in by_intervention.items()}
-        record[measure] = {name: line[measure] for name, line in by_intervention.items()}
+def _record(by_intervention: Mapping[str, HeldOutScores]) -> Json:
+    record: Json = {"task": by_intervention["on"].task}
+    measures: tuple[HeldOutMeasure, ...] = ("loss", "action_error")
+    for measure in measures:
+        scores = {name: found.scores(measure) for name, found in by_intervention.items()}
+        record[measure] = {name: getattr(found, measure) for name, found in by_intervention.items()}
         record[f"{measure}_change"] = {
             name: asdict(paired_bootstrap(scores["on"], scores[name], relative=True))
             for name in INTERVENTIONS
@@ -88,7 +87,7 @@ def donors_among(cues: Sequence[Any]) -> list[int]:
     return [(place + 1) % len(cues) if other is None else other for place, other in enumerate(others)]
 
 
-def memory_evidence(record: Record) -> str:
+def memory_evidence(record: Json) -> str:
     """One task's record after the last stage, in words."""
     changes = record["loss_change"]
     text = (
@@ -106,6 +105,6 @@ def memory_evidence(record: Record) -> str:
     return text + (f" It follows the donor in {right['swapped']}." if "swapped" in right else "")
 
 
-def _moved(change: Record) -> str:
+def _moved(change: Json) -> str:
     ends = "" if change["low"] is None else f" [{percent(change['low'])}, {percent(change['high'])}]"
     return f"{percent(change['estimate'])}{ends}"

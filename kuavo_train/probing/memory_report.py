@@ -65,7 +65,7 @@ def report(
     probe = MemoryProbe(policy, dataset, preprocessor)
     cues = cues_of(asked)
     found: dict[str, Any] = {
-        "run": run.stored.record["run"],
+        "run": run.stored.record.run,
         "checkpoint": checkpoint_name(folder),
         "stage": next(stage.name for stage in run.stages if stage.folder.name == stage_folder.name),
         "task": task,

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
-from kuavo_train.evaluation.validation import Validator
+from kuavo_train.evaluation.validation import Validator, mean_loss
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.probing.validated_run import NothingToProbe, Record, validation_fields
+from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
 from kuavo_train.reporting.run_analysis import stored_limits
-from kuavo_train.reporting.run_metrics import end_line, episode_scores
+from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.preflight import Findings
@@ -38,7 +38,7 @@ Curve = Sequence[tuple[int, Scores]]
 
 def recovery_record(
     task: str, *, learnt: Scores, final: Curve, before: Curve, before_is: str, limits: RetentionLimits
-) -> Record:
+) -> Json:
     """One task's section of recovery.json.
 
     Args:
@@ -55,7 +55,7 @@ def recovery_record(
         final[-1][1], before[-1][1], level=limits.confidence, resamples=limits.resamples
     )  # what the final policy is ahead by, after the last step
     goal = _mean(learnt) * (1 + limits.well_retained_change)
-    record: Record = {
+    record: Json = {
         "task": task,
         "loss_when_learnt": _mean(learnt),
         "goal": goal,
@@ -83,8 +83,8 @@ def _first_below(curve: Curve, goal: float) -> int | None:
     return next((step for step, scores in curve if _mean(scores) <= goal), None)
 
 
-def _word(record: Record, limits: RetentionLimits) -> str:
-    def above(change: Record) -> bool:
+def _word(record: Json, limits: RetentionLimits) -> str:
+    def above(change: Json) -> bool:
         """Whether the data show more than the change that counts as kept."""
         worst = change["estimate"] if change["low"] is None else change["low"]
         return worst > limits.well_retained_change
@@ -99,7 +99,7 @@ def _word(record: Record, limits: RetentionLimits) -> str:
     return PARTLY_KEPT if low is not None and low > 0 else LOST
 
 
-def _evidence(record: Record, limits: RetentionLimits) -> str:
+def _evidence(record: Json, limits: RetentionLimits) -> str:
     """The sentence beside the word."""
     first, last = record["final"][0], record["final"][-1]
     steps, margin = record["steps"][-1], whole_percent(limits.well_retained_change)
@@ -118,13 +118,13 @@ def _evidence(record: Record, limits: RetentionLimits) -> str:
 CURVE_POINTS = 10  # validations while an old task is learnt again, beside the one before
 
 
-def recovery(run: TrainedRun, *, steps: int = 100) -> Record:
+def recovery(run: TrainedRun, *, steps: int = 100) -> Json:
     """Each earlier task's stage in a few steps, alone: from the final policy, and from before the task was learnt.
 
     Raises:
         NothingToProbe: no task was learnt before the last stage.
     """
-    last, learnt_in = run.stored.finished[-1], run.stored.learnt_in()
+    last, learnt_in = run.stored.finished[-1], run.stored.learnt_in
     earlier = [task for task in run.learnt if learnt_in[task.name] < last.index]
     if not earlier:
         raise NothingToProbe(f"recovery needs a task learnt before the last stage, got none in {run.folder}")
@@ -135,12 +135,12 @@ def recovery(run: TrainedRun, *, steps: int = 100) -> Record:
         own = next(stage for stage in run.stages if stage.index == learnt_in[task.name])
         place = run.stages.index(own)
         previous = run.stages[place - 1] if place else None
-        line = end_line(run.stored, own.index, task.name)
-        assert line is not None  # read_run has seen to it
+        line = run.stored.end_of(own.index, task.name)
+        assert line is not None  # StoredRun.open has seen to it
         found.append(
             recovery_record(
                 task.name,
-                learnt=episode_scores(line, "loss"),
+                learnt=line.scores("loss"),
                 final=_relearn(run, own, task, run.checkpoint(last), steps),
                 before=_relearn(run, own, task, run.checkpoint(previous) if previous else None, steps),
                 before_is=f"the weights after stage {previous.index}" if previous else "the weights before training",
@@ -176,9 +176,9 @@ def _relearn(
     curve: list[tuple[int, Scores]] = []
 
     def validate(step: int, _epoch: int = 0) -> Validated:
-        (record,) = validator.validate_all_tasks(accelerator.unwrap_model(policy), [task.name])
-        curve.append((step, episode_scores(record, "loss")))
-        return Validated(record["loss"])
+        (found,) = validator.validate_all_tasks(accelerator.unwrap_model(policy), [task.name])
+        curve.append((step, found.scores("loss")))
+        return Validated(mean_loss([found]))
 
     validate(0)
     trainer = Trainer(

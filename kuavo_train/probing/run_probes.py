@@ -14,13 +14,14 @@ from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
-from kuavo_train.probing.validated_run import NothingToProbe, Record, validation_fields
+from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
 from kuavo_train.runs.files import write_json
+from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
 
 
-def instruction_swap(run: TrainedRun) -> Record:
+def instruction_swap(run: TrainedRun) -> Json:
     """The final policy on held-out frames of every task it has learnt, told to do another of them.
 
     Raises:
@@ -34,7 +35,7 @@ def instruction_swap(run: TrainedRun) -> Record:
         return {"tasks": swap_instructions(probe, [task.name for task in run.learnt], advance=bar.update)}
 
 
-def memory(run: TrainedRun) -> Record:
+def memory(run: TrainedRun) -> Json:
     """Every task after every stage, with the memory on, reset at every query, and of another episode.
 
     Raises:
@@ -62,13 +63,13 @@ def memory(run: TrainedRun) -> Record:
     return {"interventions": list(INTERVENTIONS), "stages": stages, "tasks": evidence}
 
 
-def _questions(run: TrainedRun, task: Task, cues: Mapping[int, Record]) -> list[Question]:
+def _questions(run: TrainedRun, task: Task, cues: Mapping[int, Json]) -> list[Question]:
     stride = run.settings.policy["n_action_steps"]
     with tqdm(task.held_out_episodes, desc=f"cues of {task.name}", unit="episode", leave=False) as bar:
         return [question_of(task, run.normalization, dict(cues), episode, stride) for episode in bar]
 
 
-def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Record:
+def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Json:
     walk = probe.walk([probe.queries_of(place, question.episode) for question in questions])
     return answer_questions(probe, walk, questions)
 
@@ -79,7 +80,7 @@ def _probe(run: TrainedRun, stage: StoredStage) -> MemoryProbe:
     return MemoryProbe(policy, run.dataset(run.tasks, policy.config), preprocessor)
 
 
-PROBES: dict[str, Callable[..., Record]] = {
+PROBES: dict[str, Callable[..., Json]] = {
     "recovery": recovery,
     "instruction_swap": instruction_swap,
     "memory": memory,
@@ -102,9 +103,9 @@ def run_probe(name: str, folder: Path, **settings: Any) -> Path:
     checkpoint = run.checkpoint(last)
     record = {
         "probe": name,
-        "run": run.stored.record["run"],
+        "run": run.stored.record.run,
         "stage": last.index,
-        "checkpoint": f"{last.folder.name}/{last.record['checkpoint']}",
+        "checkpoint": f"{last.folder.name}/{last.record.checkpoint}",
         "checkpoint_hash": checkpoint.hash,
         **PROBES[name](run, **settings),
     }

@@ -4,16 +4,15 @@ from typing import Any
 
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.errors import ConfigError
+from kuavo_train.runs.records import Json
 from kuavo_train.runs.trained_run import TrainedRun
-
-Record = dict[str, Any]
 
 
 class NothingToProbe(ConfigError):
     """The run has nothing that the probe could ask about."""
 
 
-def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Record:
+def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Json:
     """The fields of a `Validator` that asks as every validation of the run did."""
     settings = run.settings.validation
     return {

@@ -24,18 +24,14 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
 
 def _questions(run: StoredRun) -> dict[str, Any]:
     """What decides the meaning of a held-out loss, by name."""
-    datasets = {task["name"]: task.get("dataset") or {} for task in run.tasks}
+    draws = {line.held_out.draws for stage in run.stages for line in stage.validations}
     return {
-        "tasks": {task["name"]: task["index"] for task in run.tasks},
-        "normalization hashes": (run.record.get("normalization") or {}).get("hash"),
-        "data hashes": {name: dataset.get("hash") for name, dataset in datasets.items()},
-        "held-out episodes": {
-            name: sorted(dataset.get("held_out_episodes") or ()) for name, dataset in datasets.items()
-        },
-        "hashes of the policy's configuration": run.record.get("config_hash"),
-        "numbers of draws in validation": sorted(
-            {line["draws"] for stage in run.stages for line in stage.validations if "draws" in line}
-        ),
+        "tasks": {task.name: task.index for task in run.tasks},
+        "normalization hashes": run.record.normalization.hash,
+        "data hashes": {task.name: task.dataset.hash for task in run.tasks},
+        "held-out episodes": {task.name: sorted(task.dataset.held_out_episodes) for task in run.tasks},
+        "hashes of the policy's configuration": run.record.config_hash,
+        "numbers of draws in validation": sorted(number for number in draws if number is not None),
     }
 
 

@@ -13,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, record: Record, figures: Mapping[str, Path]) -> str:
+def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
     """The page as text.
 
     Args:
@@ -59,14 +59,14 @@ def render(template: str, record: Record, figures: Mapping[str, Path]) -> str:
     return environment.get_template(template).render()
 
 
-def write_page(path: Path, template: str, record: Record, figures: Mapping[str, Path]) -> Path:
+def write_page(path: Path, template: str, record: Json, figures: Mapping[str, Path]) -> Path:
     """Render into `path`, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(render(template, record, figures), encoding="utf-8")
     return partial.replace(path)
 
 
-def look_up(record: Record, pointer: str) -> Any:
+def look_up(record: Json, pointer: str) -> Any:
     """What a JSON pointer such as /verdicts/0/loss_now points at (RFC 6901, without its escapes)."""
     found: Any = record
     for key in pointer.removeprefix("/").split("/"):

@@ -1,13 +1,18 @@
-"""Run folder → report/matrix.json: every number of the report, worked out once and written down.
+"""A stored run → its analysis: every number of the report, worked out once.
 
-The report's text, tables and figures take their numbers from this dictionary and from nowhere else.
-`write_matrix` is called after each stage: a run cut short has the rows it got to.
+    analysis = analyse(StoredRun.open(folder))
+    write_report(analysis)
+    print(summary_table(analysis))
+
+The report's text, tables and figures take their numbers from `Analysis.matrix`, the content of report/matrix.json, and
+from nowhere else. It is written after each stage: a run cut short has the rows it got to.
 """
 
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +23,55 @@ from kuavo_train.metrics.intervals import wilson
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.comparability import check_comparable
 from kuavo_train.reporting.run_checks import run_checks
-from kuavo_train.reporting.run_metrics import (
-    MEASURES,
-    cell,
-    end_line,
-    interval_record,
-    performance_matrix,
-    task_verdict,
-)
+from kuavo_train.reporting.run_metrics import interval_record, performance_matrix, task_verdict
 from kuavo_train.reporting.strategy_section import gate_readings, probe_records, strategy_facts
-from kuavo_train.runs.stored_run import Record, StoredRun, StoredStage, read_run
+from kuavo_train.runs.files import write_text
+from kuavo_train.runs.records import MEASURES, ClosedLoop, Json, Measure, TaskRecord
+from kuavo_train.runs.stored_run import StoredRun, StoredStage
 
 SIGN_CONVENTION = (
-    "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is "
-    "better: "
-    "losses and errors are negated, success rates are not. So a negative backward transfer and a positive "
-    "forgetting mean "
-    "that something was lost."
+    "Tables show losses and errors as measured: lower is better. Metrics are computed on scores, higher is better: "
+    "losses and errors are negated, success rates are not. So a negative backward transfer and a positive forgetting "
+    "mean that something was lost."
 )
 
 
-def write_matrix(
-    run_folder: Path | str, *, limits: RetentionLimits | None = None, joint: Path | str | None = None
-) -> Record:
-    """Analyse the run and write report/matrix.json in it, whole or not at all. Returns what was written.
+@dataclass(frozen=True)
+class Analysis:
+    """A run and its numbers. `matrix` is the content of matrix.json."""
+
+    run: StoredRun
+    matrix: Json
+
+    @property
+    def folder(self) -> Path:
+        """Where its report lies."""
+        return self.run.folder / "report"
+
+
+def analyse(run: StoredRun, *, limits: RetentionLimits | None = None, joint: StoredRun | None = None) -> Analysis:
+    """Work the numbers out.
 
     Args:
-        limits: when a task counts as kept; None takes those of the matrix.json already there, else the
-            defaults.
-        joint: folder of a jointly trained run on the same data, for intransigence.
+        limits: when a task counts as kept; None takes those of the matrix.json already there, else the defaults.
+        joint: a jointly trained run on the same data, for intransigence.
 
     Raises:
-        RunFolderError: the folder cannot be read, a cell of a learnt task is missing, or the joint run does
-            not compare.
+        RunFolderError: a cell of a learnt task is missing, or the joint run does not compare.
     """
-    run = read_run(run_folder)
-    path = run.folder / "report" / "matrix.json"
-    joint_run = read_run(joint) if joint is not None else None
-    result = analyse(run, limits or stored_limits(run_folder) or RetentionLimits(), joint_run)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return result
+    limits = limits or stored_limits(run.folder) or RetentionLimits()
+    return Analysis(run, _without_nan(_numbers(run, limits, joint)))
+
+
+def write_matrix(analysis: Analysis) -> None:
+    """report/matrix.json, whole or not at all."""
+    analysis.folder.mkdir(exist_ok=True)
+    write_numbers(analysis.folder / "matrix.json", analysis.matrix)
+
+
+def write_numbers(path: Path, content: Json) -> None:
+    """The numbers of a page, in the file beside it. Raises `ValueError` for one that is not finite."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def stored_limits(run_folder: Path | str) -> RetentionLimits | None:
@@ -73,23 +84,23 @@ def stored_limits(run_folder: Path | str) -> RetentionLimits | None:
         return None  # none written yet, or by an older version: it is about to be written anew
 
 
-def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = None) -> Record:
-    """The content of matrix.json. Raises RunFolderError as `write_matrix` does."""
+def _numbers(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None) -> Json:
     matrices = {measure: matrix for measure in MEASURES if (matrix := performance_matrix(run, measure)) is not None}
-    missing = _missing(run, matrices)
-    result = {
-        **{key: run.record.get(key) for key in ("run", "created", "seed", "profile", "strategy", "git_commit")},
-        "versions": run.record.get("versions") or {},
+    if joint is not None:
+        _check_joint(run, joint)
+    return {
+        **{key: getattr(run.record, key) for key in ("run", "created", "seed", "profile", "strategy", "git_commit")},
+        "versions": run.record.versions,
         "partial": any(not stage.finished for stage in run.stages) or _untrained(run) != [],
-        "missing": missing,
+        "missing": _missing(run, matrices),
         "sign_convention": SIGN_CONVENTION,
         "limits": dataclasses.asdict(limits),
         "rule": limits.rule,
         "tasks": [
             {
-                "name": task["name"],
-                "index": task["index"],
-                "learnt_in": run.learnt_in()[task["name"]],
+                "name": task.name,
+                "index": task.index,
+                "learnt_in": run.learnt_in[task.name],
                 "instruction": _instruction(task),
                 **_dataset(task),
             }
@@ -98,7 +109,7 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "stages": [_stage(run, stage) for stage in run.stages],
         "validation_cost": _validation_cost(run),
         "verdicts": [task_verdict(run, matrices, task, limits) for task in run.tasks],
-        "matrices": {measure: _matrix(run, matrix, joint) for measure, matrix in matrices.items()},
+        "matrices": {measure: _matrix(run, matrix, measure, joint) for measure, matrix in matrices.items()},
         "curves": _curves(run),
         "error_by_group": _error_by_group(run),
         "closed_loop": _closed_loop(run),
@@ -110,115 +121,129 @@ def analyse(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None = N
         "hashes": _hashes(run),
         "checks": run_checks(run),
     }
-    return _without_nan(result)
 
 
-def _instruction(task: Record) -> str | None:
+def _instruction(task: TaskRecord) -> str | None:
     """What the task is told; of several, the first and how many there are beside it."""
-    more = len(task.get("instructions") or [None]) - 1
-    return f"{task['instruction']} (and {more} other instructions)" if more else task.get("instruction")
+    more = len(task.instructions) - 1
+    return f"{task.instruction} (and {more} other instructions)" if more > 0 else task.instruction
 
 
-def _matrix(run: StoredRun, matrix: PerformanceMatrix, joint: StoredRun | None) -> Record:
-    """Rows and metrics of one measure; a metric that cannot be had is null with the reason."""
-    named: Record = {}
-
-    def add(name: str, definition: str, compute: Callable[[], Any]) -> None:
-        reason = value = None
-        try:
-            value = compute()
-            if value is None or value == {}:
-                value, reason = None, "too few tasks have been learnt for it"
-        except ValueError as error:  # MissingCellError and undefined ratios; the reason names stage and task
-            reason = str(error)
-        named[name] = {"value": value, "definition": definition, "reason": reason}
-
-    for name, (definition, function) in forgetting.METRICS.items():
-        add(name, definition, lambda function=function: function(matrix))  # type: ignore[misc]
-    add(
-        "forgetting by task",
-        "best R since learnt − R[T][j]; positive = lost",
-        lambda: forgetting.forgetting(matrix),
-    )
+def _matrix(run: StoredRun, matrix: PerformanceMatrix, measure: Measure, joint: StoredRun | None) -> Json:
+    """Rows and metrics of one measure."""
+    metrics = _metrics(matrix)
     if joint is not None:
-        scores = _joint_values(run, joint, matrix.measure)
-        add(
-            "intransigence",
-            "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
-            lambda: forgetting.mean_intransigence(matrix, scores),
-        )
-        add(
-            "intransigence by task",
-            "joint R − R[when learnt][j]; positive = learnt less than jointly",
-            lambda: forgetting.intransigence(matrix, scores),
-        )
-    if matrix.measure == "success":
-        curves = {
-            task: [
-                value
-                for stage in run.finished
-                if stage.index == matrix.stage_of(task)
-                for line in stage.validations
-                if line["task"] == task and line["kind"] != "start" and (value := cell(line, "success")) is not None
-            ]
-            for task in matrix.learnt_tasks
-        }
-        add(
-            "LIBERO FWT",
-            "mean success over evaluations during the task's own stage",
-            lambda: forgetting.libero_fwt(curves),
-        )
-        add("LIBERO NBT", "mean drop of success over later stages", lambda: forgetting.libero_nbt(matrix))
-        add(
-            "LIBERO NBT, normalised",
-            "NBT over the success when learnt",
-            lambda: forgetting.libero_nbt(matrix, relative=True),
-        )
-        add(
-            "LIBERO AUC",
-            "(FWT + sum of later successes) / (1 + later stages)",
-            lambda: forgetting.libero_auc(matrix, forgetting.libero_fwt(curves)),
-        )
-    rows: list[Record] = [
+        metrics |= _intransigence(matrix, joint, measure)
+    rows: list[Json] = [
         {"stage": stage, "values": dict(zip(matrix.tasks, row, strict=True))}
         for stage, row in zip(matrix.stages, matrix.values, strict=True)
     ]
-    if matrix.measure == "success":
-        for row in rows:
-            lines = {task: end_line(run, row["stage"], task) or {} for task in matrix.tasks}
-            row["intervals"] = {
-                task: interval_record(wilson(line["success"]["successes"], line["success"]["trials"]))
-                for task, line in lines.items()
-                if line.get("success")
-            }
-    return {"higher_is_better": matrix.higher_is_better, "rows": rows, "metrics": named}
+    if measure == "success":
+        metrics |= _libero_metrics(run, matrix)
+        rows = [row | {"intervals": _success_intervals(run, row["stage"])} for row in rows]
+    return {"higher_is_better": matrix.higher_is_better, "rows": rows, "metrics": metrics}
 
 
-def _joint_values(run: StoredRun, joint: StoredRun, measure: str) -> dict[str, float]:
-    """The joint run's final values, after making sure that the two runs may be compared at all."""
+def _metric(definition: str, compute: Callable[[], float | Mapping[str, float] | None]) -> Json:
+    """A metric that cannot be had is null with the reason."""
+    try:
+        value = compute()
+    except ValueError as error:  # MissingCellError and undefined ratios; the reason names stage and task
+        return {"value": None, "definition": definition, "reason": str(error)}
+    if value is None or value == {}:
+        return {"value": None, "definition": definition, "reason": "too few tasks have been learnt for it"}
+    return {"value": value, "definition": definition, "reason": None}
+
+
+def _metrics(matrix: PerformanceMatrix) -> dict[str, Json]:
+    """Those of every measure."""
+    named = {
+        name: _metric(definition, lambda function=function: function(matrix))  # type: ignore[misc]
+        for name, (definition, function) in forgetting.METRICS.items()
+    }
+    by_task = _metric("best R since learnt − R[T][j]; positive = lost", lambda: forgetting.forgetting(matrix))
+    return named | {"forgetting by task": by_task}
+
+
+def _intransigence(matrix: PerformanceMatrix, joint: StoredRun, measure: Measure) -> dict[str, Json]:
+    """What a jointly trained run reaches beyond what was learnt one after another."""
+    lines = {task.name: joint.end_of(joint.finished[-1].index, task.name) for task in joint.tasks}
+    scores = {task: value for task, line in lines.items() if line and (value := line.cell(measure)) is not None}
+    return {
+        "intransigence": _metric(
+            "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
+            lambda: forgetting.mean_intransigence(matrix, scores),
+        ),
+        "intransigence by task": _metric(
+            "joint R − R[when learnt][j]; positive = learnt less than jointly",
+            lambda: forgetting.intransigence(matrix, scores),
+        ),
+    }
+
+
+def _libero_metrics(run: StoredRun, matrix: PerformanceMatrix) -> dict[str, Json]:
+    """LIBERO's, defined on success rates."""
+    curves = {
+        task: [
+            line.closed_loop.success
+            for stage in run.finished
+            if stage.index == matrix.stage_of(task)
+            for line in stage.validations
+            if line.task == task and line.kind != "start" and line.closed_loop is not None
+        ]
+        for task in matrix.learnt_tasks
+    }
+    return {
+        "LIBERO FWT": _metric(
+            "mean success over evaluations during the task's own stage", lambda: forgetting.libero_fwt(curves)
+        ),
+        "LIBERO NBT": _metric("mean drop of success over later stages", lambda: forgetting.libero_nbt(matrix)),
+        "LIBERO NBT, normalised": _metric(
+            "NBT over the success when learnt", lambda: forgetting.libero_nbt(matrix, relative=True)
+        ),
+        "LIBERO AUC": _metric(
+            "(FWT + sum of later successes) / (1 + later stages)",
+            lambda: forgetting.libero_auc(matrix, forgetting.libero_fwt(curves)),
+        ),
+    }
+
+
+def _success_intervals(run: StoredRun, stage: int) -> dict[str, Json | None]:
+    lines = {task.name: run.end_of(stage, task.name) for task in run.tasks}
+    return {
+        task: success_interval(line.closed_loop)
+        for task, line in lines.items()
+        if line is not None and line.closed_loop is not None
+    }
+
+
+def success_interval(closed_loop: ClosedLoop) -> Json | None:
+    """Wilson's, of a success rate."""
+    return interval_record(wilson(closed_loop.successes, closed_loop.trials))
+
+
+def _check_joint(run: StoredRun, joint: StoredRun) -> None:
+    """Raises `RunFolderError` where the two runs may not be compared."""
     if not joint.finished:
         raise RunFolderError(f"{joint.folder} has no finished stage: finish it before comparing with it")
     check_comparable([run, joint])
-    last = joint.finished[-1].index
-    lines = {task["name"]: end_line(joint, last, task["name"]) for task in joint.tasks}
-    return {task: value for task, line in lines.items() if line and (value := cell(line, measure)) is not None}
 
 
-def _curves(run: StoredRun) -> list[Record]:
+def _curves(run: StoredRun) -> list[Json]:
     """Every validation, in order, on one axis of steps over all stages."""
     points, offset = [], 0
     for stage in run.stages:
         points += [
             {
                 "stage": stage.index,
-                "kind": line["kind"],
-                "step": line["step"],
-                "total_step": offset + line["step"],
-                "epoch": line.get("epoch"),
-                "task": line["task"],
-                "seen": bool(line.get("seen")),
-                "loss": cell(line, "loss"),
-                "action_error": cell(line, "action_error"),
+                "kind": line.kind,
+                "step": line.step,
+                "total_step": offset + line.step,
+                "epoch": line.moment.epoch,
+                "task": line.task,
+                "seen": line.seen,
+                "loss": line.cell("loss"),
+                "action_error": line.cell("action_error"),
             }
             for line in stage.validations
         ]
@@ -226,141 +251,138 @@ def _curves(run: StoredRun) -> list[Record]:
     return points
 
 
-def _error_by_group(run: StoredRun) -> list[Record]:
+def _error_by_group(run: StoredRun) -> list[Json]:
     if not run.finished:
         return []
     last = run.finished[-1].index
-    lines = [(task["name"], end_line(run, last, task["name"])) for task in run.tasks]
+    lines = [(task.name, run.end_of(last, task.name)) for task in run.tasks]
     return [
-        {"task": task, "groups": line["action_error_by_group"]}
+        {"task": task, "groups": line.held_out.action_error_by_group}
         for task, line in lines
-        if line and line.get("action_error_by_group")
+        if line is not None and line.held_out.action_error_by_group
     ]
 
 
-def _replay(run: StoredRun) -> list[Record]:
+def _replay(run: StoredRun) -> list[Json]:
     return [
         {
             "stage": stage.index,
             "task": task,
-            "declared": (stage.replay.get("declared") or {}).get(task),
-            "drawn": drawn.get("share"),
-            "frames": drawn.get("frames"),
-            "total_frames": stage.replay.get("total_frames"),
+            "declared": stage.replay.declared.get(task),
+            "drawn": drawn.share,
+            "frames": drawn.frames,
+            "total_frames": stage.replay.total_frames,
         }
         for stage in run.stages
-        if stage.replay
-        for task, drawn in stage.replay["drawn"].items()
+        if stage.replay is not None
+        for task, drawn in stage.replay.drawn.items()
     ]
 
 
-def _stage(run: StoredRun, stage: StoredStage) -> Record:
+def _stage(run: StoredRun, stage: StoredStage) -> Json:
     """A stage in a few numbers; the training loss is the mean over the last tenth of the logged steps."""
-    losses = [line["loss"] for line in stage.metrics if line.get("loss") is not None]
+    losses = [line.loss for line in stage.metrics if line.loss is not None]
     tail = losses[-max(1, len(losses) // 10) :]
-    rates = sorted(line["samples_per_s"] for line in stage.metrics if line.get("samples_per_s") is not None)
-    best = stage.record.get("best") or {}
+    rates = sorted(line.samples_per_s for line in stage.metrics if line.samples_per_s is not None)
     return {
         "index": stage.index,
         "name": stage.name,
-        "status": stage.record["status"],
+        "status": stage.record.status,
         "steps": stage.steps,
-        "epochs": stage.record.get("epochs"),
-        "seconds": stage.record.get("seconds"),
+        "epochs": stage.record.epochs,
+        "seconds": stage.record.seconds,
         "validation_seconds": _validation_seconds(stage),
-        "result": stage.record.get("result"),
-        "best_step": best.get("step"),
-        "best_loss": best.get("loss"),
+        "result": stage.record.result,
+        "best_step": stage.record.best.step,
+        "best_loss": stage.record.best.loss,
         "training_loss": sum(tail) / len(tail) if tail else None,
-        "loss_target": next((t.get("loss_target") for t in run.tasks if t["name"] == stage.name), None),
+        "loss_target": next((task.loss_target for task in run.tasks if task.name == stage.name), None),
         "samples_per_s": rates[len(rates) // 2] if rates else None,
     }
 
 
-def _closed_loop(run: StoredRun) -> list[Record]:
+def _closed_loop(run: StoredRun) -> list[Json]:
     """How far the episodes of every task came after every stage that rolled it out."""
+    lines = [
+        (stage.index, task.name, run.end_of(stage.index, task.name)) for stage in run.finished for task in run.tasks
+    ]
     return [
         {
-            "stage": stage.index,
-            "task": task["name"],
-            **line["success"],
-            "interval": interval_record(wilson(line["success"]["successes"], line["success"]["trials"])),
-            "progress": line.get("progress"),
-            "funnel": [{"subgoal": name, "reached": n} for name, n in (line.get("funnel") or {}).items()],
-            "right_branch": (line.get("branches") or {}).get("right"),
-            "acted_on_cue": (line.get("branches") or {}).get("acted"),
-            "n_action_steps": line.get("n_action_steps"),
+            "stage": stage,
+            "task": task,
+            "successes": line.closed_loop.successes,
+            "trials": line.closed_loop.trials,
+            "interval": success_interval(line.closed_loop),
+            "progress": line.closed_loop.progress,
+            "funnel": [{"subgoal": name, "reached": n} for name, n in line.closed_loop.funnel.items()],
+            "right_branch": line.closed_loop.right,
+            "acted_on_cue": line.closed_loop.acted,
+            "n_action_steps": line.closed_loop.n_action_steps,
         }
-        for stage in run.finished
-        for task in run.tasks
-        if (line := end_line(run, stage.index, task["name"])) and line.get("success")
+        for stage, task, line in lines
+        if line is not None and line.closed_loop is not None
     ]
 
 
 def _validation_seconds(stage: StoredStage) -> float:
-    return sum(line.get("seconds") or 0.0 for line in stage.validations)
+    return sum(line.held_out.seconds or 0.0 for line in stage.validations)
 
 
-def _validation_cost(run: StoredRun) -> Record:
+def _validation_cost(run: StoredRun) -> Json:
     """What knowing costs: seconds of all validations of the finished stages beside those of their training."""
     validation = sum(_validation_seconds(stage) for stage in run.finished)
-    training = sum(stage.record.get("seconds") or 0.0 for stage in run.finished)
+    training = sum(stage.record.seconds or 0.0 for stage in run.finished)
     return {"seconds": validation, "training_seconds": training, "share": validation / training if training else None}
 
 
-def _dataset(task: Record) -> Record:
-    dataset = task.get("dataset") or {}
+def _dataset(task: TaskRecord) -> Json:
     return {
-        "dataset_hash": dataset.get("hash"),
-        "episodes": dataset.get("episodes"),
-        "frames": dataset.get("frames"),
-        "train_episodes": len(dataset.get("train_episodes") or ()),
-        "held_out_episodes": len(dataset.get("held_out_episodes") or ()),
+        "dataset_hash": task.dataset.hash,
+        "episodes": task.dataset.episodes,
+        "frames": task.dataset.frames,
+        "train_episodes": len(task.dataset.train_episodes),
+        "held_out_episodes": len(task.dataset.held_out_episodes),
     }
 
 
-def _parameters(run: StoredRun) -> list[Record]:
+def _parameters(run: StoredRun) -> list[Json]:
     """Groups of the finished stages; an unfinished one has no fingerprints after."""
     keys = ("group", "parameters", "trainable", "fingerprint_before", "fingerprint_after")
     return [
-        {"stage": stage.index, **{key: group.get(key) for key in keys}}
+        {"stage": stage.index, **{key: getattr(group, key) for key in keys}}
         for stage in run.finished
         for group in stage.parameters or ()
     ]
 
 
-def _hashes(run: StoredRun) -> list[Record]:
-    normalization = run.record.get("normalization") or {}
+def _hashes(run: StoredRun) -> list[Json]:
     entries = [
-        ("config", run.record.get("config_hash")),
-        (f"normalization ({normalization.get('source', 'unknown')})", normalization.get("hash")),
-        *((f"data {task['name']}", (task.get("dataset") or {}).get("hash")) for task in run.tasks),
+        ("config", run.record.config_hash),
+        (f"normalization ({run.record.normalization.source})", run.record.normalization.hash),
+        *((f"data {task.name}", task.dataset.hash) for task in run.tasks),
         *(
-            (
-                f"{stage.folder.name}/{stage.record.get('checkpoint', 'checkpoint')}",
-                stage.record.get("checkpoint_hash"),
-            )
+            (f"{stage.folder.name}/{stage.record.checkpoint or 'checkpoint'}", stage.record.checkpoint_hash)
             for stage in run.stages
         ),
     ]
     return [{"of": of, "hash": value} for of, value in entries if value]
 
 
-def _untrained(run: StoredRun) -> list[Record]:
+def _untrained(run: StoredRun) -> list[TaskRecord]:
     """Tasks whose stage has not begun; a joint stage, once begun, is that of all tasks."""
-    if run.record.get("strategy") == "joint":
+    if run.record.strategy == "joint":
         return []
     indices = {stage.index for stage in run.stages}
-    return [task for task in run.tasks if run.learnt_in()[task["name"]] not in indices]
+    return [task for task in run.tasks if run.learnt_in[task.name] not in indices]
 
 
-def _missing(run: StoredRun, matrices: Mapping[str, PerformanceMatrix]) -> list[str]:
+def _missing(run: StoredRun, matrices: Mapping[Measure, PerformanceMatrix]) -> list[str]:
     missing = [
-        f"{stage.folder.name} is {stage.record['status']} at step {stage.steps}"
+        f"{stage.folder.name} is {stage.record.status} at step {stage.steps}"
         for stage in run.stages
         if not stage.finished
     ]
-    missing += [f"stage {task['index']} ({task['name']}) has not been trained" for task in _untrained(run)]
+    missing += [f"stage {task.index} ({task.name}) has not been trained" for task in _untrained(run)]
     if all(value is None for value in matrices["loss"].values[0]):
         missing.append("no validation before training (row 0), so no forward transfer")
     if "action_error" not in matrices:

@@ -6,12 +6,13 @@ Each check passes, fails, or (None) could not be made because the run did not wr
 from collections.abc import Callable
 
 from kuavo_train.metrics.number_format import integer
-from kuavo_train.runs.stored_run import Record, StoredRun
+from kuavo_train.runs.records import GroupRecord, Json, ReplayAudit
+from kuavo_train.runs.stored_run import StoredRun
 
 Outcome = tuple[bool | None, str]
 
 
-def run_checks(run: StoredRun) -> list[Record]:
+def run_checks(run: StoredRun) -> list[Json]:
     """One entry for each promise: its name, whether it was kept, and the evidence in words."""
     checks: dict[str, Callable[[StoredRun], Outcome]] = {
         "Held-out episodes were never trained on": _held_out_never_drawn,
@@ -29,26 +30,28 @@ def run_checks(run: StoredRun) -> list[Record]:
     return entries
 
 
+def _audits(run: StoredRun) -> dict[int, ReplayAudit]:
+    return {stage.index: stage.replay for stage in run.stages if stage.replay is not None}
+
+
 def _held_out_never_drawn(run: StoredRun) -> Outcome:
-    audits = [stage for stage in run.stages if stage.replay and "held_out_frames_drawn" in stage.replay]
+    audits = {stage: audit for stage, audit in _audits(run).items() if audit.held_out_frames_drawn is not None}
     if not audits:
         return None, "no stage wrote replay_audit.json"
-    drawn = {stage.index: stage.replay["held_out_frames_drawn"] for stage in audits if stage.replay}
-    total = sum((stage.replay or {}).get("total_frames") or 0 for stage in audits)
+    drawn = {stage: audit.held_out_frames_drawn or 0 for stage, audit in audits.items()}
+    total = sum(audit.total_frames or 0 for audit in audits.values())
     text = f"{integer(sum(drawn.values()))} of {integer(total)} frames drawn came from held-out episodes"
     guilty = [str(stage) for stage, frames in drawn.items() if frames]
     return not guilty, text + (f" (stage {', '.join(guilty)})" if guilty else "")
 
 
 def _splits_disjoint(run: StoredRun) -> Outcome:
-    splits = {task["name"]: task.get("dataset") or {} for task in run.tasks}
-    if not all(split.get("train_episodes") and split.get("held_out_episodes") for split in splits.values()):
+    splits = {task.name: task.dataset for task in run.tasks}
+    if not all(split.train_episodes and split.held_out_episodes for split in splits.values()):
         return None, "run.json does not list the episodes of every task"
-    shared = {
-        name: sorted(set(split["train_episodes"]) & set(split["held_out_episodes"])) for name, split in splits.items()
-    }
+    shared = {name: sorted({*split.train_episodes} & {*split.held_out_episodes}) for name, split in splits.items()}
     guilty = [f"{name}: episodes {episodes}" for name, episodes in shared.items() if episodes]
-    held_out = ", ".join(f"{name} {len(split['held_out_episodes'])}" for name, split in splits.items())
+    held_out = ", ".join(f"{name} {len(split.held_out_episodes)}" for name, split in splits.items())
     return not guilty, "; ".join(guilty) or f"held out: {held_out}"
 
 
@@ -56,9 +59,9 @@ def _same_episodes(run: StoredRun) -> Outcome:
     used: dict[str, set[tuple[int, ...]]] = {}
     for stage in run.stages:
         for line in stage.validations:
-            if line["kind"] == "end" or (line["kind"] == "start" and stage is run.stages[0]):
-                episodes = tuple(sorted(episode["episode"] for episode in line.get("episodes") or ()))
-                used.setdefault(line["task"], set()).add(episodes)
+            if line.kind == "end" or (line.kind == "start" and stage is run.stages[0]):
+                episodes = tuple(sorted(each.episode for each in line.held_out.episodes))
+                used.setdefault(line.task, set()).add(episodes)
     if not used or all(sets == {()} for sets in used.values()):
         return None, "no validation recorded its episodes"
     guilty = [task for task, sets in used.items() if len(sets) > 1]
@@ -72,17 +75,14 @@ def _shares_as_declared(run: StoredRun) -> Outcome:
     Where memory recurs, frames are dealt in clips, and the count is exact to the clip: `dealt_together` frames.
     """
     worst, most, where, allowed = 0.0, 0.0, "", 1
-    audits = [stage for stage in run.stages if stage.replay]
-    for stage in audits:
-        replay = stage.replay or {}
-        declared, drawn = replay.get("declared") or {}, replay["drawn"]
-        for task in sorted({*declared, *drawn}):
-            frames = (drawn.get(task) or {}).get("frames", 0)
-            difference = abs(frames - declared.get(task, 0.0) * (replay.get("total_frames") or 0))
-            together = replay.get("dealt_together") or 1
-            if difference / together > most:
-                most, worst, allowed = difference / together, difference, together
-                where = f" ({task} in stage {stage.index})"
+    audits = _audits(run)
+    for stage, audit in audits.items():
+        for task in sorted({*audit.declared, *audit.drawn}):
+            frames = audit.drawn[task].frames if task in audit.drawn else 0
+            difference = abs(frames - audit.declared.get(task, 0.0) * (audit.total_frames or 0))
+            if difference / audit.dealt_together > most:
+                most, worst, allowed = difference / audit.dealt_together, difference, audit.dealt_together
+                where = f" ({task} in stage {stage})"
     if not audits:
         return None, "no stage wrote replay_audit.json"
     rule = "less than 1 is exact" if allowed == 1 else f"frames are dealt in clips, less than {allowed} is exact"
@@ -93,7 +93,7 @@ def _frozen_unchanged(run: StoredRun) -> Outcome:
     groups = _groups(run, trainable=False)
     if not any(stage.parameters for stage in run.stages):
         return None, "no stage wrote parameters.json"
-    guilty = [f"{group['group']} in stage {stage}" for stage, group in groups if _changed(group)]
+    guilty = [f"{group.group} in stage {stage}" for stage, group in groups if group.has_changed]
     text = f"{len(groups)} fingerprints equal before and after" if groups else "no group was frozen"
     return not guilty, f"changed: {', '.join(guilty)}" if guilty else text
 
@@ -102,7 +102,7 @@ def _trained_changed(run: StoredRun) -> Outcome:
     groups = _groups(run, trainable=True)
     if not groups:
         return None, "no stage wrote the fingerprints of trained parameters"
-    idle = [f"{group['group']} in stage {stage}" for stage, group in groups if not _changed(group)]
+    idle = [f"{group.group} in stage {stage}" for stage, group in groups if not group.has_changed]
     text = f"did not move: {', '.join(idle)}" if idle else f"{len(groups)} fingerprints differ from before"
     return not idle, text
 
@@ -111,31 +111,24 @@ def _beats_constant(run: StoredRun) -> Outcome:
     if not run.finished:
         return None, "no stage is finished"
     last, worse, margins = run.finished[-1], [], []
-    learnt = run.learnt_in()
     for line in last.validations:
-        error, constant = line.get("action_error"), line.get("constant_error")
-        if line["kind"] != "end" or learnt[line["task"]] > last.index or error is None or not constant:
+        error, constant = line.held_out.action_error, line.held_out.constant_error
+        if line.kind != "end" or run.learnt_in[line.task] > last.index or error is None or not constant:
             continue
         margins.append(constant / error if error else float("inf"))
         if error >= constant:
-            worse.append(line["task"])
+            worse.append(line.task)
     if not margins:
         return None, "action errors were not measured"
     text = f"no better on {', '.join(worse)}" if worse else f"at least {min(margins):.1f} times better"
     return not worse, text
 
 
-def _groups(run: StoredRun, *, trainable: bool) -> list[tuple[int, Record]]:
+def _groups(run: StoredRun, *, trainable: bool) -> list[tuple[int, GroupRecord]]:
     """(stage, group) of the finished stages' non-empty groups: an unfinished one has no fingerprint after."""
     return [
         (stage.index, group)
         for stage in run.finished
         for group in stage.parameters or ()
-        if bool(group["trainable"]) == trainable and group["parameters"]
+        if group.trainable == trainable and group.parameters
     ]
-
-
-def _changed(group: Record) -> bool:
-    """From the fingerprints themselves where both are there, not from what the run says about them."""
-    before, after = group.get("fingerprint_before"), group.get("fingerprint_after")
-    return bool(group.get("changed")) if before is None or after is None else before != after

@@ -4,8 +4,8 @@ A cell of R is the mean over held-out episodes, every episode counting once, so 
 interval is bootstrapped.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
@@ -14,25 +14,12 @@ from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
-from kuavo_train.runs.stored_run import Record, StoredRun
-
-MEASURES = {"loss": False, "action_error": False, "success": True, "progress": True}
-"""What R is made of, and whether higher is better."""
-CLOSED_LOOP = ("success", "progress")
-"""Those of episodes that the policy played itself; the others are of held-out demonstrations."""
-
-
-def cell(line: Record, measure: str) -> float | None:
-    """The value of a validation line: mean over its episodes, every episode counting once."""
-    if measure == "success":
-        rollouts = line.get("success")
-        return None if not rollouts else rollouts["successes"] / rollouts["trials"]
-    scores = episode_scores(line, measure)
-    return sum(scores.values()) / len(scores) if scores else line.get(measure)
+from kuavo_train.runs.records import MEASURES, Json, Measure, TaskRecord, ValidationRecord
+from kuavo_train.runs.stored_run import StoredRun
 
 
 def performance_matrix(
-    run: StoredRun, measure: str, value_of: Callable[[Record, str], Any] = cell
+    run: StoredRun, measure: Measure, value_of: Callable[[ValidationRecord, Measure], Any] = ValidationRecord.cell
 ) -> PerformanceMatrix | None:
     """R of a run for one measure, rows for finished stages; None if it was never measured.
 
@@ -46,15 +33,14 @@ def performance_matrix(
     cells = {}
     for stage_index in (0, *(stage.index for stage in run.finished)):
         for task in run.tasks:
-            line = end_line(run, stage_index, task["name"])
+            line = run.end_of(stage_index, task.name)
             value = None if line is None else value_of(line, measure)
             if value is not None:
-                cells[stage_index, task["name"]] = value
+                cells[stage_index, task.name] = value
     if not cells and measure != "loss":
         return None
-    learnt_in = run.learnt_in()
     for stage in run.finished if measure == "loss" else ():
-        for name, learnt in learnt_in.items():
+        for name, learnt in run.learnt_in.items():
             if learnt <= stage.index and (stage.index, name) not in cells:
                 raise RunFolderError(
                     f"{stage.folder}/validation.jsonl has no line of kind 'end' for task {name}, which was learnt in "
@@ -64,7 +50,7 @@ def performance_matrix(
         return PerformanceMatrix.from_cells(
             measure,
             cells,
-            learnt_in=learnt_in,
+            learnt_in=run.learnt_in,
             stages=[0, *(stage.index for stage in run.finished)],
             higher_is_better=MEASURES[measure],
         )
@@ -72,25 +58,8 @@ def performance_matrix(
         raise RunFolderError(f"{run.folder}: {error}; train that stage again") from error
 
 
-def end_line(run: StoredRun, stage_index: int, task: str) -> Record | None:
-    """The validation behind R[stage][task]: the first stage's start for row 0, else the stage's end."""
-    if stage_index == 0:
-        stage, kind = run.stages[0], "start"
-    else:
-        stage, kind = next(stage for stage in run.stages if stage.index == stage_index), "end"
-    lines = [line for line in stage.validations if line["kind"] == kind and line["task"] == task]
-    return lines[-1] if lines else None
-
-
-def episode_scores(line: Record, measure: str) -> dict[int, float]:
-    """Held-out episode → its mean loss or action error; in closed loop, seed of a layout → how the episode ended."""
-    if measure in CLOSED_LOOP:
-        return {e["seed"]: float(e[measure]) for e in line.get("played") or () if e.get("error") is None}
-    return {e["episode"]: e[measure] for e in line.get("episodes") or () if e.get(measure) is not None}
-
-
 def change_since_learnt(
-    run: StoredRun, measure: str, task: str, limits: RetentionLimits, *, relative: bool
+    run: StoredRun, measure: Measure, task: str, limits: RetentionLimits, *, relative: bool
 ) -> Interval | None:
     """Change of loss or action error since the task was learnt, with its paired-bootstrap interval.
 
@@ -99,11 +68,11 @@ def change_since_learnt(
     Raises:
         RunFolderError: the two validations do not score the same episodes.
     """
-    learnt, last = run.learnt_in()[task], run.finished[-1].index
-    before, after = end_line(run, learnt, task), end_line(run, last, task)
+    learnt, last = run.learnt_in[task], run.finished[-1].index
+    before, after = run.end_of(learnt, task), run.end_of(last, task)
     if learnt >= last or before is None or after is None:
         return None
-    scores = episode_scores(before, measure), episode_scores(after, measure)
+    scores = before.scores(measure), after.scores(measure)
     if not all(scores):
         return None
     try:
@@ -117,12 +86,12 @@ def change_since_learnt(
 
 
 def task_verdict(
-    run: StoredRun, matrices: Mapping[str, PerformanceMatrix], task: Record, limits: RetentionLimits
-) -> Record:
+    run: StoredRun, matrices: Mapping[Measure, PerformanceMatrix], task: TaskRecord, limits: RetentionLimits
+) -> Json:
     """One task's losses and errors before training, when learnt and now, its verdict, and the evidence."""
-    name, loss = task["name"], matrices["loss"]
+    name, loss = task.name, matrices["loss"]
     learnt, last = loss.stage_of(name), loss.last_stage
-    entry: Record = {"task": name, "learnt_in": learnt, "verdict": None, "worst": None, "settled": None}
+    entry: Json = {"task": name, "learnt_in": learnt, "verdict": None, "worst": None, "settled": None}
     entry |= {f"{key}_before_training": _get(m, 0, name) for key, m in matrices.items()}
     entry |= {
         "episodes": None,
@@ -133,15 +102,15 @@ def task_verdict(
     }
     if name not in loss.learnt_tasks:
         stage = next((stage for stage in run.stages if stage.index == learnt), None)
-        state = "has not been trained" if stage is None else f"is {stage.record['status']} at step {stage.steps}"
+        state = "has not been trained" if stage is None else f"is {stage.record.status} at step {stage.steps}"
         return entry | {"state": "not learnt", "evidence": f"Not learnt yet: stage {learnt} {state}."}
 
     entry |= {f"{key}_when_learnt": _get(m, learnt, name) for key, m in matrices.items()}
     entry |= {f"{key}_now": _get(m, last, name) for key, m in matrices.items()}
-    line = end_line(run, last, name) or {}
-    entry["constant_error"] = line.get("constant_error")
+    line = run.end_of(last, name)
+    entry["constant_error"] = None if line is None else line.held_out.constant_error
     entry["absolute_verdict"] = judge_absolute(entry["loss_now"], limits)
-    limit = task.get("final_loss_limit")
+    limit = task.final_loss_limit
     entry["final_limit"] = limit
     entry["within_final_limit"] = None if limit is None else entry["loss_now"] < limit
     then, now = entry["loss_when_learnt"], entry["loss_now"]
@@ -193,6 +162,6 @@ def _get(matrix: PerformanceMatrix, stage: int, task: str) -> float | None:
         return None
 
 
-def interval_record(interval: Interval | None) -> Record | None:
+def interval_record(interval: Interval | None) -> Json | None:
     """An interval as it stands in matrix.json."""
-    return None if interval is None else dataclasses.asdict(interval)
+    return None if interval is None else asdict(interval)

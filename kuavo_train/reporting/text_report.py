@@ -1,19 +1,26 @@
-"""The numbers of a run, or of several, as lines of text."""
+"""The numbers of a run, or of several, as text: lines for a terminal, sentences for a page."""
 
 from collections.abc import Sequence
 
-from kuavo_train.metrics.number_format import FORMATS
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.metrics.intervals import Interval
+from kuavo_train.metrics.number_format import FORMATS, integer, number, signed, whole_percent
+from kuavo_train.metrics.verdict import VERDICTS
+from kuavo_train.reporting.run_analysis import Analysis
+from kuavo_train.reporting.strategy_comparison import JOINT, Comparison, StrategyNumbers
+from kuavo_train.runs.records import Json
+
+NOT_SETTLED = "not settled"
 
 
-def run_lines(matrix: Record) -> str:
-    """A run in a few lines, from the content of matrix.json."""
-    number = FORMATS["number"]
+def summary_table(analysis: Analysis) -> str:
+    """A run in a few lines."""
+    matrix, number = analysis.matrix, FORMATS["number"]
     done = sum(stage["status"] == "finished" for stage in matrix["stages"])
     title = " · ".join(str(matrix[key]) for key in ("run", "strategy", "profile") if matrix[key] is not None)
     played = "success" in matrix["matrices"]
     closed_loop = ("success learnt", "now") if played else ()
-    rows = [("task", "before", "learnt", "now", "change since learnt", "error/constant", *closed_loop, "verdict")]
+    columns = ("task", "before", "learnt", "now", "change since learnt", "error/constant", *closed_loop, "verdict")
+    rows: list[Sequence[str]] = [columns]
     for verdict in matrix["verdicts"]:
         error, constant = verdict.get("action_error_now"), verdict.get("constant_error")
         rows.append(
@@ -45,23 +52,21 @@ def run_lines(matrix: Record) -> str:
     )
 
 
-def comparison_lines(comparison: Record) -> str:
-    """Strategies side by side, from the content of comparison.json."""
-    reference = comparison["reference"]
+def comparison_table(comparison: Comparison) -> str:
+    """Strategies side by side, in a few lines."""
     columns = ("average", "backward transfer", "forgetting", "forward transfer", "plasticity", "intransigence")
-    rows = [("strategy", "seeds", *columns)]
-    for entry in comparison["strategies"]:
-        named = entry["metrics"]["loss"]
-        cells = [_interval(named[metric]["value"], "number") if metric in named else "" for metric in columns]
-        name = entry["strategy"] + (" (partial)" if entry["partial"] else "")
-        rows.append((name, str(len(entry["seeds"])), *cells))
-    played = [("success in closed loop", *(task["name"] for task in comparison["tasks"]))]
-    for entry in comparison["strategies"]:
-        played.append((entry["strategy"], *(_interval(task["now"], "share") for task in entry["closed_loop"])))
+    rows: list[Sequence[str]] = [("strategy", "seeds", *columns)]
+    for entry in comparison.strategies:
+        named = entry.metrics["loss"]
+        cells = [_estimate(named[metric].value, "number") if metric in named else "" for metric in columns]
+        rows.append((entry.strategy + (" (partial)" if entry.partial else ""), str(len(entry.seeds)), *cells))
+    played: list[Sequence[str]] = [("success in closed loop", *comparison.tasks)]
+    for entry in comparison.strategies:
+        played.append((entry.strategy, *(_estimate(task.now, "share") for task in entry.closed_loop)))
     differences = [
-        f"{entry['strategy']}: backward transfer {_interval(found['difference'], 'number')} against {reference}"
-        for entry in comparison["strategies"]
-        if (found := entry["metrics"]["loss"]["backward transfer"])["difference"] is not None
+        f"{entry.strategy}: backward transfer {_estimate(found.difference, 'number')} against {comparison.reference}"
+        for entry in comparison.strategies
+        if (found := entry.metrics["loss"]["backward transfer"]).difference is not None
     ]
     return "\n".join(
         [
@@ -69,20 +74,75 @@ def comparison_lines(comparison: Record) -> str:
             "",
             *_table(rows, right=(1,)),
             "",
-            *([*_table(played, right=()), ""] if comparison["layouts"] else []),
+            *([*_table(played, right=()), ""] if comparison.layouts else []),
             *differences,
-            comparison["intervals"],
-            *(f"partial: {text}" for text in comparison["missing"]),
+            about_intervals(comparison),
+            *(f"partial: {text}" for text in comparison.missing),
         ]
     )
 
 
-def evaluation_lines(found: Record) -> str:
+def about_intervals(comparison: Comparison) -> str:
+    """What the intervals of a comparison are of."""
+    fewest = min(len(entry.seeds) for entry in comparison.strategies)
+    limits = comparison.limits
+    text = (
+        f"Intervals ({whole_percent(limits.confidence)}) come from a bootstrap over training seeds and held-out "
+        f"episodes ({integer(limits.resamples)} resamples). The same episodes are drawn for every run, and differences "
+        "are paired by seed and episode."
+    )
+    if fewest == 1:
+        text += " A strategy with a single seed has an interval over episodes alone: other seeds may well fall outside."
+    elif fewest < 5:
+        text += (
+            f" It is widened for the few there are, as Student's interval is: where {fewest} seeds differ it is wide, "
+            "and further seeds narrow it most."
+        )
+    return text
+
+
+def outcome(entry: StrategyNumbers) -> str:
+    """How many of the earlier tasks got which verdict."""
+    words = [task.verdict if task.settled else NOT_SETTLED for task in entry.tasks if task.verdict]
+    if not words:
+        return "all tasks at once" if entry.strategy == JOINT else "nothing to forget yet"
+    return ", ".join(f"{words.count(word)} {word}" for word in (*VERDICTS, NOT_SETTLED) if word in words)
+
+
+def evidence(entry: StrategyNumbers, comparison: Comparison) -> str:
+    """What a strategy costs, in a sentence or two."""
+    count, episodes = len(entry.seeds), min(comparison.held_out_episodes.values(), default=0)
+    seeds = f"{count} seed{'s' if count > 1 else ''}, {episodes} held-out episodes a task"
+    start = f"Partial: {len(entry.stages)} stages finished. " if entry.partial else ""
+    average, transfer = entry.metrics["loss"]["average"].value, entry.metrics["loss"]["backward transfer"]
+    if average is None:
+        return f"{start}Nothing was learnt to the end ({seeds})."
+    text = f"{start}Held-out loss {number(-average.estimate)} in the end, mean over tasks"
+    if transfer.value is None:
+        return f"{text} ({seeds})."
+    text += f"; on the earlier tasks it changed by {_rise(transfer.value)} since they were learnt ({seeds})."
+    difference = transfer.difference
+    if difference is None:
+        return text
+    text += f" Against {comparison.reference}: {_rise(difference)}"
+    shown = difference.low is not None and difference.high is not None and not difference.low <= 0 <= difference.high
+    return text + ("." if shown else ", so that these runs do not show which of the two forgets more.")
+
+
+def _rise(transfer: Interval) -> str:
+    """A backward transfer, which is negated, as a change of the loss: +0.182 [+0.165, +0.200]."""
+    text = signed(-transfer.estimate)
+    if transfer.low is None or transfer.high is None:
+        return text
+    return f"{text} [{signed(-transfer.high)}, {signed(-transfer.low)}]"
+
+
+def evaluation_lines(found: Json) -> str:
     """Checkpoints side by side, from the content of evaluation_results.json."""
     return (_played_lines if found["mode"] == "simulation" else _demonstrated_lines)(found)
 
 
-def _demonstrated_lines(found: Record) -> str:
+def _demonstrated_lines(found: Json) -> str:
     groups = list(dict.fromkeys(g["name"] for row in found["rows"] for told in row["tasks"] for g in told["groups"]))
     rows = [("", "task", "episodes", *(group.replace("_", " ") for group in groups), "difference")]
     for row in found["rows"]:
@@ -101,7 +161,7 @@ def _demonstrated_lines(found: Record) -> str:
     return "\n".join(["mean absolute action error, robot units", "", *_table(rows, right=(2,))])
 
 
-def _played_lines(found: Record) -> str:
+def _played_lines(found: Json) -> str:
     number, share, integer = (FORMATS[form] for form in ("number", "share", "integer"))
     many = len(found["tasks"]) > 1
     rows = [("", "task", "success", "sub-goals", "right branch", "steps", "roughness", "a query")]
@@ -132,15 +192,22 @@ def _played_lines(found: Record) -> str:
     return "\n".join([*_table(rows, right=(3, 4, 5, 6, 7)), "", *differences]).rstrip()
 
 
-def _interval(interval: Record | None, form: str) -> str:
+def _interval(interval: Json | None, form: str) -> str:
+    """One of a JSON file."""
+    if interval is None:
+        return ""
+    return _estimate(Interval(**{key: interval[key] for key in ("estimate", "low", "high", "level", "n")}), form)
+
+
+def _estimate(interval: Interval | None, form: str) -> str:
     if interval is None:
         return ""
     text = FORMATS[form]
-    ends = "" if interval["low"] is None else f" [{text(interval['low'])}, {text(interval['high'])}]"
-    return text(interval["estimate"]) + ends
+    ends = "" if interval.low is None else f" [{text(interval.low)}, {text(interval.high)}]"
+    return text(interval.estimate) + ends
 
 
-def _verdict(verdict: Record) -> str:
+def _verdict(verdict: Json) -> str:
     word = verdict["verdict"] or verdict["state"]
     if verdict["settled"] is not False:
         return word

@@ -1,58 +1,123 @@
 """Reports written: the page of a run, with its figures and tables, or of several runs side by side."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.html_page import write_page
-from kuavo_train.reporting.run_analysis import analyse, stored_limits, write_matrix
-from kuavo_train.reporting.strategy_comparison import CSV_COLUMNS, compare, comparison_rows
-from kuavo_train.reporting.text_report import comparison_lines, run_lines
-from kuavo_train.runs.stored_run import finished_cells, read_run
+from kuavo_train.reporting.run_analysis import SIGN_CONVENTION, Analysis, write_matrix, write_numbers
+from kuavo_train.reporting.strategy_comparison import Comparison, Estimate
+from kuavo_train.reporting.text_report import about_intervals, evidence, outcome
+from kuavo_train.runs.records import Json
+from kuavo_train.runs.stored_run import finished_cells
 
 TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "lr", "grad_norm", "samples_per_s")
 """Of training.csv, from the lines of metrics.jsonl."""
+COMPARISON_COLUMNS = ("what", "strategy", "seed", "measure", "task", "estimate", "low", "high", "level", "seeds")
+"""Of comparison.csv."""
 
 
-def write_report(
-    run_folder: Path | str, *, limits: RetentionLimits | None = None, joint: Path | str | None = None
-) -> Path:
-    """Write report/ in the run folder and return the path of report.html. Arguments and errors as `write_matrix`."""
+def write_report(analysis: Analysis) -> Path:
+    """Write report/ in the run folder and return the path of report.html."""
     from kuavo_train.reporting.figures.probes import probe_figures
     from kuavo_train.reporting.figures.run import run_figures
     from kuavo_train.reporting.figures.style import save_figures  # matplotlib: slow to import, needed only here
 
-    matrix = write_matrix(run_folder, limits=limits, joint=joint)
-    run = read_run(run_folder)
-    folder = run.folder / "report"
-    metrics = [(stage.index, stage.metrics) for stage in run.stages]
-    lines = [{"stage": stage, **line} for stage, of_stage in metrics for line in of_stage]
-    _write_csv(folder / "training.csv", TRAINING_COLUMNS, lines)
-    figures = save_figures(folder, {**run_figures(matrix, metrics), **probe_figures(matrix["probes"])})
-    return write_page(folder / "report.html", "report.html.jinja", matrix, figures)
+    write_matrix(analysis)
+    matrix, stages = analysis.matrix, analysis.run.stages
+    lines = [{"stage": stage.index, **asdict(line)} for stage in stages for line in stage.metrics]
+    _write_csv(analysis.folder / "training.csv", TRAINING_COLUMNS, lines)
+    drawings = {**run_figures(matrix, stages), **probe_figures(matrix["probes"])}
+    figures = save_figures(analysis.folder, drawings)
+    return write_page(analysis.folder / "report.html", "report.html.jinja", matrix, figures)
 
 
-def write_comparison(runs: Sequence[Path], into: Path, *, limits: RetentionLimits | None = None) -> Path:
-    """Write the comparison of run folders and return the path of comparison.html.
-
-    Raises:
-        RunFolderError: as `compare`.
-    """
+def write_comparison(comparison: Comparison, into: Path) -> Path:
+    """Write comparison.json, its page, its table as CSV and its figures; returns the path of comparison.html."""
     from kuavo_train.reporting.figures.comparison import comparison_figures
     from kuavo_train.reporting.figures.style import save_figures
 
-    comparison = compare(runs, limits)
+    content = comparison_content(comparison)
     into.mkdir(parents=True, exist_ok=True)
-    partial = into / "comparison.json.partial"
-    partial.write_text(json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(into / "comparison.json")
-    _write_csv(into / "comparison.csv", CSV_COLUMNS, comparison_rows(comparison))
-    figures = save_figures(into, comparison_figures(comparison))
-    return write_page(into / "comparison.html", "comparison.html.jinja", comparison, figures)
+    write_numbers(into / "comparison.json", content)
+    _write_csv(into / "comparison.csv", COMPARISON_COLUMNS, _comparison_rows(comparison))
+    figures = save_figures(into, comparison_figures(content))
+    return write_page(into / "comparison.html", "comparison.html.jinja", content, figures)
+
+
+def comparison_content(comparison: Comparison) -> Json:
+    """Of comparison.json: the numbers, and the sentences that the page shows beside them."""
+    return {
+        "reference": comparison.reference,
+        "seeds": comparison.seeds,
+        "held_out_episodes": comparison.held_out_episodes,
+        "layouts": comparison.layouts,
+        "tasks": [{"name": name, "index": index} for name, index in comparison.tasks.items()],
+        "partial": comparison.partial,
+        "missing": comparison.missing,
+        "sign_convention": SIGN_CONVENTION,
+        "limits": asdict(comparison.limits),
+        "rule": comparison.limits.rule,
+        "intervals": about_intervals(comparison),
+        "strategies": [
+            {**asdict(entry), "outcome": outcome(entry), "evidence": evidence(entry, comparison)}
+            for entry in comparison.strategies
+        ],
+        "runs": comparison.runs,
+    }
+
+
+def _comparison_rows(comparison: Comparison) -> list[Json]:
+    """One for each number, of strategies over their seeds and of single runs."""
+    rows: list[Json] = []
+    for entry in comparison.strategies:
+        for measure, named in entry.metrics.items():
+            about = {"strategy": entry.strategy, "measure": measure}
+            for metric, found in named.items():
+                rows += _rows_of(metric, found.value, about)
+                rows += _rows_of(f"{metric}: difference from {comparison.reference}", found.difference, about)
+        for task in entry.tasks:
+            about = {"strategy": entry.strategy, "measure": "loss", "task": task.task}
+            for key in ("when_learnt", "now", "relative_change"):
+                rows += _rows_of(key, getattr(task, key), about)
+        for performed in entry.closed_loop:
+            about = {"strategy": entry.strategy, "measure": "success", "task": performed.task}
+            for key in ("when_learnt", "now"):
+                rows += _rows_of(key, getattr(performed, key), about)
+        for what in ("own_frames", "own_passes"):
+            rows += [
+                {"what": what, "strategy": entry.strategy, "task": task, "estimate": value}
+                for task, value in getattr(entry.exposure, what).items()
+            ]
+    return rows + [row for run in comparison.runs for row in _cells_of(run)]
+
+
+def _rows_of(what: str, estimate: Estimate | None, about: Json) -> list[Json]:
+    """The mean over seeds, then each seed's own value."""
+    if estimate is None:
+        return []
+    known = {key: getattr(estimate, key) for key in ("estimate", "low", "high", "level")}
+    return [
+        {"what": what, **about, **known, "seeds": len(estimate.by_seed)},
+        *(
+            {"what": what, **about, "seed": int(seed), "estimate": value, "seeds": 1}
+            for seed, value in estimate.by_seed.items()
+        ),
+    ]
+
+
+def _cells_of(run: Json) -> list[Json]:
+    about = {"strategy": run["strategy"], "seed": run["seed"]}
+    return [
+        {"what": f"R after stage {row['stage']}", **about, "measure": measure, "task": task, "estimate": value}
+        for measure, matrix in run["matrices"].items()
+        for row in matrix["rows"]
+        for task, value in row["values"].items()
+        if value is not None
+    ]
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -61,17 +126,6 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def summary_table(run_folder: Path | str) -> str:
-    """The run in a few lines for a terminal. Raises RunFolderError as `write_matrix` does; writes nothing."""
-    run = read_run(run_folder)
-    return run_lines(analyse(run, stored_limits(run.folder) or RetentionLimits()))
-
-
-def comparison_table(runs: Sequence[Path], *, limits: RetentionLimits | None = None) -> str:
-    """The comparison in a few lines for a terminal. Raises RunFolderError as `compare` does; writes nothing."""
-    return comparison_lines(compare(runs, limits))
 
 
 def run_folders(text: str) -> tuple[list[Path], Path]:

@@ -1,11 +1,14 @@
-"""Files of a run, each written in one move."""
+"""Files of a run: written in one move, read with errors that name the file and what to do."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from kuavo_train.errors import RunFolderError
 
 
 class JsonLines:
@@ -19,20 +22,49 @@ class JsonLines:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete lines; a last line cut off by a kill is left out."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        """All lines. Errors as `read_lines`."""
+        return read_lines(self.path)
 
     def forget(self, doubtful: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the records that a resumed stage makes again."""
-        if not self.path.is_file():
-            return
-        kept = [record for record in self.read() if not doubtful(record)]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self.path)
+        if self.path.is_file():
+            kept = [record for record in self.read() if not doubtful(record)]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none without a file. A last line cut off by a kill is left out.
+
+    Raises:
+        RunFolderError: another line is no JSON.
+    """
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RunFolderError(
+                f"{path}: line {number} is not JSON ({error.msg}): repair or delete that line"
+            ) from error
+    return records
+
+
+def read_json(path: Path) -> Any:
+    """Raises `RunFolderError` where the file holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(
+            f"{path} is not JSON ({error}): restore it from a copy, or train the stage again"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -40,12 +72,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write in one move, so that a kill leaves the old file or the new one."""
+    with in_one_move(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def in_one_move(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when all of it is there: a kill leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(content)
+        yield partial
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

@@ -9,77 +9,132 @@ the later line is the one that counts.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
+from kuavo_train.runs.files import read_json, read_lines
 from kuavo_train.runs.lease import living_holder
-
-Record = dict[str, Any]
+from kuavo_train.runs.records import (
+    GroupRecord,
+    Json,
+    Kind,
+    ReplayAudit,
+    RunRecord,
+    StageRecord,
+    TaskRecord,
+    TrainingRecord,
+    ValidationRecord,
+    with_played,
+)
 
 STAGE_FOLDER = re.compile(r"stage(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
 class StoredStage:
-    """One `stage<index>_<name>` folder. `replay`, `parameters`, `merge`: None where not written.
-
-    The lines of `validations` have the episodes that were rolled out beside them as `played`.
-    """
+    """One `stage<index>_<name>` folder. `replay`, `parameters`, `merge`: None where not written."""
 
     folder: Path
     index: int
     name: str
-    record: Record
-    metrics: tuple[Record, ...]
-    validations: tuple[Record, ...]
-    replay: Record | None
-    parameters: tuple[Record, ...] | None
-    gate: tuple[Record, ...]
-    merge: Record | None
+    record: StageRecord
+    metrics: tuple[TrainingRecord, ...]
+    validations: tuple[ValidationRecord, ...]
+    replay: ReplayAudit | None
+    parameters: tuple[GroupRecord, ...] | None
+    gate: tuple[Json, ...]
+    merge: Json | None
 
     @property
     def finished(self) -> bool:
-        return self.record["status"] == "finished"
+        return self.record.status == "finished"
 
     @property
     def steps(self) -> int:
         """Optimizer steps done, from the logs where the stage did not finish."""
-        logged = [int(line["step"]) for line in (*self.metrics, *self.validations)]
-        return int(self.record.get("steps") or 0) if self.finished else max(logged, default=0)
+        logged = [*(line.step for line in self.metrics), *(line.step for line in self.validations)]
+        return (self.record.steps or 0) if self.finished else max(logged, default=0)
+
+    def validation(self, kind: Kind, task: str) -> ValidationRecord | None:
+        """The last of its kind."""
+        return next((line for line in reversed(self.validations) if (line.kind, line.task) == (kind, task)), None)
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run folder: run.json, tasks in the order of learning, stages in the order of training, probes by name."""
+    """A run folder: run.json, stages in the order of training, contents of report/probes by name."""
 
     folder: Path
-    record: Record
-    tasks: tuple[Record, ...]
+    record: RunRecord
     stages: tuple[StoredStage, ...]
-    probes: Mapping[str, Record]
+    probes: Mapping[str, Json]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "StoredRun":
+        """Read everything a report needs.
+
+        Raises:
+            RunFolderError: the folder is missing, is no run, has no stage, lacks one in the middle, or holds a broken
+                file.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder} does not exist: give the folder of a run, e.g. run=outputs/<run>")
+        if not (folder / "run.json").is_file():
+            raise RunFolderError(
+                f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it"
+            )
+        record = _read_run_json(folder / "run.json")
+        names = {task.name for task in record.tasks}
+        found = [(path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))]
+        stages = sorted(
+            (_read_stage(path, int(match[1]), match[2], names) for path, match in found if path.is_dir()),
+            key=lambda stage: stage.index,
+        )
+        if not stages:
+            raise RunFolderError(f"{folder} has no stage in it: train one first (`make train-all-stages`)")
+        probes = {path.stem: read_json(path) for path in sorted((folder / "report" / "probes").glob("*.json"))}
+        run = cls(folder, record, tuple(stages), probes)
+        _check_no_hole(run)
+        for stage in run.stages:
+            _check_own_checkpoint(run, stage)
+        return run
+
+    @property
+    def tasks(self) -> tuple[TaskRecord, ...]:
+        """In the order of learning."""
+        return self.record.tasks
 
     @property
     def finished(self) -> tuple[StoredStage, ...]:
         return tuple(stage for stage in self.stages if stage.finished)
 
+    @cached_property
     def learnt_in(self) -> dict[str, int]:
         """Task → index of the stage that learns it: its own, or under joint training the first that ends with it seen.
 
         Under any other strategy a task first seen by a later stage than its own is a stage that got lost.
         """
-        learnt = {task["name"]: int(task["index"]) for task in self.tasks}
-        if self.record.get("strategy") != "joint":
+        learnt = {task.name: task.index for task in self.tasks}
+        if self.record.strategy != "joint":
             return learnt
         seen = {
-            line["task"]: stage.index
+            line.task: stage.index
             for stage in reversed(self.finished)
             for line in stage.validations
-            if line["kind"] == "end" and line.get("seen")
+            if line.kind == "end" and line.seen
         }
         return learnt | seen
+
+    def end_of(self, stage_index: int, task: str) -> ValidationRecord | None:
+        """The validation behind R[stage][task]: the first stage's start for row 0, else the stage's end."""
+        if stage_index == 0:
+            return self.stages[0].validation("start", task)
+        return next(stage for stage in self.stages if stage.index == stage_index).validation("end", task)
 
 
 def newest_run(outputs: Path) -> Path:
@@ -102,42 +157,17 @@ def newest_run(outputs: Path) -> Path:
 
 def finished_cells(study: Path) -> list[Path]:
     """The run folders of a study.json's finished cells: beside the study's own, in a copy as well, or as it says."""
-    cells = [cell for cell in _read_json(study)["cells"] if cell["status"] == "finished"]
+    cells = [cell for cell in read_json(study)["cells"] if cell["status"] == "finished"]
     pairs = [(study.absolute().parent.parent / Path(cell["folder"]).name, Path(cell["folder"])) for cell in cells]
     return [beside if beside.is_dir() else folder for beside, folder in pairs]
 
 
-def read_run(folder: Path | str) -> StoredRun:
-    """Read everything a report needs.
-
-    Raises:
-        RunFolderError: the folder is missing, is no run, has no stage, lacks one in the middle, or holds a
-            broken file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RunFolderError(f"{folder} does not exist: give the folder of a run, e.g. run=outputs/<run>")
-    if not (folder / "run.json").is_file():
-        raise RunFolderError(f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it")
-    record = _read_json(folder / "run.json")
-    _require(record, ("run", "tasks"), folder / "run.json")
-    for task in record["tasks"]:
-        _require(task, ("name", "index"), folder / "run.json")
-    tasks = tuple(sorted(record["tasks"], key=lambda task: task["index"]))
-    names = {task["name"] for task in tasks}
-    found = [(path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))]
-    stages = sorted(
-        (_read_stage(path, int(match[1]), match[2], names) for path, match in found if path.is_dir()),
-        key=lambda stage: stage.index,
-    )
-    if not stages:
-        raise RunFolderError(f"{folder} has no stage in it: train one first (`make train-all-stages`)")
-    probes = {path.stem: _read_json(path) for path in sorted((folder / "report" / "probes").glob("*.json"))}
-    run = StoredRun(folder, record, tasks, tuple(stages), probes)
-    _check_no_hole(run)
-    for stage in run.stages:
-        _check_own_checkpoint(run, stage)
-    return run
+def _read_run_json(path: Path) -> RunRecord:
+    content = read_json(path)
+    _require(content, ("run", "tasks"), path)
+    for task in content["tasks"]:
+        _require(task, ("name", "index"), path)
+    return RunRecord.from_json(content)
 
 
 def _check_no_hole(run: StoredRun) -> None:
@@ -151,16 +181,15 @@ def _check_no_hole(run: StoredRun) -> None:
             )
         if not stage.finished:
             raise RunFolderError(
-                f"{stage.folder} is {stage.record['status']}, yet a later stage exists: finish it with "
+                f"{stage.folder} is {stage.record.status}, yet a later stage exists: finish it with "
                 "resume=true and "
                 f"train the later stages again, or move them out of {run.folder}"
             )
     trained = {stage.index for stage in run.stages}
-    learnt = run.learnt_in()
     for task in run.tasks:
-        stage_index = learnt[task["name"]]
+        stage_index = run.learnt_in[task.name]
         if stage_index < last.index and stage_index not in trained:
-            name = f"stage{stage_index}_{task['name']}"
+            name = f"stage{stage_index}_{task.name}"
             raise RunFolderError(
                 f"{run.folder / name} is missing, yet {last.folder.name} exists: restore the folder, or "
                 "train stage "
@@ -171,12 +200,11 @@ def _check_no_hole(run: StoredRun) -> None:
 
 def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
     """The checkpoint whose numbers the stage reports, where it is still there, is the one it wrote, in this run."""
-    folder = stage.folder / str(stage.record.get("checkpoint"))
+    folder = stage.folder / str(stage.record.checkpoint)
     if not (folder / "manifest.json").is_file():
         return
-    manifest = _read_json(folder / "manifest.json")
-    ours = {"run": run.record["run"], "seed": run.record.get("seed")}
-    ours["normalization"] = (run.record.get("normalization") or {}).get("hash")
+    manifest = read_json(folder / "manifest.json")
+    ours = {"run": run.record.run, "seed": run.record.seed, "normalization": run.record.normalization.hash}
     for key, expected in ours.items():
         if manifest.get(key) != expected:
             raise RunFolderError(
@@ -185,92 +213,66 @@ def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
             )
     # As kuavo_train.training.checkpoint hashes it.
     found = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    if found != stage.record.get("checkpoint_hash"):
+    if found != stage.record.checkpoint_hash:
         raise RunFolderError(
             f"{folder} is not the checkpoint that {stage.folder.name} reports on: its hash is {found[:12]}…, that in "
-            f"stage.json {str(stage.record.get('checkpoint_hash'))[:12]}…; restore it, or train the stage again"
+            f"stage.json {str(stage.record.checkpoint_hash)[:12]}…; restore it, or train the stage again"
         )
 
 
 def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredStage:
     path = folder / "stage.json"
     # A kill before the first write leaves a folder without stage.json: it is a stage that was begun, no more.
-    record = _read_json(path) if path.is_file() else {"name": name, "index": index, "status": "interrupted"}
-    _require(record, ("status",), path)
-    if record["status"] == "running" and living_holder(folder) is None:
-        record["status"] = "killed"
-    metrics = _read_lines(folder / "metrics.jsonl", ("step",))
-    validations = _read_lines(folder / "validation.jsonl", ("kind", "step", "task", "loss"))
-    rollouts = _read_lines(folder / "rollouts.jsonl", ("kind", "step", "task", "episodes"))
-    played = {(line["kind"], line["step"], line["task"]): line["episodes"] for line in rollouts}
+    content = read_json(path) if path.is_file() else {"name": name, "index": index, "status": "interrupted"}
+    _require(content, ("status",), path)
+    record = StageRecord.from_json(content)
+    if record.status == "running" and living_holder(folder) is None:
+        record = replace(record, status="killed")
+    metrics = map(TrainingRecord.from_json, _lines(folder / "metrics.jsonl", ("step",)))
+    lines = _lines(folder / "validation.jsonl", ("kind", "step", "task", "loss"))
+    rollouts = _lines(folder / "rollouts.jsonl", ("kind", "step", "task", "episodes"))
+    validations = with_played(map(ValidationRecord.from_json, lines), rollouts)
     for line in validations:
-        if line["task"] not in tasks:
+        if line.task not in tasks:
             raise RunFolderError(
-                f"{folder / 'validation.jsonl'} validates task {line['task']}, which is not in run.json "
-                f"({sorted(tasks)}): "
-                "the stage belongs to another run; move it back there"
+                f"{folder / 'validation.jsonl'} validates task {line.task}, which is not in run.json "
+                f"({sorted(tasks)}): the stage belongs to another run; move it back there"
             )
-    if record["status"] == "finished" and not any(line["kind"] == "end" for line in validations):
+    if record.status == "finished" and not any(line.kind == "end" for line in validations):
         raise RunFolderError(
-            f"{folder} is finished, yet its validation.jsonl has no line of kind 'end': restore the file, or "
-            "train the "
-            "stage again"
+            f"{folder} is finished, yet its validation.jsonl has no line of kind 'end': restore the file, or train "
+            "the stage again"
         )
     replay, parameters, merge = (folder / name for name in ("replay_audit.json", "parameters.json", "merge.json"))
+    groups = read_json(parameters)["groups"] if parameters.is_file() else None
     return StoredStage(
         folder=folder,
         index=index,
         name=name,
         record=record,
-        metrics=_last_of_each(metrics, ("step",)),
-        validations=tuple(
-            line | {"played": played.get((line["kind"], line["step"], line["task"]), [])}
-            for line in _last_of_each(validations, ("kind", "step", "task"))
-        ),
-        replay=_read_json(replay) if replay.is_file() else None,
-        parameters=tuple(_read_json(parameters)["groups"]) if parameters.is_file() else None,
-        gate=tuple(_read_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),
-        merge=_read_json(merge) if merge.is_file() else None,
+        metrics=tuple(_last_of_each({line.step: line for line in metrics})),
+        validations=tuple(_last_of_each({(line.kind, line.step, line.task): line for line in validations})),
+        replay=ReplayAudit.from_json(read_json(replay)) if replay.is_file() else None,
+        parameters=None if groups is None else tuple(map(GroupRecord.from_json, groups)),
+        gate=tuple(_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),
+        merge=read_json(merge) if merge.is_file() else None,
     )
 
 
-def _last_of_each(lines: Iterable[Record], keys: tuple[str, ...]) -> tuple[Record, ...]:
-    latest = {tuple(line[key] for key in keys): line for line in lines}
-    return tuple(sorted(latest.values(), key=lambda line: line["step"]))
+def _last_of_each[T: (TrainingRecord, ValidationRecord)](latest: Mapping[Hashable, T]) -> list[T]:
+    """In the order of their steps."""
+    return sorted(latest.values(), key=lambda line: line.step)
 
 
-def _read_lines(path: Path, keys: tuple[str, ...]) -> list[Record]:
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    records = []
+def _lines(path: Path, keys: tuple[str, ...]) -> list[Json]:
+    """Lines that all hold `keys`; none where the file is not there."""
+    lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not text.endswith("\n"):
-                break  # cut off by a kill while it was written
-            raise RunFolderError(
-                f"{path}: line {number} is not JSON ({error.msg}): repair or delete that line"
-            ) from error
-        _require(record, keys, f"{path}: line {number}")
-        records.append(record)
-    return records
+        _require(line, keys, f"{path}: line {number}")
+    return lines
 
 
-def _read_json(path: Path) -> Record:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunFolderError(
-            f"{path} is not JSON ({error}): restore it from a copy, or train the stage again"
-        ) from error
-
-
-def _require(record: Any, keys: Iterable[str], where: Path | str) -> None:
-    missing = [key for key in keys if not isinstance(record, Mapping) or key not in record]
+def _require(content: Any, keys: Iterable[str], where: Path | str) -> None:
+    missing = [key for key in keys if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise RunFolderError(f"{where} lacks {', '.join(map(repr, missing))}: it was not written by this trainer")

@@ -25,7 +25,8 @@ from kuavo_train.data.images.frames import open_frames
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, require
-from kuavo_train.runs.stored_run import StoredRun, StoredStage, read_run
+from kuavo_train.runs.records import TaskRecord
+from kuavo_train.runs.stored_run import StoredRun, StoredStage
 from kuavo_train.training.checkpoint import Checkpoint, CheckpointFolder
 from kuavo_train.training.optimizer import choose_device
 
@@ -52,7 +53,7 @@ class TrainedRun:
     @classmethod
     def open(cls, folder: Path) -> "TrainedRun":
         """Raises RunFolderError or `ConfigError` for a folder that is no run, or not a whole one."""
-        stored = read_run(folder)
+        stored = StoredRun.open(folder)
         path = folder / "normalization.json"
         require(path.is_file(), str(path), "be there", "no file")
         return cls(stored, Normalization.load(path))
@@ -88,20 +89,19 @@ class TrainedRun:
     @cached_property
     def curriculum(self) -> list[StageConfig]:
         """The recipe of every task: the one it was learnt with, or what run.json says of its data."""
-        return [self._recipe(task["name"]) for task in self.stored.tasks]
+        return [self._recipe(task) for task in self.stored.tasks]
 
-    def _recipe(self, name: str) -> StageConfig:
+    def _recipe(self, task: TaskRecord) -> StageConfig:
         for stage in self.stages:
             config = self.config(stage)
-            if config.stage.name == name:
+            if config.stage.name == task.name:
                 return config.stage
-        entry = next(task for task in self.stored.tasks if task["name"] == name)
-        if "recipe" in entry:
+        if task.recipe is not None:
             began = OmegaConf.load(self.stages[-1].folder / "config.yaml").outputs
-            return self._here(StageConfig(**entry["recipe"]), began)
+            return self._here(StageConfig(**task.recipe), began)
         # Recorded by an earlier version: nothing of another task's may stand in for what is not known of this one.
-        about = {key: entry[key] for key in ("name", "index", "instruction")}
-        return replace(without_data(self.settings.stage), **about, root=entry["dataset"]["root"], replay={name: 1.0})
+        about = {key: getattr(task, key) for key in ("name", "index", "instruction")}
+        return replace(without_data(self.settings.stage), **about, root=str(task.dataset.root), replay={task.name: 1.0})
 
     def recipe(self, name: str) -> StageConfig:
         """Raises `ConfigError` for a task that the run does not have."""
@@ -112,11 +112,11 @@ class TrainedRun:
     def task(self, name: str) -> Task:
         """The task with the data and the split that the run was trained with. Raises `ConfigError` for any other."""
         task = open_task(self.recipe(name), self.settings.data)
-        dataset = next(entry["dataset"] for entry in self.stored.tasks if entry["name"] == name)
+        dataset = next(entry.dataset for entry in self.stored.tasks if entry.name == name)
         self.normalization.check_covers(task)
         for what, found, known in (
-            ("content hash", task.content_hash, dataset["hash"]),
-            ("held-out episodes", list(task.held_out_episodes), dataset["held_out_episodes"]),
+            ("content hash", task.content_hash, dataset.hash),
+            ("held-out episodes", list(task.held_out_episodes), list(dataset.held_out_episodes)),
         ):
             require(found == known, f"{what} of {task.root}", f"be what {self.folder} was trained with, {known}", found)
         return task
@@ -129,8 +129,8 @@ class TrainedRun:
     @property
     def learnt(self) -> list[Task]:
         """Those of the finished stages."""
-        learnt_in = self.stored.learnt_in()
-        return [task for task in self.tasks if learnt_in[task.name] <= self.stored.finished[-1].index]
+        last = self.stored.finished[-1].index
+        return [task for task in self.tasks if self.stored.learnt_in[task.name] <= last]
 
     def dataset(self, tasks: Sequence[Task], policy_config: Any) -> MixedDataset:
         """Samples as the policy of that LeRobot config takes them."""

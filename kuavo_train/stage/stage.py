@@ -13,7 +13,6 @@ from hashlib import sha256
 from itertools import batched
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm import tqdm
@@ -24,15 +23,17 @@ from kuavo_train.errors import ConfigError, Interrupted, RunError
 from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import roll_out
-from kuavo_train.evaluation.validation import Validator
+from kuavo_train.evaluation.validation import Validator, mean_loss
 from kuavo_train.interruption import Listening, listening
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.reporting.run_analysis import write_matrix
-from kuavo_train.reporting.run_metrics import episode_scores
+from kuavo_train.reporting.run_analysis import analyse, write_matrix
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.lease import Lease, NoLease, held
+from kuavo_train.runs.records import ClosedLoop, Kind, Moment, ValidationRecord
 from kuavo_train.runs.run_facts import write_run_facts
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.runs.stored_run import StoredRun
+from kuavo_train.stage import model_card
 from kuavo_train.stage.lineage import checkpoint_to_resume, result_before, stages_before
 from kuavo_train.stage.preflight import Findings
 from kuavo_train.stage.remedies import told_in_one_line
@@ -40,7 +41,6 @@ from kuavo_train.stage.setup import OpenedStage, fresh_memory, open_stage, recor
 from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
 from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.strategies.merging import copy_weights, sweep_merges
-from kuavo_train.training import model_card
 from kuavo_train.training.checkpoint import Checkpoint, load_weights
 from kuavo_train.training.ema import average_of
 from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
@@ -52,7 +52,7 @@ from kuavo_train.training.parameter_groups import (
     take_fingerprints,
 )
 from kuavo_train.training.policy_factory import policy_config_class
-from kuavo_train.training.tracking import NoTracker, Tracker, curves_of, make_tracker
+from kuavo_train.training.tracking import NoTracker, Tracker, make_tracker
 from kuavo_train.training.trainer import Progress, Trainer, Validated, deal_by, step_seed
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
@@ -225,14 +225,14 @@ class Stage:
     def _gate(self) -> Gate:
         learnt, gated = {}, self.config.forgetting.budget is not None
         for stage in stages_before(self.config, self.opened.curriculum) if gated else ():
-            lines = stage_folder(self.config, stage).validations.read()
-            ends = [line for line in lines if line["kind"] == "end" and line["task"] == stage.name]
+            lines = map(ValidationRecord.from_json, stage_folder(self.config, stage).validations.read())
+            ends = [line for line in lines if line.kind == "end" and line.task == stage.name]
             if not ends:
                 raise ConfigError(
                     f"{stage_folder(self.config, stage).path}/validation.jsonl must hold the losses of {stage.name} "
                     "when it was learnt (kind 'end') for the gate; restore it, or set forgetting.budget=null"
                 )
-            learnt[stage.name] = episode_scores(ends[-1], "loss")
+            learnt[stage.name] = ends[-1].scores("loss")
         return Gate(learnt, self.config.forgetting)
 
     def _importance_before(self) -> Importance | None:
@@ -372,7 +372,7 @@ class Stage:
         """All tasks seen; then the gate."""
         with self.average.applied():
             records = self._validate("epoch", step=step, epoch=epoch, names=self.opened.seen)
-        readings = self.gate.read({record["task"]: episode_scores(record, "loss") for record in records})
+        readings = self.gate.read({record.task: record.scores("loss") for record in records})
         over = step == self.timetable.steps
         action = self.gate.act(readings, shares=self.order.shares, new=self.config.learns[0], over=over)
         action = gather_object([action])[0]  # every process does what the first one decides
@@ -384,42 +384,44 @@ class Stage:
                 self.tracker.log({f"gate/{reading.task}/change": reading.change.estimate}, step)
             if action.name is not None:
                 tqdm.write(f"forgetting at step {step}: {action.reason} → {action.name}")
-        return Validated(mean_loss(records), stop=action.stop, shares=action.shares)
+        return Validated(mean_loss(record.held_out for record in records), stop=action.stop, shares=action.shares)
 
-    def _validate(self, kind: str, *, step: int, epoch: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    def _validate(self, kind: Kind, *, step: int, epoch: int, names: Sequence[str]) -> list[ValidationRecord]:
         """A record per task, also appended to validation.jsonl."""
         policy = self.accelerator.unwrap_model(self.policy)
-        records = self._repeatable(lambda: self.validator.validate_all_tasks(policy, names))
+        found = self._repeatable(lambda: self.validator.validate_all_tasks(policy, names))
         seen = [] if kind == "start" else self.opened.seen
-        stage = self.config.stage
-        about = {"stage": stage.index, "stage_name": stage.name, "kind": kind, "epoch": epoch, "step": step}
+        moment = Moment(kind, step, self.config.stage.index, self.config.stage.name, epoch)
         every = self.config.rollout.every_epochs
+        closed_loops: dict[str, ClosedLoop | None] = {}
         if kind == "end" or (kind == "epoch" and every is not None and epoch % every == 0):
-            records = self._roll_out(records, about)
+            closed_loops = self._roll_out([scores.task for scores in found], moment)
+        records = [
+            ValidationRecord(moment, scores.task in seen, scores, closed_loops.get(scores.task)) for scores in found
+        ]
         if self.accelerator.is_main_process:
             for record in records:
-                self.folder.validations.append({**about, "seen": record["task"] in seen, **record})
-                self.tracker.log(curves_of(record), step)
+                self.folder.validations.append(record.to_json())
+                self.tracker.log(record.curves(), step)
         return records
 
-    def _roll_out(self, records: list[dict[str, Any]], about: dict[str, Any]) -> list[dict[str, Any]]:
-        """The records, with success and progress in closed loop of the tasks seen; its episodes go to rollouts.jsonl.
+    def _roll_out(self, names: Sequence[str], moment: Moment) -> dict[str, ClosedLoop | None]:
+        """How the tasks of `names` that were seen go in closed loop; the episodes go to rollouts.jsonl.
 
         Each process plays a share of the episodes.
         """
         config = self.config.rollout
         if config.episodes == 0:
-            return records
+            return {}
         policy = self.accelerator.unwrap_model(self.policy)
         was_training = policy.training
         robot = SmolVLAPolicyWrapper(policy, self.opened.processors, self.opened.known_tasks, seed=self.config.seed)
         seeds = evaluation_seeds(config.episodes, seed=config.seed)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        with_rollouts = []
-        for record in records:
-            environment = self.opened.environments.get(record["task"])
+        closed_loops = {}
+        for name in names:
+            environment = self.opened.environments.get(name)
             if environment is None:  # not seen yet
-                with_rollouts.append(record)
                 continue
             share = seeds[process::processes]
             play = partial(
@@ -434,12 +436,12 @@ class Stage:
             mine = self._repeatable(play)
             rollouts = Rollouts.joined(gather_object([mine]))
             if self.accelerator.is_main_process:
-                self.folder.rollouts.append({**about, "task": record["task"], **rollouts.record()})
-                tqdm.write(f"{record['task']}: {rollouts.summary}")
-            with_rollouts.append(record | rollouts.cells())
+                self.folder.rollouts.append({**moment.to_json(), "task": name, **rollouts.to_json()})
+                tqdm.write(f"{name}: {rollouts.summary}")
+            closed_loops[name] = rollouts.closed_loop()
         policy.reset()
         policy.train(was_training)
-        return with_rollouts
+        return closed_loops
 
     def _save(self, progress: Progress) -> None:
         of_all = progress.joined(gather_object([progress])[1:])
@@ -528,7 +530,8 @@ class Stage:
             finished=now(),
             **({"stopped": progress.stopped} if progress.stopped else {}),
         )
-        write_matrix(config.run_folder, limits=RetentionLimits(**config.forgetting.limits))
+        limits = RetentionLimits(**config.forgetting.limits)
+        write_matrix(analyse(StoredRun.open(config.run_folder), limits=limits))
         print(f"finished stage {config.stage.index} ({config.stage.name}): {folder.path / 'checkpoints' / 'best'}")
 
     def _merge(self, policy: Any, before: Checkpoint, best: Checkpoint, merge: MergeConfig) -> tuple[Checkpoint, float]:
@@ -539,8 +542,8 @@ class Stage:
         load_weights(policy, best)
 
         def validate() -> dict[str, float]:
-            records = self._repeatable(lambda: self.validator.validate_all_tasks(policy, self.opened.seen))
-            return {record["task"]: record["loss"] for record in records}
+            found = self._repeatable(lambda: self.validator.validate_all_tasks(policy, self.opened.seen))
+            return {scores.task: scores.loss for scores in found}
 
         sweep = sweep_merges(policy, old, new, merge.alphas, validate)
         name = f"merged-{sweep['chosen']:g}"
@@ -579,7 +582,3 @@ class Stage:
             autocast=self.accelerator.autocast,
             seed=step_seed(order.seed, order.stage),
         )
-
-
-def mean_loss(records: Sequence[dict[str, Any]]) -> float:
-    return float(np.mean([record["loss"] for record in records]))

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError, RunError
@@ -78,12 +78,3 @@ def check_tracking(config: RunConfig) -> None:
             "tracking=online must have a key of Weights & Biases, got none in WANDB_API_KEY or the netrc file; log in "
             "with wandb login, or set tracking=offline, whose curves wandb sync uploads later"
         )
-
-
-def curves_of(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a task's validation, by the names of their curves."""
-    values = {name: record.get(name) for name in ("loss", "action_error", "progress")}
-    success = record.get("success")
-    if success is not None:
-        values["success"] = success["successes"] / success["trials"]
-    return {f"validation/{record['task']}/{name}": value for name, value in values.items() if value is not None}

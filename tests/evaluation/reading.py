@@ -1,10 +1,36 @@
-"""What a test sees of a page."""
+"""What a test sees of a run's report, and of a page."""
 
+from collections.abc import Sequence
 from html.parser import HTMLParser
+from pathlib import Path
 
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reporting.run_analysis import Analysis, analyse, write_matrix
+from kuavo_train.reporting.strategy_comparison import Comparison, compare
+from kuavo_train.reporting.write_report import write_report
+from kuavo_train.runs.records import Json
+from kuavo_train.runs.stored_run import StoredRun
 
 QUICK = RetentionLimits(resamples=500)
+
+
+def analysed(folder: Path, *, limits: RetentionLimits | None = QUICK, joint: Path | None = None) -> Analysis:
+    return analyse(StoredRun.open(folder), limits=limits, joint=None if joint is None else StoredRun.open(joint))
+
+
+def matrix_of(folder: Path, *, limits: RetentionLimits | None = QUICK, joint: Path | None = None) -> Json:
+    """The content of matrix.json, which is written."""
+    analysis = analysed(folder, limits=limits, joint=joint)
+    write_matrix(analysis)
+    return analysis.matrix
+
+
+def page_of(folder: Path, *, limits: RetentionLimits = QUICK) -> "Page":
+    return Page(write_report(analysed(folder, limits=limits)).read_text(encoding="utf-8"))
+
+
+def compared_runs(folders: Sequence[Path], limits: RetentionLimits = QUICK) -> Comparison:
+    return compare([StoredRun.open(folder) for folder in folders], limits)
 
 
 class Page(HTMLParser):

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reading import QUICK, Page
+from reading import QUICK, Page, analysed, compared_runs, matrix_of, page_of
 from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics.number_format import FORMATS
-from kuavo_train.report import look_up, main, write_matrix
-from kuavo_train.reporting.strategy_comparison import compare
-from kuavo_train.reporting.write_report import comparison_table, summary_table, write_comparison, write_report
+from kuavo_train.report import main
+from kuavo_train.reporting.html_page import look_up
+from kuavo_train.reporting.text_report import comparison_table, summary_table
+from kuavo_train.reporting.write_report import comparison_content, write_comparison
 
 STRATEGIES = ("replay", "sequential", "joint")
 
@@ -34,7 +35,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    page = write_comparison(list(runs.values()), tmp_path_factory.mktemp("comparison"), limits=QUICK)
+    page = write_comparison(compared_runs(list(runs.values())), tmp_path_factory.mktemp("comparison"))
     return json.loads((page.parent / "comparison.json").read_text()), page
 
 
@@ -60,7 +61,7 @@ def test_every_number_in_the_page_is_the_one_in_comparison_json(compared):
 def test_a_strategys_number_is_the_mean_of_its_seeds_own_reports(runs, compared):
     comparison, _ = compared
     for name in STRATEGIES:
-        own = [write_matrix(runs[name, seed], limits=QUICK)["matrices"]["loss"]["metrics"] for seed in (0, 1)]
+        own = [matrix_of(runs[name, seed])["matrices"]["loss"]["metrics"] for seed in (0, 1)]
         for metric in ("average", "backward transfer", "forgetting", "forward transfer", "plasticity"):
             found = strategy(comparison, name)["metrics"]["loss"][metric]["value"]
             values = [metrics[metric]["value"] for metrics in own]
@@ -97,7 +98,7 @@ def test_success_in_closed_loop_is_compared_on_the_layouts_that_all_runs_played(
             line | {"episodes": [e | {"error": "fell" if e["seed"] == 10**9 else None} for e in line["episodes"]]}
         ),
     )
-    page = write_comparison(folders, tmp_path / "comparison", limits=QUICK)
+    page = write_comparison(compared_runs(folders), tmp_path / "comparison")
     comparison = json.loads((page.parent / "comparison.json").read_text())
     assert comparison["layouts"] == dict.fromkeys(TASKS.values(), 19)  # one failed in one of the runs
     found = {name: strategy(comparison, name)["closed_loop"][0] for name in keeps}
@@ -111,7 +112,7 @@ def test_success_in_closed_loop_is_compared_on_the_layouts_that_all_runs_played(
     for pointer, form, text in html.numbers:
         assert text == FORMATS[form](look_up(comparison, pointer)), pointer
     assert "Success in closed loop" in html.text
-    assert "success in closed loop" in comparison_table(folders, limits=QUICK)
+    assert "success in closed loop" in comparison_table(compared_runs(folders))
 
 
 def test_runs_that_were_never_rolled_out_have_no_closed_loop_to_compare(compared):
@@ -124,18 +125,19 @@ def test_intransigence_is_against_the_joint_run_of_the_same_seed(runs, compared)
     comparison, _ = compared
     found = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]["value"]["by_seed"]
     for seed in (0, 1):
-        matrix = write_matrix(runs["replay", seed], limits=QUICK, joint=runs["joint", seed])
+        matrix = matrix_of(runs["replay", seed], joint=runs["joint", seed])
         gaps = matrix["matrices"]["loss"]["metrics"]["intransigence by task"]["value"]
         assert found[str(seed)] == pytest.approx(sum(gaps.values()) / 4)
     assert "intransigence" not in strategy(comparison, "joint")["metrics"]["loss"]
 
 
 def test_without_a_joint_run_there_is_no_intransigence_and_the_page_says_why(pair, tmp_path):
-    comparison = compare(pair, QUICK)
+    comparison = comparison_content(compared_runs(pair))
     entry = strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]
     assert (entry["value"], entry["reason"]) == (None, "no finished joint run was given")
     assert (
-        "no finished joint run was given" in Page(write_comparison(pair, tmp_path / "c", limits=QUICK).read_text()).text
+        "no finished joint run was given"
+        in Page(write_comparison(compared_runs(pair), tmp_path / "c").read_text()).text
     )
 
 
@@ -150,21 +152,21 @@ def test_the_verdicts_over_seeds_follow_what_the_strategies_forget(compared):
 
 
 def test_a_verdict_that_is_not_settled_is_told_with_both_words_and_counted_apart(pair, tmp_path):
-    change = strategy(compare(pair, QUICK), "replay")["tasks"][1]["relative_change"]
+    change = strategy(comparison_content(compared_runs(pair)), "replay")["tasks"][1]["relative_change"]
     assert change["low"] < change["estimate"] < change["high"] < QUICK.slight_change
     between = dataclasses.replace(QUICK, well_retained_change=change["estimate"])
-    text = Page(write_comparison(pair, tmp_path / "c", limits=between).read_text(encoding="utf-8")).text
+    text = Page(write_comparison(compared_runs(pair, between), tmp_path / "c").read_text(encoding="utf-8")).text
     assert "1 well retained, 1 significant forgetting, 1 not settled" in " ".join(text.split())
     assert "at best well retained at worst slight degradation" in " ".join(text.split())
-    text = Page(write_report(pair[0], limits=between).read_text(encoding="utf-8")).text
+    text = page_of(pair[0], limits=between).text
     assert "at best well retained at worst slight degradation: not settled" in " ".join(text.split())
-    assert "at best well retained, at worst slight degradation" in summary_table(pair[0])
+    assert "at best well retained, at worst slight degradation" in summary_table(analysed(pair[0], limits=None))
 
 
 def test_a_single_seed_has_the_verdicts_of_its_own_report(pair):
-    comparison = compare(pair, QUICK)
+    comparison = comparison_content(compared_runs(pair))
     for run in pair:
-        own = [verdict["relative_change"] for verdict in write_matrix(run, limits=QUICK)["verdicts"]]
+        own = [verdict["relative_change"] for verdict in matrix_of(run)["verdicts"]]
         for task, change in zip(strategy(comparison, run.name)["tasks"], own, strict=True):
             found = task["relative_change"]
             assert (found and [found["low"], found["high"]]) == (change and [change["low"], change["high"]])
@@ -194,23 +196,23 @@ def test_the_csv_holds_every_cell_of_every_run_and_every_combined_number(compare
 def test_a_partial_run_is_told_and_left_out_of_its_strategys_numbers(runs, tmp_path):
     short = write_run(tmp_path / "short", strategy="sequential", seed=2, finished=2)
     folders = [*runs.values(), short]
-    comparison = compare(folders, QUICK)
+    comparison = comparison_content(compared_runs(folders))
     assert comparison["partial"]
     entry = strategy(comparison, "sequential")
     assert entry["seeds"] == [0, 1]
     assert not entry["partial"]
     assert len(entry["left_out"]) == 1
-    page = Page(write_comparison(folders, tmp_path / "comparison", limits=QUICK).read_text()).text
+    page = Page(write_comparison(compared_runs(folders), tmp_path / "comparison").read_text()).text
     assert "Partial comparison" in page
     assert "short: stage 4 (sorting) has not been trained" in page
     assert "left out of the numbers of sequential" in page
-    assert "partial: short: stage3_placement is interrupted" in comparison_table(folders, limits=QUICK)
+    assert "partial: short: stage3_placement is interrupted" in comparison_table(compared_runs(folders))
 
 
 def test_a_strategy_of_which_every_run_is_partial_reports_its_part_and_no_difference(tmp_path):
     whole = write_run(tmp_path / "whole")
     short = write_run(tmp_path / "short", strategy="sequential", finished=2)
-    entry = strategy(compare([whole, short], QUICK), "sequential")
+    entry = strategy(comparison_content(compared_runs([whole, short])), "sequential")
     assert entry["partial"]
     assert entry["evidence"].startswith("Partial: 2 stages finished.")
     assert entry["metrics"]["loss"]["average"]["value"] is not None
@@ -220,13 +222,13 @@ def test_a_strategy_of_which_every_run_is_partial_reports_its_part_and_no_differ
 
 def test_an_unfinished_joint_run_is_told_and_gives_no_intransigence(pair, tmp_path):
     joint = write_run(tmp_path / "joint", strategy="joint", finished=0)
-    comparison = compare([*pair, joint], QUICK)
+    comparison = comparison_content(compared_runs([*pair, joint]))
     assert [text for text in comparison["missing"] if text.startswith("joint: ")] == [
         "joint: stage1_joint is interrupted at step 100"
     ]
     assert strategy(comparison, "joint")["evidence"].startswith("Partial: 0 stages finished.")
     assert strategy(comparison, "replay")["metrics"]["loss"]["intransigence"]["value"] is None
-    write_comparison([*pair, joint], tmp_path / "comparison", limits=QUICK)
+    write_comparison(compared_runs([*pair, joint]), tmp_path / "comparison")
 
 
 NOT_COMPARABLE = {
@@ -262,18 +264,18 @@ def test_runs_that_were_not_asked_the_same_questions_are_refused_with_both_folde
     change, message = NOT_COMPARABLE[case]
     change(pair[1])
     with pytest.raises(RunFolderError, match=rf"{pair[0]} and {pair[1]} {message}.*do not compare; train both"):
-        compare(pair, QUICK)
+        comparison_content(compared_runs(pair))
 
 
 def test_two_runs_of_one_strategy_and_seed_are_refused(pair, tmp_path):
     again = write_run(tmp_path / "again")
     with pytest.raises(RunFolderError, match=r"replay and .*again are both replay with seed 0: .* leave one"):
-        compare([*pair, again], QUICK)
+        comparison_content(compared_runs([*pair, again]))
 
 
 def test_a_single_run_is_no_comparison(pair):
     with pytest.raises(RunFolderError, match="needs at least two runs"):
-        compare(pair[:1], QUICK)
+        comparison_content(compared_runs(pair[:1]))
 
 
 def test_a_validation_of_other_episodes_is_refused(pair):
@@ -282,7 +284,7 @@ def test_a_validation_of_other_episodes_is_refused(pair):
         lambda line: line | {"episodes": line["episodes"][1:]} if line["kind"] == "end" else line,
     )
     with pytest.raises(RunFolderError, match=r"sequential: the validation of .* in stage 2 must score its held-out"):
-        compare(pair, QUICK)
+        comparison_content(compared_runs(pair))
 
 
 def test_runs_with_a_hole_or_a_missing_stage_name_the_folder(pair):
@@ -291,10 +293,10 @@ def test_runs_with_a_hole_or_a_missing_stage_name_the_folder(pair):
         lambda line: None if line["kind"] == "end" and line["task"] == "weighing" else line,
     )
     with pytest.raises(RunFolderError, match=r"sequential/stage3_placement/validation.jsonl has no line of kind 'end'"):
-        compare(pair, QUICK)
+        comparison_content(compared_runs(pair))
     shutil.rmtree(pair[0] / "stage2_weighing")
     with pytest.raises(RunFolderError, match="replay/stage2_weighing is missing"):
-        compare(pair, QUICK)
+        comparison_content(compared_runs(pair))
 
 
 def test_the_command_line_takes_runs_a_study_or_a_folder_of_runs(runs, tmp_path, capsys):

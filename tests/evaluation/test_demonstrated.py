@@ -21,6 +21,7 @@ from kuavo_train.evaluation.open_loop import judge_errors, walk
 from kuavo_train.evaluation.options import Request
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.reporting.html_page import look_up
+from kuavo_train.runs.records import DatasetRecord, TaskRecord
 
 HORIZON, STRIDE = 6, 4
 
@@ -106,7 +107,7 @@ def test_a_difference_is_paired_by_episode(task: Task) -> None:
 def test_episodes_that_the_run_was_trained_on_are_left_out(contestant: Contestant, task: Task) -> None:
     assert contestant.unseen(task) == set(range(len(task.bounds)))
     for content, expected in ((task.content_hash, {1, 3}), ("another", set(range(len(task.bounds))))):
-        entry = {"name": "sorting", "dataset": {"hash": content, "held_out_episodes": [1, 3]}}
+        entry = TaskRecord("sorting", 4, dataset=DatasetRecord(hash=content, held_out_episodes=(1, 3)))
         trained = SimpleNamespace(stored=SimpleNamespace(tasks=[entry]))
         assert replace(contestant, run=trained).unseen(task) == expected
 

@@ -11,21 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from reading import QUICK, Page
+from reading import analysed, matrix_of, page_of
 from synthetic_run import TASKS, edit, edit_lines, write_run
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.report import look_up, main, write_matrix
-from kuavo_train.reporting.write_report import summary_table, write_report
-from kuavo_train.runs.stored_run import newest_run, read_run
+from kuavo_train.report import main
+from kuavo_train.reporting.html_page import look_up
+from kuavo_train.reporting.text_report import summary_table
+from kuavo_train.runs.stored_run import StoredRun, newest_run
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("runs") / "four")
-    return folder, Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+    return folder, page_of(folder)
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def test_the_training_curves_stand_in_a_csv(reported):
     folder, _ = reported
     with (folder / "report" / "training.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = [(stage.index, line) for stage in read_run(folder).stages for line in stage.metrics]
+    lines = [(stage.index, line) for stage in StoredRun.open(folder).stages for line in stage.metrics]
     assert len(rows) == len(lines) > 20
     for row, (stage, line) in zip(rows, lines, strict=True):
-        assert (int(row["stage"]), int(row["step"])) == (stage, line["step"])
-        assert (float(row["loss"]), float(row["lr"])) == (line["loss"], line["lr"])
+        assert (int(row["stage"]), int(row["step"])) == (stage, line.step)
+        assert (float(row["loss"]), float(row["lr"])) == (line.loss, line.lr)
 
 
 def test_the_matrix_holds_the_means_of_the_held_out_episodes(reported):
@@ -69,7 +70,7 @@ def test_the_matrix_holds_the_means_of_the_held_out_episodes(reported):
 def test_every_episode_counts_once_even_where_the_line_weights_them_otherwise(run):
     """Else the change in the verdict would not be the mean whose interval is bootstrapped."""
     edit_lines(run / "stage4_sorting" / "validation.jsonl", lambda line: line | {"loss": 77.0})
-    verdict = write_matrix(run, limits=QUICK)["verdicts"][0]
+    verdict = matrix_of(run)["verdicts"][0]
     assert verdict["loss_now"] < 1
     assert verdict["change"]["estimate"] == pytest.approx(verdict["loss_now"] - verdict["loss_when_learnt"])
 
@@ -84,16 +85,16 @@ def test_the_final_limit_of_a_task_is_that_of_its_recipe(reported):
 def test_the_report_says_what_validation_cost(reported):
     folder, page = reported
     matrix = json.loads((folder / "report" / "matrix.json").read_text())
-    lines = [line for stage in read_run(folder).stages for line in stage.validations]
+    lines = [line for stage in StoredRun.open(folder).stages for line in stage.validations]
     assert matrix["validation_cost"]["share"] == pytest.approx(1.5 * len(lines) / (4 * 171 + 10))
     assert ("/validation_cost/share", "share", FORMATS["share"](matrix["validation_cost"]["share"])) in page.numbers
 
 
 def test_the_report_says_which_stages_end_in_their_last_checkpoint(run):
     words = "stage 2 its last one, as configured"
-    assert words not in Page(write_report(run, limits=QUICK).read_text(encoding="utf-8")).text
+    assert words not in page_of(run).text
     edit(run / "stage2_weighing" / "stage.json", lambda stage: stage.update(result="last"))
-    assert words in Page(write_report(run, limits=QUICK).read_text(encoding="utf-8")).text
+    assert words in page_of(run).text
 
 
 @pytest.mark.parametrize(
@@ -159,45 +160,45 @@ def test_a_run_that_kept_its_promises_passes_every_check(reported):
 )
 def test_runs_of_every_shape_are_reported(tmp_path, stages, finished, held_out):
     folder = write_run(tmp_path / "run", stages=stages, finished=finished, held_out=held_out)
-    page = Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(folder)
     matrix = json.loads((folder / "report" / "matrix.json").read_text())
     for pointer, form, text in page.numbers:
         assert text == FORMATS[form](look_up(matrix, pointer)), pointer
     done = stages if finished is None else stages[:finished]
     assert [row["stage"] for row in matrix["matrices"]["loss"]["rows"]] == [0, *done]
-    assert summary_table(folder).count("\n") > len(stages)
+    assert summary_table(analysed(folder)).count("\n") > len(stages)
 
 
 def test_a_partial_run_says_so_and_what_is_missing(tmp_path):
     folder = write_run(tmp_path / "run", finished=2)
-    page = Page(write_report(folder, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(folder)
     assert "Partial report" in page.text
     assert "stage3_placement is interrupted at step 100" in page.text
     assert "stage 4 (sorting) has not been trained" in page.text
-    assert "partial: stage 4 (sorting)" in summary_table(folder)
+    assert "partial: stage 4 (sorting)" in summary_table(analysed(folder))
 
 
 def test_the_matrix_is_written_after_each_stage_with_the_rows_so_far(tmp_path):
     folder = write_run(tmp_path / "run", finished=1)
-    matrix = write_matrix(folder, limits=QUICK)
+    matrix = matrix_of(folder)
     assert matrix == json.loads((folder / "report" / "matrix.json").read_text())
     assert [row["stage"] for row in matrix["matrices"]["loss"]["rows"]] == [0, 1]
 
 
 def test_a_stage_that_learnt_all_tasks_jointly_has_no_forgetting(tmp_path):
-    matrix = write_matrix(write_run(tmp_path / "joint", strategy="joint"), limits=QUICK)
+    matrix = matrix_of(write_run(tmp_path / "joint", strategy="joint"))
     assert not matrix["partial"]
     assert {verdict["state"] for verdict in matrix["verdicts"]} == {"learnt last"}
     assert matrix["matrices"]["loss"]["metrics"]["backward transfer"]["value"] is None
 
 
 def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
-    for stage in read_run(run).stages:
+    for stage in StoredRun.open(run).stages:
         edit_lines(
             stage.folder / "validation.jsonl",
             lambda line: line | {"success": {"successes": 10 if line["seen"] else 0, "trials": 20}},
         )
-    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     success = matrix["matrices"]["success"]
     assert success["rows"][4]["intervals"]["weighing"]["low"] == pytest.approx(0.2993, abs=1e-4)
@@ -214,18 +215,18 @@ def test_closed_loop_is_told_stage_by_stage_with_its_funnel_and_branches(run):
         "branches": {"right": 9, "acted": 12},
         "n_action_steps": 8,
     }
-    for stage in read_run(run).stages:
+    for stage in StoredRun.open(run).stages:
         edit_lines(
             stage.folder / "validation.jsonl",
             lambda line: line | (told if line["seen"] and line["kind"] == "end" else {}),
         )
-    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     assert [entry["stage"] for entry in matrix["closed_loop"]] == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
     assert matrix["matrices"]["progress"]["rows"][4]["values"]["weighing"] == 0.75
     assert "picked 17 → stored 10" in " ".join(page.text.split())
     assert "9 of 12" in page.text
-    lines = summary_table(run).splitlines()
+    lines = summary_table(analysed(run)).splitlines()
     assert "success learnt" in lines[2]
     assert lines[4].count("50") >= 2
 
@@ -236,7 +237,7 @@ def test_a_run_that_was_never_rolled_out_has_no_such_section(reported):
 
 def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path, capsys):
     joint = write_run(tmp_path / "joint", strategy="joint")
-    matrix = write_matrix(run, limits=QUICK, joint=joint)
+    matrix = matrix_of(run, joint=joint)
     metrics = matrix["matrices"]["loss"]["metrics"]
     gap = metrics["intransigence by task"]["value"]
     assert set(gap) == set(TASKS.values())
@@ -245,7 +246,7 @@ def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, t
     assert f"intransigence {FORMATS['number'](metrics['intransigence']['value'])}" in capsys.readouterr().out
     edit(joint / "run.json", lambda record: record["normalization"].update(hash="another"))
     with pytest.raises(RunFolderError, match=r"joint have different normalization hashes .* do not compare"):
-        write_matrix(run, limits=QUICK, joint=joint)
+        matrix_of(run, joint=joint)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +270,11 @@ def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, t
 )  # fmt: skip
 def test_a_broken_promise_stands_at_the_top_of_the_report_and_in_the_terminal(run, break_it, name):
     break_it(run)
-    matrix = write_matrix(run, limits=QUICK)
+    matrix = matrix_of(run)
     assert [check["name"] for check in matrix["checks"] if check["passed"] is False] == [name]
-    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(run)
     assert page.text.index("Not everything held") < page.text.index(name) < page.text.index("The metrics")
-    assert f"FAILED: {name}" in summary_table(run)
+    assert f"FAILED: {name}" in summary_table(analysed(run))
 
 
 @pytest.mark.parametrize(("off_by", "passes"), [(3, True), (4, False)])
@@ -285,7 +286,7 @@ def test_shares_dealt_in_clips_are_exact_to_the_clip(run, off_by, passes):
         record["dealt_together"] = 4
 
     edit(run / "stage2_weighing/replay_audit.json", in_clips)
-    checks = {check["name"]: check["passed"] for check in write_matrix(run, limits=QUICK)["checks"]}
+    checks = {check["name"]: check["passed"] for check in matrix_of(run)["checks"]}
     assert checks["Replay shares drawn are those declared"] is passes
 
 
@@ -301,7 +302,7 @@ def test_the_strategy_at_work_and_the_gate_are_told_with_their_numbers(run):
     (stage / "merge.json").write_text(json.dumps({"chosen": 1.0, "sweep": sweep}))
     edit_lines(stage / "metrics.jsonl", lambda line: line | {"penalty": 0.01 * line["step"]})
     edit(stage / "stage.json", lambda record: record.update(stopped="held-out loss since learnt: weighing"))
-    page = Page(write_report(run, limits=QUICK).read_text(encoding="utf-8"))
+    page = page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     assert "1 of 2 readings were" in page.text
     assert "raise replay" in page.text
@@ -385,7 +386,7 @@ def test_a_folder_that_cannot_be_reported_is_an_error_naming_it_and_the_fix(run,
     break_it, message = BAD_FOLDERS[case]
     break_it(run)
     with pytest.raises(RunFolderError, match=message) as error:
-        write_matrix(run, limits=QUICK)
+        matrix_of(run)
     assert str(run) in str(error.value)
 
 
@@ -403,44 +404,44 @@ def write_checkpoint(folder: Path, **changes) -> None:
 
 def test_a_stages_own_checkpoint_is_accepted(run):
     write_checkpoint(run)
-    assert len(read_run(run).stages) == 4
+    assert len(StoredRun.open(run).stages) == 4
 
 
 @pytest.mark.parametrize(("key", "value"), [("run", "other"), ("seed", 5), ("normalization", "other")])
 def test_a_checkpoint_of_another_run_is_refused(run, key, value):
     write_checkpoint(run, **{key: value})
     with pytest.raises(RunFolderError, match=f"is a checkpoint of another run: its {key} is {value}, .*move it back"):
-        read_run(run)
+        StoredRun.open(run)
 
 
 def test_a_checkpoint_that_was_replaced_is_refused(run):
     write_checkpoint(run)
     edit(run / "stage2_weighing" / "stage.json", lambda stage: stage.update(checkpoint_hash="f" * 64))
     with pytest.raises(RunFolderError, match=r"is not the checkpoint that stage2_weighing reports on: .* restore it"):
-        read_run(run)
+        StoredRun.open(run)
 
 
 def test_a_last_line_cut_off_by_a_kill_is_left_out(run):
     path = run / "stage4_sorting" / "metrics.jsonl"
-    whole = len(read_run(run).stages[-1].metrics)
+    whole = len(StoredRun.open(run).stages[-1].metrics)
     path.write_text(path.read_text() + '{"step": 205, "lo')
-    assert len(read_run(run).stages[-1].metrics) == whole
+    assert len(StoredRun.open(run).stages[-1].metrics) == whole
 
 
 def test_steps_logged_again_after_a_resume_count_once_and_as_logged_last(run):
     path = run / "stage4_sorting" / "metrics.jsonl"
     again = json.loads(path.read_text().splitlines()[-1]) | {"loss": 9.0}
     path.write_text(path.read_text() + json.dumps(again) + "\n")
-    metrics = read_run(run).stages[-1].metrics
-    assert [line["step"] for line in metrics] == list(range(5, 201, 5))
-    assert metrics[-1]["loss"] == 9.0
+    metrics = StoredRun.open(run).stages[-1].metrics
+    assert [line.step for line in metrics] == list(range(5, 201, 5))
+    assert metrics[-1].loss == 9.0
 
 
 def test_limits_of_the_last_verdict_hold_until_others_are_given(run):
-    write_matrix(run, limits=RetentionLimits(slight_change=0.9, resamples=500))
-    assert write_matrix(run)["limits"]["slight_change"] == 0.9
-    assert write_matrix(run)["verdicts"][2]["verdict"] == "slight degradation"
-    assert write_matrix(run, limits=QUICK)["verdicts"][2]["verdict"] == "significant forgetting"
+    matrix_of(run, limits=RetentionLimits(slight_change=0.9, resamples=500))
+    assert matrix_of(run, limits=None)["limits"]["slight_change"] == 0.9
+    assert matrix_of(run, limits=None)["verdicts"][2]["verdict"] == "slight degradation"
+    assert matrix_of(run)["verdicts"][2]["verdict"] == "significant forgetting"
 
 
 def test_the_command_line_takes_the_newest_run_and_says_so(tmp_path, monkeypatch, capsys):

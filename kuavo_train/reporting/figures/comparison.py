@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 from kuavo_train.reporting.figures.run import heat_map
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, draw_limits, short_name
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
 
 
-def comparison_figures(comparison: Record) -> dict[str, Callable[[], Figure | None]]:
+def comparison_figures(comparison: Json) -> dict[str, Callable[[], Figure | None]]:
     """Name → drawing; `matrix_<n>` is that of the n-th run."""
     runs = [{**run, "limits": comparison["limits"]} for run in comparison["runs"]]
     return {
@@ -22,7 +22,7 @@ def comparison_figures(comparison: Record) -> dict[str, Callable[[], Figure | No
     }
 
 
-def stability_plasticity(comparison: Record) -> Figure | None:
+def stability_plasticity(comparison: Json) -> Figure | None:
     """A strategy's loss when learnt (better to the right) and the rise since (better upwards), as measured.
 
     Joint training has nothing to forget: it is drawn as the line that learning in turn could reach.
@@ -62,7 +62,7 @@ def stability_plasticity(comparison: Record) -> Figure | None:
     return figure
 
 
-def success_by_strategy(comparison: Record) -> Figure | None:
+def success_by_strategy(comparison: Json) -> Figure | None:
     """For each task a bar per strategy: success in closed loop now, with its interval; a tick where it was learnt."""
     strategies = comparison["strategies"]
     tasks = [task["name"] for task in comparison["tasks"]]
@@ -92,7 +92,7 @@ def success_by_strategy(comparison: Record) -> Figure | None:
     return figure
 
 
-def forgetting_by_strategy(comparison: Record) -> Figure | None:
+def forgetting_by_strategy(comparison: Json) -> Figure | None:
     """For each earlier task a bar per strategy: relative change of held-out loss since learnt, with its interval."""
     strategies = [entry for entry in comparison["strategies"] if any(task["verdict"] for task in entry["tasks"])]
     judged = [

@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, short_name
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
 
 
-def evaluation_figures(found: Record) -> dict[str, Callable[[], Figure | None]]:
+def evaluation_figures(found: Json) -> dict[str, Callable[[], Figure | None]]:
     """Name → drawing."""
     return {
         "success": lambda: bars(found, "success", "episodes that succeeded (%)"),
@@ -19,18 +19,18 @@ def evaluation_figures(found: Record) -> dict[str, Callable[[], Figure | None]]:
     }
 
 
-def demonstration_figures(found: Record) -> dict[str, Callable[[], Figure | None]]:
+def demonstration_figures(found: Json) -> dict[str, Callable[[], Figure | None]]:
     """As `evaluation_figures`, of an evaluation on demonstrations."""
     return {"error": lambda: error_bars(found), "horizon": lambda: horizons(found)}
 
 
-def error_bars(found: Record) -> Figure:
+def error_bars(found: Json) -> Figure:
     """For each task a bar for every row: action error over all dimensions, with its interval."""
     told = [{**row, "tasks": [{"error": task["groups"][0]["error"]} for task in row["tasks"]]} for row in found["rows"]]
     return bars({**found, "rows": told}, "error", "mean absolute action error", scale=1)
 
 
-def horizons(found: Record) -> Figure:
+def horizons(found: Json) -> Figure:
     """Error over the steps of the planned chunk: a panel for each task, a line for each checkpoint as it is."""
     whole = [row for row in found["rows"] if row["whole"]]
     tasks = found["tasks"]
@@ -49,7 +49,7 @@ def horizons(found: Record) -> Figure:
     return figure
 
 
-def bars(found: Record, measure: str, label: str, *, scale: float = 100) -> Figure:
+def bars(found: Json, measure: str, label: str, *, scale: float = 100) -> Figure:
     """For each task a bar for every row, with its interval."""
     tasks, rows = found["tasks"], found["rows"]
     height = 0.84 / len(rows)
@@ -74,7 +74,7 @@ def bars(found: Record, measure: str, label: str, *, scale: float = 100) -> Figu
     return figure
 
 
-def funnels(found: Record) -> Figure | None:
+def funnels(found: Json) -> Figure | None:
     """How far episodes get: per task the share that reached each sub-goal, a line for every checkpoint as it is."""
     whole = [row for row in found["rows"] if row["whole"]]
     tasks = [n for n, _ in enumerate(found["tasks"]) if any(row["tasks"][n]["funnel"] for row in whole)]

@@ -9,14 +9,14 @@ from matplotlib.ticker import MaxNLocator
 
 from kuavo_train.metrics.number_format import number, percent
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, log_if_wide, short_name
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
 
 PALE = "#a9b8c9"
 
 
-def probe_figures(probes: Mapping[str, Record]) -> dict[str, Callable[[], Figure | None]]:
+def probe_figures(probes: Mapping[str, Json]) -> dict[str, Callable[[], Figure | None]]:
     """Name → drawing, of the probes that were run."""
-    drawings: dict[str, tuple[str, Callable[[Record], Figure | None]]] = {
+    drawings: dict[str, tuple[str, Callable[[Json], Figure | None]]] = {
         "recovery": ("recovery", recovery_curves),
         "instruction_swap": ("instruction_swap", instruction_map),
         "memory_loss": ("memory", memory_bars),
@@ -25,7 +25,7 @@ def probe_figures(probes: Mapping[str, Record]) -> dict[str, Callable[[], Figure
     return {name: partial(draw, probes[of]) for name, (of, draw) in drawings.items() if of in probes}
 
 
-def recovery_curves(record: Record) -> Figure:
+def recovery_curves(record: Json) -> Figure:
     """For each earlier task the held-out loss while it is learnt again, beside learning it for the first time."""
     tasks = record["tasks"]
     figure = Figure(figsize=(WIDTH, 1.75 * len(tasks) + 0.9), layout="constrained")
@@ -46,7 +46,7 @@ def recovery_curves(record: Record) -> Figure:
     return figure
 
 
-def instruction_map(record: Record) -> Figure | None:
+def instruction_map(record: Json) -> Figure | None:
     """How far the predicted action moves on a task's frames (rows) when another's instruction (columns) is read."""
     tasks = record["tasks"]
     names = [task["task"] for task in tasks]
@@ -75,7 +75,7 @@ def instruction_map(record: Record) -> Figure | None:
     return figure
 
 
-def memory_bars(record: Record) -> Figure:
+def memory_bars(record: Json) -> Figure:
     """After the last stage: what losing the memory, and having another episode's, does to each task's held-out loss."""
     tasks = record["stages"][-1]["tasks"]
     titles = {"reset": "reset at every query", "swapped": "of another episode"}
@@ -101,7 +101,7 @@ def memory_bars(record: Record) -> Figure:
     return figure
 
 
-def decision_bars(record: Record) -> Figure | None:
+def decision_bars(record: Json) -> Figure | None:
     """After the last stage: how often the action at the cue's decision point is the one the memory's cue demands."""
     tasks = [task for task in record["stages"][-1]["tasks"] if task["decision"]]
     if not tasks:

@@ -22,7 +22,8 @@ from kuavo_train.reporting.figures.style import (
     log_if_wide,
     short_name,
 )
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
+from kuavo_train.runs.stored_run import StoredStage
 
 VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}
 CHANGE = LinearSegmentedColormap.from_list("change", ["#9cc4b2", "#ffffff", "#f3c9a5", "#dd7f63"])
@@ -34,27 +35,20 @@ UNITS = {
 }
 
 
-def run_figures(
-    matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]
-) -> dict[str, Callable[[], Figure | None]]:
-    """Name → drawing, in the order of the report.
-
-    Args:
-        matrix: content of matrix.json.
-        metrics: (stage index, lines of its metrics.jsonl), in the order of training.
-    """
+def run_figures(matrix: Json, stages: Sequence[StoredStage]) -> dict[str, Callable[[], Figure | None]]:
+    """Name → drawing, in the order of the report. `matrix` is the content of matrix.json, of the run of `stages`."""
     return {
         **{f"matrix_{measure}": partial(heat_map, matrix, measure) for measure in matrix["matrices"]},
         "loss_curves": lambda: validation_curves(matrix, "loss"),
         "action_error_curves": lambda: validation_curves(matrix, "action_error"),
         "forgetting": lambda: forgetting_bars(matrix),
         "constant": lambda: constant_bars(matrix),
-        "training": lambda: training_curves(matrix, metrics),
+        "training": lambda: training_curves(matrix, stages),
         "replay": lambda: replay_bars(matrix),
     }
 
 
-def heat_map(matrix: Record, measure: str) -> Figure | None:
+def heat_map(matrix: Json, measure: str) -> Figure | None:
     """R as measured, rows stages and columns tasks; colour is the change since the task was learnt.
 
     Tasks not yet learnt are grey: their values are forward transfer, not memory. The cell of a task's own
@@ -94,7 +88,7 @@ def heat_map(matrix: Record, measure: str) -> Figure | None:
     return figure
 
 
-def validation_curves(matrix: Record, measure: str) -> Figure | None:
+def validation_curves(matrix: Json, measure: str) -> Figure | None:
     """A line per task over all training; thin and dotted until the task is trained, stage borders and names on top."""
     points = [point for point in matrix["curves"] if point[measure] is not None]
     if not points:
@@ -120,7 +114,7 @@ def validation_curves(matrix: Record, measure: str) -> Figure | None:
     return figure
 
 
-def forgetting_bars(matrix: Record) -> Figure | None:
+def forgetting_bars(matrix: Json) -> Figure | None:
     """Relative change of held-out loss since a task was learnt, with its interval and the limits of the verdict."""
     judged = [verdict for verdict in matrix["verdicts"] if verdict["state"] == "judged"]
     if not judged:
@@ -152,7 +146,7 @@ def forgetting_bars(matrix: Record) -> Figure | None:
     return figure
 
 
-def constant_bars(matrix: Record) -> Figure | None:
+def constant_bars(matrix: Json) -> Figure | None:
     """Action error of the final policy on each task, against a predictor that always answers the mean action."""
     bars = [v for v in matrix["verdicts"] if v.get("action_error_now") is not None]
     if not bars:
@@ -193,22 +187,21 @@ def constant_bars(matrix: Record) -> Figure | None:
     return figure
 
 
-def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record]]]) -> Figure | None:
+def training_curves(matrix: Json, stages: Sequence[StoredStage]) -> Figure | None:
     """Training loss (logged, and smoothed over 5 % of a stage) above the learning rate; stages are not joined."""
-    if not any(lines for _, lines in metrics):
+    if not any(stage.metrics for stage in stages):
         return None
-    steps = {stage["index"]: stage["steps"] for stage in matrix["stages"]}
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     _stage_borders(loss_axes, matrix)
     _stage_borders(rate_axes, matrix, names=False)
     everything: list[float] = []
     offset = 0
-    for stage, lines in metrics:
-        thin = slice(None, None, max(1, len(lines) // 600))
-        x = [offset + line["step"] for line in lines]
-        losses = [nan if line.get("loss") is None else line["loss"] for line in lines]
-        rates = [nan if line.get("lr") is None else line["lr"] for line in lines]
+    for stage in stages:
+        thin = slice(None, None, max(1, len(stage.metrics) // 600))
+        x = [offset + line.step for line in stage.metrics]
+        losses = [nan if line.loss is None else line.loss for line in stage.metrics]
+        rates = [nan if line.lr is None else line.lr for line in stage.metrics]
         window = max(1, len(losses) // 20)
         parts = (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))
         smooth = [sum(part) / len(part) for part in parts]
@@ -216,7 +209,7 @@ def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record
         loss_axes.plot(x[thin], smooth[thin], color="#2f5d8c", linewidth=1.6)
         rate_axes.plot(x[thin], rates[thin], color="#c9772b", linewidth=1.5)
         everything += losses
-        offset += steps[stage]
+        offset += stage.steps
     log_if_wide(loss_axes, everything)
     loss_axes.set(ylabel="training loss")
     rate_axes.set(ylabel="learning rate", xlabel="optimizer steps, all stages")
@@ -224,7 +217,7 @@ def training_curves(matrix: Record, metrics: Sequence[tuple[int, Sequence[Record
     return figure
 
 
-def replay_bars(matrix: Record) -> Figure | None:
+def replay_bars(matrix: Json) -> Figure | None:
     """For each stage the shares declared (pale) above the shares drawn."""
     stages = sorted({entry["stage"] for entry in matrix["replay"]})
     if not stages:
@@ -273,7 +266,7 @@ def replay_bars(matrix: Record) -> Figure | None:
     return figure
 
 
-def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
+def _stage_borders(axes: Axes, matrix: Json, *, names: bool = True) -> None:
     start = 0
     for stage in matrix["stages"]:
         end = start + max(stage["steps"], 1)
@@ -293,10 +286,10 @@ def _stage_borders(axes: Axes, matrix: Record, *, names: bool = True) -> None:
     axes.set_xlim(0, max(start, 1) * 1.01)
 
 
-def _verdict_colour(verdict: Record) -> str:
+def _verdict_colour(verdict: Json) -> str:
     """What is not settled lies between the others."""
     return VERDICT_COLOURS[verdict["verdict"] if verdict["settled"] else SLIGHT_DEGRADATION]
 
 
-def _colours(matrix: Record) -> list[str]:
+def _colours(matrix: Json) -> list[str]:
     return [TASK_COLOURS[i % len(TASK_COLOURS)] for i in range(len(matrix["tasks"]))]

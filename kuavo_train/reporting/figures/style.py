@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from kuavo_train.runs.stored_run import Record
+from kuavo_train.runs.records import Json
 
 INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
 TASK_COLOURS = ("#2f5d8c", "#c9772b", "#3f8f6f", "#8a5a9e", "#b0486a", "#6b7280", "#a3892b", "#3b8ea5")
@@ -54,7 +54,7 @@ def save_figures(folder: Path, drawings: Mapping[str, Callable[[], Figure | None
     return figures
 
 
-def draw_limits(axes: Axes, limits: Record) -> None:
+def draw_limits(axes: Axes, limits: Json) -> None:
     """Where a change in per cent begins to be slight and to be significant, at the top of bars that start at -0.65."""
     for name, label, side in (("well_retained_change", "slight ", "right"), ("slight_change", " significant", "left")):
         limit = 100 * limits[name]

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.task import Task
+from kuavo_train.runs.records import ValidationRecord
 
 FILE_NAME = "README.md"
 LISTED = 20
@@ -18,7 +18,7 @@ def model_card(
     config: RunConfig,
     learnt: Sequence[Task],
     shares: Mapping[str, float],
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[ValidationRecord],
     *,
     steps: int,
 ) -> str:
@@ -26,11 +26,11 @@ def model_card(
     Args:
         learnt: tasks up to and including the stage's.
         shares: task → its part of the stage's samples.
-        records: validation at the stage's end, a record per task; those of other tasks are left out.
+        records: validation at the stage's end; those of other tasks are left out.
         steps: that the stage took.
     """
     policy, training = config.policy, config.training
-    by_task = {record["task"]: record for record in records}
+    by_task = {record.task: record for record in records}
     base = [
         name
         for name in (policy.get("pretrained_path"), policy.get("vlm_model_name"))
@@ -50,11 +50,7 @@ def model_card(
         f"| {task.recording.fps} | {len(task.state_names)} / {len(task.action_names)} |"
         for task in learnt
     ]
-    metrics = [
-        f"| {task.name} | {by_task[task.name]['loss']:.4f} | {by_task[task.name]['action_error']:.4f} "
-        f"| {by_task[task.name]['constant_error']:.4f} | {_success(by_task[task.name])} |"
-        for task in learnt
-    ]
+    metrics = [_metrics(by_task[task.name]) for task in learnt]
     claws = "as recorded" if config.data.claw_limits is None else "in [{:g}, {:g}]".format(*config.data.claw_limits)
     how = "at once" if config.mixture == "all_tasks" else "one after another"
     origin = " The demonstrations are a script's, in simulation (kuavo_sim)." if config.simulation else ""
@@ -104,6 +100,10 @@ def _instructions(task: Task) -> list[str]:
     return [f"- **{task.name}**, one of:", *(f"  - {text}" for text in texts[:LISTED]), *more]
 
 
-def _success(record: Mapping[str, Any]) -> str:
-    success = record.get("success")
-    return "–" if success is None else f"{success['successes']} of {success['trials']}"
+def _metrics(record: ValidationRecord) -> str:
+    """A row of the table."""
+    held_out, played = record.held_out, record.closed_loop
+    numbers = (held_out.loss, held_out.action_error, held_out.constant_error)
+    shown = ["–" if number is None else f"{number:.4f}" for number in numbers]
+    success = "–" if played is None else f"{played.successes} of {played.trials}"
+    return f"| {' | '.join([record.task, *shown, success])} |"

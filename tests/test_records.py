@@ -1,0 +1,65 @@
+"""Lines of a run's logs as objects: what is written is what is read, and files of earlier versions are read."""
+
+import json
+
+from kuavo_train.runs.records import (
+    ClosedLoop,
+    EpisodeScore,
+    HeldOutScores,
+    Moment,
+    PlayedEpisode,
+    TrainingRecord,
+    ValidationRecord,
+    with_played,
+)
+
+EPISODES = (EpisodeScore(3, 9, 1.0, 0.5), EpisodeScore(4, 10, 2.0, 0.7))
+HELD_OUT = HeldOutScores("weighing", 1.4, 0.61, {"claws": 0.4, "base_yaw": None}, 0.4, EPISODES, 2, 0.2)
+MOMENT = Moment("end", 12, 2, "weighing", 1)
+PLAYED = ClosedLoop(3, 4, 0.9, {"picked": 4, "stored": 3}, 2, 3, 8)
+
+
+def test_a_line_of_validation_is_what_every_version_has_written() -> None:
+    line = ValidationRecord(MOMENT, True, HELD_OUT, PLAYED).to_json()
+    assert json.dumps(line) == (
+        '{"stage": 2, "stage_name": "weighing", "kind": "end", "epoch": 1, "step": 12, "seen": true, '
+        '"task": "weighing", "loss": 1.4, "action_error": 0.61, '
+        '"action_error_by_group": {"claws": 0.4, "base_yaw": null}, "constant_error": 0.4, '
+        '"episodes": [{"episode": 3, "frames": 9, "loss": 1.0, "action_error": 0.5}, '
+        '{"episode": 4, "frames": 10, "loss": 2.0, "action_error": 0.7}], "draws": 2, "seconds": 0.2, '
+        '"success": {"successes": 3, "trials": 4}, "progress": 0.9, "funnel": {"picked": 4, "stored": 3}, '
+        '"branches": {"right": 2, "acted": 3}, "n_action_steps": 8}'
+    )
+
+
+def test_a_line_of_validation_read_again_is_the_record_that_was_written() -> None:
+    for closed_loop in (PLAYED, None):
+        record = ValidationRecord(MOMENT, True, HELD_OUT, closed_loop)
+        assert ValidationRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_the_shortest_line_that_an_earlier_version_wrote_is_read() -> None:
+    record = ValidationRecord.from_json({"kind": "epoch", "step": 4, "task": "weighing", "loss": 0.25})
+    assert (record.kind, record.step, record.seen, record.closed_loop) == ("epoch", 4, False, None)
+    assert record.scores("loss") == {}
+    assert [record.cell(m) for m in ("loss", "action_error", "success", "progress")] == [0.25, None, None, None]
+    assert record.curves() == {"validation/weighing/loss": 0.25}
+
+
+def test_every_episode_counts_once_in_a_cell_whatever_its_length() -> None:
+    record = ValidationRecord(MOMENT, True, HELD_OUT, PLAYED)
+    assert record.cell("loss") == 1.5
+    assert record.cell("success") == 0.75
+    assert record.cell("progress") == 0.9
+
+
+def test_an_episode_whose_environment_failed_is_no_trial_of_the_policy() -> None:
+    episodes = [{"seed": 7, "success": True, "progress": 1.0}, {"seed": 8, "success": False, "error": "fell"}]
+    rolled = {**MOMENT.to_json(), "task": "weighing", "episodes": episodes}
+    (record,) = with_played([ValidationRecord(MOMENT, True, HELD_OUT, PLAYED)], [rolled])
+    assert record.played == (PlayedEpisode(7, True, 1.0), PlayedEpisode(8, False, error="fell"))
+    assert record.scores("success") == record.scores("progress") == {7: 1.0}
+
+
+def test_what_a_later_version_adds_to_a_line_is_left_out() -> None:
+    assert TrainingRecord.from_json({"step": 3, "loss": 1.0, "wait_ms": 2.0}) == TrainingRecord(3, loss=1.0)
