@@ -1,4 +1,4 @@
-"""Checkpoints side by side: which does the job, how often, how fast, and what does it owe to its parts?
+"""Compare checkpoints: success rate, speed, and how much language, memory and each camera contribute.
 
     python -m kuavo_train.evaluate baseline=<checkpoint> memory=<checkpoint>      # all tasks that both have learnt
     python -m kuavo_train.evaluate … tasks=weighing,sorting n_episodes=100 seed=1  # other layouts

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+
+from kuavo_train.runs import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -125,6 +128,15 @@ def test_the_reference_of_commands_holds_the_help_of_each() -> None:
         text = command.read_text()
         if '__name__ == "__main__"' in text:
             assert (ast.get_docstring(ast.parse(text)) or "no docstring") in page, command
+
+
+def test_the_reference_of_files_holds_every_key_that_is_read_again() -> None:
+    page = (DOCS / "reference" / "files.md").read_text()
+    composed = {"moment", "held_out", "closed_loop", "played"}  # of parts, which stand in the file themselves
+    for record in vars(records).values():
+        if is_dataclass(record):
+            for field in fields(record):
+                assert field.name in composed or f"`{field.name}`" in page, f"{record.__name__}.{field.name}"
 
 
 def test_an_error_that_is_explained_can_occur() -> None:

@@ -1,4 +1,4 @@
-"""A policy with something taken away while it is asked: what does it owe to it?
+"""A policy with something taken away at evaluation: how much does it contribute?
 
     roll_out(Ablated(policy, "language"), environment, seeds)
 
