@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
@@ -430,6 +431,12 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         )
         actions = actions[:, :, : self.config.action_feature.shape[0]]
         return self._pi_aloha_encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
+
+    def draw_noise(self, generators: Sequence[np.random.Generator]) -> Tensor:
+        """What actions are denoised from, [B, C, max_action_dim] standard normal, each row from its own generator."""
+        shape = (self.config.chunk_size, self.config.max_action_dim)
+        noise = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
+        return torch.from_numpy(noise).to(next(self.parameters()).device)
 
     def reset(self, indices: list[int] | None = None) -> None:
         """A new episode begins, for all batch elements or for some.

@@ -20,6 +20,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError, RunError
+from kuavo_train.runs.files import write_json
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import setup
 from kuavo_train.stage.preflight import Findings
@@ -164,7 +165,8 @@ def test_a_checkpoint_with_another_normalization_is_refused(four_stages: list[Ru
     from kuavo_train.data.normalization import Normalization
 
     normalization["statistics"]["action"]["mean"][0] += 0.5
-    Normalization("joint", normalization["statistics"]).save(outputs / "smoke" / "normalization.json")
+    other = Normalization("joint", normalization["statistics"])
+    write_json(outputs / "smoke" / "normalization.json", other.to_json())
     with pytest.raises(ConfigError, match=r"must have the run's normalization .* it belongs to another run"):
         run(moved, 1)
 

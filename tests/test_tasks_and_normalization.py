@@ -21,6 +21,7 @@ from kuavo_train.data.normalization import STD_FLOOR, Normalization, fit_normali
 from kuavo_train.data.split import split_episodes
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
+from kuavo_train.runs.files import write_json
 
 OpenKuavoTask = Callable[..., Task]
 
@@ -72,7 +73,7 @@ def test_a_joint_that_never_moves_gets_the_floor(tasks: list[Task]) -> None:
 
 def test_a_normalization_file_that_was_edited_is_refused(tasks: list[Task], tmp_path: Path) -> None:
     path = tmp_path / "normalization.json"
-    fit_normalization(tasks, "joint").save(path)
+    write_json(path, fit_normalization(tasks, "joint").to_json())
     assert Normalization.load(path).hash == fit_normalization(tasks, "joint").hash
     stored = json.loads(path.read_text())
     stored["statistics"]["action"]["mean"][0] += 1

@@ -1,5 +1,6 @@
 """Validation alone, of policies that say what they were asked."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -60,6 +61,9 @@ class Witness(torch.nn.Module):
         assert not self.training
         said = (noise.mean(dim=(1, 2)) * time).unflatten(0, (len(age), -1)).mean(dim=1)
         return age + said if self.noisy else age
+
+    def draw_noise(self, generators: Sequence[np.random.Generator]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([each.standard_normal((6, 32), dtype=np.float32) for each in generators]))
 
     def denoise(self, age: torch.Tensor, batch: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
         torch.rand(3)  # whatever a policy draws is nobody else's business

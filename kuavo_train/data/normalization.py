@@ -6,7 +6,6 @@ would redefine what an action means, which looks like forgetting.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +55,8 @@ class Normalization:
             for feature in self.statistics
         }
 
-    def save(self, path: Path) -> None:
-        """Write in one move."""
-        partial = path.with_name(f".{path.name}.partial")
-        content = {"source": self.source, "hash": self.hash, "statistics": self.statistics}
-        partial.write_text(json.dumps(content, indent=1))
-        os.replace(partial, path)
+    def to_json(self) -> dict[str, Any]:
+        return {"source": self.source, "hash": self.hash, "statistics": self.statistics}
 
     @classmethod
     def load(cls, path: Path) -> "Normalization":

@@ -94,7 +94,7 @@ def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], requ
         for row in rows_of(contestant.name, policy, request, contestants[0].name):
             asked, memory = row.of(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
-            rollouts, videos = _play(asked, environments, seeds, row, request)
+            rollouts, videos = _play(asked, environments, seeds, row, request, fps=contestant.known.fps)
             cost = time_queries(asked, environments[tasks[0]], seeds[0])
             played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
             reference = None if row.against is None else played[row.against]
@@ -111,7 +111,13 @@ def _learnt_by_all(contestants: Sequence[Contestant]) -> tuple[str, ...]:
 
 
 def _play(
-    policy: Ablatable, environments: Mapping[str, Environment], seeds: Sequence[int], row: Row, request: Request
+    policy: Ablatable,
+    environments: Mapping[str, Environment],
+    seeds: Sequence[int],
+    row: Row,
+    request: Request,
+    *,
+    fps: float,
 ) -> tuple[dict[str, Rollouts], dict[str, list[Json]]]:
     """Task → episodes, and task → videos of them; only a checkpoint as it is gets any."""
     found, videos = {}, {}
@@ -126,19 +132,20 @@ def _play(
             raise ConfigError(f"{row.name} on {task} in {environment.name}: {error}") from error
         if rollouts.failures:
             print(rollouts.summary, file=sys.stderr)
-        videos[task] = _film(rollouts, task, row, request) if filmed else []
+        videos[task] = _film(rollouts, task, row, request, fps=fps) if filmed else []
         found[task] = rollouts.without_traces()
     return found, videos
 
 
-def _film(rollouts: Rollouts, task: str, row: Row, request: Request) -> list[Json]:
-    """Videos below the folder named like the JSON, and what they show."""
+def _film(rollouts: Rollouts, task: str, row: Row, request: Request, *, fps: float) -> list[Json]:
+    """Videos below the folder named like the JSON, and what they show, at the rate the policy was trained at."""
     simulated = {f"kuavo_sim:{id}": TASKS[name] for name, id in ENVIRONMENT_IDS.items()}.get(rollouts.environment.id)
     films = []
     for rank, episode in picked(rollouts.played, request.videos):
         caption = Caption(
             title=f"{row.name}, {task}",
             instruction=rollouts.environment.task,
+            fps=fps,
             rank=f"{rank} of {rollouts.trials}",
             cues=simulated.cues if simulated is not None else (),
         )

@@ -55,13 +55,9 @@ class FlowAnswers:
         return Answers(losses, self.policy.denoise(encoded, rows, noise[:, 0]), memory)
 
     def _noise(self, keys: Sequence[Key]) -> torch.Tensor:
-        """[B, draws, chunk, max_action_dim] standard normal."""
-        shape = (self.policy.config.chunk_size, self.policy.config.max_action_dim)
-        noise = [
-            [np.random.default_rng([*key, draw]).standard_normal(shape, dtype=np.float32) for draw in range(self.draws)]
-            for key in keys
-        ]
-        return torch.from_numpy(np.array(noise)).to(next(self.policy.parameters()).device)
+        """[B, draws, C, max_action_dim] standard normal."""
+        noise = self.policy.draw_noise([np.random.default_rng([*k, draw]) for k in keys for draw in range(self.draws)])
+        return noise.unflatten(0, (len(keys), self.draws))
 
 
 @dataclass(frozen=True)

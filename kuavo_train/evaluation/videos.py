@@ -1,7 +1,7 @@
 """Episodes as small videos: what the robot saw and was told, how far it got, what it had to remember and what it held.
 
     for rank, episode in picked(rollouts.played, 3):
-        write_video(folder / f"{rank}.mp4", episode, Caption("memory, weighing", instruction))
+        write_video(folder / f"{rank}.mp4", episode, Caption("memory, weighing", instruction, fps=10))
 
 Episodes need their traces (`roll_out(…, traces=True)`). Beside every video lies its last picture, as PNG.
 """
@@ -9,6 +9,7 @@ Episodes need their traces (`roll_out(…, traces=True)`). Beside every video li
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -30,13 +31,18 @@ FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # a font that is the
 
 @dataclass(frozen=True)
 class Caption:
-    """What stands above an episode. `cues` names those of the task; without names they are numbered."""
+    """What stands above an episode.
+
+    Attributes:
+        fps: steps per second, of the robot and so of the video.
+        cues: names of the task's; without names they are numbered.
+    """
 
     title: str
     instruction: str
+    fps: float
     rank: str = ""
     cues: Sequence[str] = ()
-    fps: int = 10
 
 
 def picked(episodes: Sequence[Episode], count: int) -> list[tuple[str, Episode]]:
@@ -64,7 +70,9 @@ def write_video(path: Path, episode: Episode, caption: Caption) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = _Sheet(episode, episode.trace, caption)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=caption.fps, options={"crf": "20"})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(caption.fps).limit_denominator(1000), options={"crf": "20"}
+        )
         stream.width, stream.height, stream.pix_fmt = *sheet.size, "yuv420p"
         for picture in sheet.pictures():
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))

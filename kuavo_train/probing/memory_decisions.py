@@ -56,7 +56,7 @@ class Question:
 
 
 def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Question]) -> dict[str, Any]:
-    """Per intervention (see memory_probe): how often the answer is the right one, for `swapped` the donor's.
+    """Per intervention (see memory_walk): how often the answer is the right one, for `swapped` the donor's.
 
     `action_error` is the mean absolute difference to the demonstration of the episode's own cue, normalized, over
     the entries that count. The donor is the next episode with another cue.

@@ -1,6 +1,5 @@
 """What a checkpoint's memory does, in numbers and pictures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from kuavo_train.probing.memory_decisions import (
 )
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.probing.simulated_cues import cues_of, question_of
+from kuavo_train.runs.files import write_json
 from kuavo_train.runs.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
@@ -94,7 +94,7 @@ def report(
     found["attention"] = attention_at(probe, walk, at, noise)
     output = output or stage_folder / f"memory_{task}"
     output.mkdir(parents=True, exist_ok=True)
-    (output / "memory.json").write_text(json.dumps(found, indent=1))
+    write_json(output / "memory.json", found)
     _draw(output, found, questions, dataset, walk)
     return found
 

@@ -28,7 +28,6 @@ from kuavo_train.data.sampler import Draw
 from kuavo_train.probing.attention import places_in_prefix, watched_attention
 
 QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
-INTERVENTIONS = ("on", "reset", "frozen", "swapped")
 Draws = Sequence[Draw]
 
 
@@ -106,7 +105,7 @@ class MemoryProbe:
         """
         self.policy.eval()
         batch = self._prepared([draw._replace(begins=False) for draw in draws], instruction)
-        actions, _ = self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
+        actions, _ = self.policy.sample_actions_with(batch, memory, noise)
         return actions.float().cpu().numpy()
 
     def initial(self, episodes: int) -> Any:
@@ -142,7 +141,7 @@ class MemoryProbe:
         self.policy.eval()
         batch = self._prepared([draw._replace(begins=False) for draw in draws])
         with watched_attention(self.policy) as seen:
-            self.policy.sample_actions_with(batch, memory, noise.to(next(self.policy.parameters()).device))
+            self.policy.sample_actions_with(batch, memory, noise)
         places = places_in_prefix(
             self.policy.config, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
         )
@@ -166,9 +165,7 @@ class MemoryProbe:
 
 def seeded_noise(policy: Any, keys: Sequence[Sequence[int]]) -> torch.Tensor:
     """[len(keys), C, max_action_dim] standard normal, each row a function of its key."""
-    shape = (policy.config.chunk_size, policy.config.max_action_dim)
-    rows = [np.random.default_rng(list(key)).standard_normal(shape, dtype=np.float32) for key in keys]
-    return torch.from_numpy(np.stack(rows))
+    return policy.draw_noise([np.random.default_rng(list(key)) for key in keys])
 
 
 def _cuda_devices(policy: Any) -> list[int]:

@@ -4,7 +4,6 @@ The right answer to the *other* cue in the very same layout comes from kuavo_sim
 recorded episode again with that cue; up to the decision both demonstrations are the same.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,12 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.probing.memory_decisions import Question
+from kuavo_train.runs.files import read_json, read_lines
 
 
 def cues_of(task: Task) -> dict[int, dict[str, Any]]:
     """Episode → what kuavo_sim recorded beside it; empty for other datasets."""
-    path = task.root / "kuavo_sim_episodes.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {entry["episode_index"]: entry for entry in map(json.loads, lines)}
+    return {entry["episode_index"]: entry for entry in read_lines(task.root / "kuavo_sim_episodes.jsonl")}
 
 
 def has_cues(task: Task) -> bool:
@@ -39,7 +37,7 @@ def question_of(
         ConfigError: the simulation does not repeat the recorded episode.
     """
     entry = cues[episode]
-    settings = json.loads((task.root / "recording.json").read_text())["settings"]
+    settings = read_json(task.root / "recording.json")["settings"]
     keep = ("image_size", "renderer", "phase_visible")
     env = KuavoEnv(settings["task"], **{key: settings[key] for key in keep})
     shown = [

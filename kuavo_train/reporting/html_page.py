@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
+from kuavo_train.runs.files import write_text
 from kuavo_train.runs.records import Json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,9 +62,8 @@ def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
 
 def write_page(path: Path, template: str, record: Json, figures: Mapping[str, Path]) -> Path:
     """Render into `path`, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render(template, record, figures), encoding="utf-8")
-    return partial.replace(path)
+    write_text(path, render(template, record, figures))
+    return path
 
 
 def look_up(record: Json, pointer: str) -> Any:

@@ -11,6 +11,7 @@ from kuavo_train.reporting.html_page import write_page
 from kuavo_train.reporting.run_analysis import SIGN_CONVENTION, Analysis, write_matrix, write_numbers
 from kuavo_train.reporting.strategy_comparison import Comparison, Estimate
 from kuavo_train.reporting.text_report import about_intervals, evidence, outcome
+from kuavo_train.runs.files import in_one_move
 from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import finished_cells
 
@@ -122,7 +123,7 @@ def _cells_of(run: Json) -> list[Json]:
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """What a row has beyond the columns is left out."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with in_one_move(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from omegaconf import OmegaConf
 
-import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 from kuavo_train.compose import resolve, without_data
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
@@ -29,6 +26,7 @@ from kuavo_train.runs.records import TaskRecord
 from kuavo_train.runs.stored_run import StoredRun, StoredStage
 from kuavo_train.training.checkpoint import Checkpoint, CheckpointFolder
 from kuavo_train.training.optimizer import choose_device
+from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 
 
 def stage_folder_above(checkpoint: Path) -> Path | None:
@@ -166,18 +164,13 @@ def moved(path: str, was: str, now: Path) -> str:
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """A policy and its preprocessor from a `pretrained_model` folder, as any LeRobot tool opens them.
+    """A policy and its preprocessor from a `pretrained_model` folder, ready to be asked.
 
     Raises:
         ConfigError: the weights cannot be loaded.
     """
-    config = PreTrainedConfig.from_pretrained(str(folder))
-    config.device = device.type
     try:
-        policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, strict=True)
+        policy, (preprocessor, _) = open_policy(folder, stored_config(folder, device.type))
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"checkpoint must load, got {folder}: {str(error)[:500]}") from error
-    preprocessor, _ = make_pre_post_processors(
-        config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": device.type}}
-    )
     return policy.to(device).eval(), preprocessor

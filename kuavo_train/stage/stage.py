@@ -265,7 +265,7 @@ class Stage:
         if not self.accelerator.is_main_process:
             return
         config.run_folder.mkdir(parents=True, exist_ok=True)
-        self.opened.normalization.save(config.run_folder / "normalization.json")
+        write_json(config.run_folder / "normalization.json", self.opened.normalization.to_json())
         write_run_facts(config, self.opened.curriculum, self.opened.tasks, self.opened.normalization)
         folder.path.mkdir(parents=True, exist_ok=True)
         step = resumed.step if resumed else -1

@@ -9,7 +9,6 @@ F is the diagonal of the Fisher information, summed over the stages so far; θ* 
 with, so that the penalty has one centre however many tasks there were (Huszár 2018, arXiv 1712.03847).
 """
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.runs.files import in_one_move
 from kuavo_train.training.carried_memory import Recurrence
 from kuavo_train.training.parameter_groups import trainable_parameters
 
@@ -46,17 +46,13 @@ class Importance:
         return Importance(fisher, weights | self.weights)
 
     def save(self, path: Path) -> None:
-        """Write in one move."""
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(
-            {
-                f"{kind}/{name}": value.cpu().contiguous()
-                for kind in ("fisher", "weights")
-                for name, value in getattr(self, kind).items()
-            },
-            partial,
-        )
-        os.replace(partial, path)
+        tensors = {
+            f"{kind}/{name}": value.cpu().contiguous()
+            for kind in ("fisher", "weights")
+            for name, value in getattr(self, kind).items()
+        }
+        with in_one_move(path) as partial:
+            save_file(tensors, partial)
 
     @classmethod
     def load(cls, path: Path) -> "Importance":

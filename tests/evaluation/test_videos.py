@@ -12,7 +12,7 @@ from PIL import Image
 from kuavo_train.evaluation.episodes import Episode, Trace
 from kuavo_train.evaluation.videos import Caption, picked, write_video
 
-STEPS = 12
+STEPS, FPS = 12, 20
 
 
 def jpeg(value: int) -> bytes:
@@ -34,17 +34,20 @@ def episode(seed: int = 0, *, traced: bool = False, **known: Any) -> Episode:
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
     path = tmp_path_factory.mktemp("videos") / "best.mp4"
-    write_video(path, episode(traced=True), Caption("memory, weighing", "weigh the parcel " * 12, cues=("red", "blue")))
+    write_video(
+        path, episode(traced=True), Caption("memory, weighing", "weigh the parcel " * 12, FPS, cues=("red", "blue"))
+    )
     assert Image.open(path.with_suffix(".png")).size[0] == 640
     with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == FPS
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def test_every_step_is_shown_and_the_end_stays_a_while(frames: list[np.ndarray]) -> None:
-    assert len(frames) == STEPS + 15
+    assert len(frames) == STEPS + 1.5 * FPS
     heads = [int(frame[180:260, 40:200].mean()) for frame in frames]  # within the first camera's picture
     assert heads[:STEPS] == pytest.approx([10 * step for step in range(STEPS)], abs=6)
-    assert heads[STEPS:] == pytest.approx([10 * (STEPS - 1)] * 15, abs=6)
+    assert heads[STEPS:] == pytest.approx([10 * (STEPS - 1)] * 30, abs=6)
 
 
 def test_a_subgoal_is_ticked_in_the_step_that_reached_it(frames: list[np.ndarray]) -> None:
@@ -73,4 +76,4 @@ def test_best_typical_and_worst_are_picked_by_success_then_progress_then_steps()
 
 def test_an_episode_without_a_trace_cannot_be_shown(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="episode 7 must have a trace to be shown: roll it out with traces=True"):
-        write_video(tmp_path / "it.mp4", episode(7), Caption("it", "do it"))
+        write_video(tmp_path / "it.mp4", episode(7), Caption("it", "do it", FPS))

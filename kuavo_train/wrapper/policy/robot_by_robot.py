@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,10 @@ class RobotByRobot:
 
     def get_memory(self) -> None:
         return None
+
+    def draw_noise(self, generators: Sequence[np.random.Generator]) -> list[int]:
+        """A seed of each robot: what the policy itself draws is a function of it."""
+        return [int(generator.integers(2**63)) for generator in generators]
 
     def select_action(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
         """The next action [B, A], normalized, of a plan made every `n_action_steps` calls."""

@@ -31,13 +31,13 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.images.frames import resized
+from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 
@@ -94,20 +94,14 @@ class SmolVLAPolicyWrapper:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or None, got {dtype!r}")
         folder = folder_of(path)
         known = KnownTasks.load(folder)
-        config = PreTrainedConfig.from_pretrained(folder)
-        config.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        config = stored_config(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if isinstance(config, SmolVLAConfig) and not isinstance(config, SmolVLAMemoryConfig):
             config = SmolVLAMemoryConfig.from_smolvla(config, num_mem_tokens=0)
         if dtype == "bfloat16" and not isinstance(config, SmolVLAConfig):
             raise ValueError(f"dtype of policy {config.type} must be float32, got {dtype}")
-        policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+        policy, processors = open_policy(folder, config)
         if dtype is not None and isinstance(policy, SmolVLAMemoryPolicy):
             policy.compute_in(DTYPES[dtype])
-        processors = make_pre_post_processors(
-            config,
-            pretrained_path=str(folder),
-            preprocessor_overrides={"device_processor": {"device": config.device}},
-        )
         return cls(policy, processors, known, seed=seed)
 
     @property
@@ -374,15 +368,10 @@ class SmolVLAPolicyWrapper:
     def _randomness(self) -> torch.Tensor | list[int]:
         """What each robot draws, a function of the seed, its episode and its calls since reset.
 
-        [B, T, max_action_dim] SmolVLA's noise; of another policy, B seeds.
+        [B, C, max_action_dim] SmolVLA's noise; of another policy, B seeds.
         """
-        config, keys = self._policy.config, zip(self._episodes, self._calls, strict=True)
-        generators = [np.random.default_rng([self._seed, episode, calls]) for episode, calls in keys]
-        if isinstance(self._policy, RobotByRobot):
-            return [int(generator.integers(2**63)) for generator in generators]
-        shape = (config.chunk_size, config.max_action_dim)
-        noise = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
-        return torch.from_numpy(noise).to(config.device)
+        keys = zip(self._episodes, self._calls, strict=True)
+        return self._policy.draw_noise([np.random.default_rng([self._seed, *key]) for key in keys])
 
 
 def planned_steps(config: PreTrainedConfig) -> int:
