@@ -158,7 +158,7 @@ def _is_section(kind: Any) -> bool:
 
 def _kind(schema: type, field: dataclasses.Field) -> str:
     """The annotation as it is written."""
-    kind = schema.__annotations__[field.name]
+    kind = next(base.__annotations__[field.name] for base in schema.__mro__ if field.name in base.__annotations__)
     return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace(
         f"{config.__name__}.", ""
     ).replace("typing.", "")  # fmt: skip
@@ -178,7 +178,8 @@ def _default(field: dataclasses.Field, value: Any) -> str:
 def _comments(schema: type) -> dict[str, str]:
     """Field → the comment behind it."""
     comments, name = {}, ""
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(schema)).readline):
+    source = "".join(inspect.getsource(each) for each in schema.__mro__ if dataclasses.is_dataclass(each))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and re.match(rf"\s+{token.string}: ", token.line):
             name = token.string
         elif token.type == tokenize.COMMENT and re.match(rf"\s+{name}: ", token.line):

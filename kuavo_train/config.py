@@ -8,14 +8,15 @@ Imports nothing of the project, so that anything may import it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from kuavo_train.errors import one_of, require
+from kuavo_train.errors import ConfigError, one_of, require
+from kuavo_train.metrics.verdict import RetentionLimits
 
 # Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`.
 OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
@@ -284,13 +285,9 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class ForgettingConfig:
+class ForgettingConfig(RetentionLimits):
     """Limits of the verdict, and the gate; change is relative to the held-out loss when the task was learnt."""
 
-    well_retained_change: float = 0.10  # up to this change a task is well retained
-    slight_change: float = 0.30  # up to this one slightly degraded, beyond it forgotten
-    well_retained_loss: float = 0.7  # the same limits on the loss itself, shown beside
-    slight_loss: float = 1.0  # as above
     budget: float | None = None  # change an earlier task may show for certain, at any validation; None: no gate
     on_exceed: str = "warn"  # what then: warn, stop (the stage), raise_replay (of that task)
     raise_factor: float = 2.0  # by which a raise multiplies the task's share
@@ -298,30 +295,21 @@ class ForgettingConfig:
     new_task_floor: float = 0.3  # share that the task being learnt keeps
 
     @property
-    def limits(self) -> dict[str, Any]:
-        """Those of the verdict."""
-        names = ("well_retained_change", "slight_change", "well_retained_loss", "slight_loss")
-        return {name: getattr(self, name) for name in names}
+    def limits(self) -> RetentionLimits:
+        """Those of the verdict, alone."""
+        return RetentionLimits(**{each.name: getattr(self, each.name) for each in fields(RetentionLimits)})
 
     def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(f"forgetting.{error}") from error
         if self.budget is not None:
             require(self.budget >= 0, "forgetting.budget", "not be negative", self.budget)
         one_of("forgetting.on_exceed", self.on_exceed, ("warn", "stop", "raise_replay"))
         require(self.raise_factor > 1, "forgetting.raise_factor", "be more than 1", self.raise_factor)
         for name in ("raise_limit", "new_task_floor"):
             require(0 < getattr(self, name) < 1, f"forgetting.{name}", "be in (0, 1)", getattr(self, name))
-        require(
-            0 <= self.well_retained_change <= self.slight_change,
-            "forgetting.well_retained_change",
-            f"be in [0, forgetting.slight_change = {self.slight_change}]",
-            self.well_retained_change,
-        )
-        require(
-            0 < self.well_retained_loss <= self.slight_loss,
-            "forgetting.well_retained_loss",
-            f"be in (0, forgetting.slight_loss = {self.slight_loss}]",
-            self.well_retained_loss,
-        )
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ def test_a_task_is_over_the_budget_when_the_lower_end_of_its_interval_is() -> No
     assert not doubtful.exceeded
 
 
+def test_the_gate_is_as_sure_as_the_verdict_is_asked_to_be() -> None:
+    now = {"first": times(1.5, LEARNT["first"], 0.5), "second": LEARNT["second"]}
+    lows = [Gate(LEARNT, ForgettingConfig(budget=0.2, confidence=c)).read(now)[0].change.low for c in (0.5, 0.99)]
+    assert lows[0] > lows[1]
+
+
 def test_a_single_episode_gives_no_interval_and_never_exceeds() -> None:
     gate = Gate({"first": {3: 0.1}}, ForgettingConfig(budget=0.2))
     assert not gate.read({"first": {3: 9.0}})[0].exceeded

@@ -19,20 +19,18 @@ VERDICTS = (WELL_RETAINED, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING)
 
 @dataclass(frozen=True)
 class RetentionLimits:
-    """When a task counts as kept.
+    """When a task counts as kept. A change is relative to the held-out loss when it was learnt: 0.1 is 10 % more.
 
-    Attributes:
-        well_retained_change, slight_change: limits on the *relative* rise of held-out loss since learnt (0.1 = 10 %).
-        well_retained_loss, slight_loss: limits on the loss itself, which depends on data and model.
-        confidence: level of the paired-bootstrap interval. resamples: its number of resamples.
+    Raises:
+        ValueError: naming the field, its rule and the value.
     """
 
-    well_retained_change: float = 0.10
-    slight_change: float = 0.30
-    well_retained_loss: float = 0.7
-    slight_loss: float = 1.0
-    confidence: float = 0.95
-    resamples: int = 10_000
+    well_retained_change: float = 0.10  # up to this change a task is well retained
+    slight_change: float = 0.30  # up to this one slightly degraded, beyond it forgotten
+    well_retained_loss: float = 0.7  # the same limits on the loss itself, shown beside; it depends on data and model
+    slight_loss: float = 1.0  # as above
+    confidence: float = 0.95  # level of the intervals
+    resamples: int = 10_000  # of the episodes, that the intervals are from
 
     def __post_init__(self) -> None:
         for name in ("change", "loss"):

@@ -25,7 +25,6 @@ from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator, mean_loss
 from kuavo_train.interruption import Listening, listening
-from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.run_analysis import analyse, write_matrix
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.lease import Lease, NoLease, held
@@ -530,8 +529,7 @@ class Stage:
             finished=now(),
             **({"stopped": progress.stopped} if progress.stopped else {}),
         )
-        limits = RetentionLimits(**config.forgetting.limits)
-        write_matrix(analyse(StoredRun.open(config.run_folder), limits=limits))
+        write_matrix(analyse(StoredRun.open(config.run_folder), limits=config.forgetting.limits))
         print(f"finished stage {config.stage.index} ({config.stage.name}): {folder.path / 'checkpoints' / 'best'}")
 
     def _merge(self, policy: Any, before: Checkpoint, best: Checkpoint, merge: MergeConfig) -> tuple[Checkpoint, float]:

@@ -71,9 +71,12 @@ class Gate:
         if self.config.budget is None:
             return []
         return [
-            Reading(task, paired_bootstrap(before, now[task], relative=True), self.config.budget)
-            for task, before in self.learnt.items()
+            Reading(task, self._change(before, now[task]), self.config.budget) for task, before in self.learnt.items()
         ]
+
+    def _change(self, before: Scores, now: Scores) -> Interval:
+        level, resamples = self.config.confidence, self.config.resamples
+        return paired_bootstrap(before, now, relative=True, level=level, resamples=resamples)
 
     def act(self, readings: Sequence[Reading], *, shares: Mapping[str, float], new: str, over: bool) -> Action:
         """What follows from the readings.
