@@ -1,11 +1,16 @@
 """What every command line does alike: its words, Hydra around it, errors in one line, libraries kept quiet."""
 
+import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -13,24 +18,168 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from kuavo_train.compose import register_task_aliases, resolve
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
-from kuavo_train.errors import ConfigError, RunError, require
+from kuavo_train.errors import ConfigError, RunError, one_of, require
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.keys import words_for_hydra
 
 
-def key_values(words: Iterable[str], keys: Sequence[str]) -> dict[str, str]:
-    """A command's `key=value` arguments. Raises `ConfigError` for another key, and for one given twice."""
-    given: dict[str, str] = {}
+def option(meaning: str, default: Any = MISSING, *, takes: str | type | None = None) -> Any:
+    """A field of a command's options.
+
+    Args:
+        meaning: what --help says of it.
+        default: what it is when it is not given; without one it must be given.
+        takes: for a field that is a dictionary: "NAME" for words whose key is no option (values are text), "PREFIX.KEY"
+            for those that begin with PREFIX. (values are YAML), or a dataclass, for its fields.
+    """
+    about = {"meaning": meaning, "takes": takes}
+    return field(default_factory=dict, metadata=about) if takes else field(default=default, metadata=about)
+
+
+def parse[T](options: type[T], words: Sequence[str], *, help: str | None) -> T:
+    """A command's options, a dataclass of `option` fields, from its `key=value` words.
+
+    A field's type says how its value is read: text, a path, a number, one of several (`Literal`), or some of these with
+    commas between (`tuple`). Rules beyond that are the dataclass's own.
+
+    Raises:
+        ConfigError: naming key, rule and value; of a key that does not exist the nearest.
+        SystemExit: --help was asked for, and shown.
+    """
+    if {"-h", "--help", "help"} & set(words):
+        print(usage(options, help or ""))
+        raise SystemExit(0)
+    known, given = _arguments(options), dict[str, Any]()
     for word in words:
         key, equals, text = word.partition("=")
-        require(bool(equals) and key in keys, "arguments", f"be key=value with a key of {', '.join(keys)}", word)
-        require(key not in given, key, "be given once", word)
-        given[key] = text
-    return given
+        argument = _argument(known, key) if equals else None
+        if argument is None:
+            raise ConfigError(
+                f"arguments must be key=value with a key of {', '.join(known)}, got {word!r}{nearest(key, known)}"
+            )
+        place = given if argument.within is None else given.setdefault(argument.field, {})
+        name = key.removeprefix(argument.within or "")
+        require(name not in place, key, "be given once", word)
+        place[name] = _value(key, text, argument.kind)
+    for argument in known.values():
+        require(argument.default is not MISSING or argument.field in given, argument.field, "be given", "nothing")
+    return options(**given)
+
+
+def usage(options: type, help: str) -> str:
+    """What --help shows: the command's docstring, then every key with its type, its meaning and its default."""
+    rows = [(f"{key}={argument.type_name}", argument.told) for key, argument in _arguments(options).items()]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"  {key.ljust(width)}  {told}".rstrip() for key, told in rows]
+    return "\n".join([help.strip(), "", "Arguments:", "", *lines])
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """A key.
+
+    Attributes:
+        within: None for a field of its own; of one that is a dictionary what its keys begin with, "" for nothing.
+        any_key: it stands for all keys that begin so.
+    """
+
+    field: str
+    kind: Any
+    meaning: str
+    default: Any
+    within: str | None = None
+    any_key: bool = False
+
+    @property
+    def type_name(self) -> str:
+        kind, several = _item(self.kind)
+        names = {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER", bool: "true|false", Any: "VALUE"}
+        name = "|".join(get_args(kind)) if get_origin(kind) is Literal else names[kind]
+        return f"{name},…" if several else name
+
+    @property
+    def told(self) -> str:
+        if self.default is MISSING:
+            return f"{self.meaning} (must be given)"
+        if self.within is not None or self.default in (None, ()):
+            return self.meaning
+        values = self.default if isinstance(self.default, tuple) else (self.default,)
+        shown = ",".join(str(each).lower() if isinstance(each, bool) else str(each) for each in values)
+        return f"{self.meaning} (default {shown})"
+
+
+def _arguments(options: type) -> dict[str, _Argument]:
+    found = {}
+    kinds = get_type_hints(options)
+    for each in fields(options):
+        meaning, takes = each.metadata["meaning"], each.metadata["takes"]
+        if takes is None:
+            found[each.name] = _Argument(each.name, kinds[each.name], meaning, each.default)
+        elif isinstance(takes, str):
+            prefix, dot, _ = takes.rpartition(".")
+            found[takes] = _Argument(each.name, Any if dot else str, meaning, None, f"{prefix}{dot}", True)
+        else:
+            inner = get_type_hints(takes)
+            found |= {of.name: _Argument(each.name, inner[of.name], meaning, of.default, "") for of in fields(takes)}
+    return found
+
+
+def _argument(known: Mapping[str, _Argument], key: str) -> _Argument | None:
+    """The one that takes the key: by name, or that with the longest beginning of those that stand for any key."""
+    if key in known and not known[key].any_key:
+        return known[key]
+    takers = [each for each in known.values() if each.any_key and key.startswith(each.within or "")]
+    return max(takers, key=lambda each: len(each.within or ""), default=None)
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """For the end of an error: which of the keys may have been meant."""
+    close = difflib.get_close_matches(key, [each for each in keys if each.islower()])
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _item(kind: Any) -> tuple[Any, bool]:
+    """A kind of value without None, and whether it is several of it."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    return (get_args(kind)[0], True) if get_origin(kind) is tuple else (kind, False)
+
+
+def _value(key: str, text: str, kind: Any) -> Any:
+    kind, several = _item(kind)
+    if not several:
+        return _single(key, text, kind)
+    parts = text.split(",")
+    require(len(set(parts)) == len(parts) and "" not in parts, key, "be values with commas between, each once", text)
+    return tuple(_single(key, part, kind) for part in parts)
+
+
+def _single(key: str, text: str, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        one_of(key, text, get_args(kind))
+    elif kind is int:
+        require(re.fullmatch(r"[+-]?\d+", text) is not None, key, "be a whole number", text)
+        return int(text)
+    elif kind is float:
+        with suppress(ValueError):
+            return float(text)
+        raise ConfigError(f"{key} must be a number, got {text!r}")
+    elif kind is bool:
+        one_of(key, text, ("true", "false"))
+        return text == "true"
+    elif kind is Path:
+        require(bool(text), key, "be a path", text)
+        return Path(text)
+    elif kind is Any:
+        try:
+            return safe_load(text)
+        except YAMLError as error:
+            raise ConfigError(f"{key} must be a YAML value, got {text!r}") from error
+    return text
 
 
 def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[], None]:

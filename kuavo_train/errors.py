@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A value the user can correct; its text names the key, the rule and the value."""
 
 
+class RunFolderError(ConfigError):
+    """A run folder that cannot be read; the message names the folder and what to do."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on; its text says where it stopped and what is kept."""
 
@@ -54,7 +58,3 @@ def require(condition: bool, key: str, rule: str, value: object) -> None:
 def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     require(value in names, key, f"be one of {', '.join(names)}", value)
-
-
-class RunFolderError(ValueError):
-    """A run folder that cannot be read; the message names the folder and what to do."""

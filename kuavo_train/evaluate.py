@@ -20,32 +20,26 @@ Other options: seed, output=evaluation_results.json, parallel (robots at a time)
 the JSON; beside it, under the same name, a page, its figures and the videos.
 """
 
-import sys
 from collections.abc import Sequence
 
-from kuavo_train.errors import ConfigError
 from kuavo_train.interruption import main_ends_on_signals
 
 
 def main(words: Sequence[str]) -> int:
-    """Command line: key=value arguments; 0, or 2 with the error on stderr."""
-    if {"-h", "--help", "help"} & set(words):
-        print(__doc__)
-        return 0
+    """Command line: key=value arguments; the exit status."""
     # Not at the top: the processes that simulate import this module anew, and need nothing of it.
-    from kuavo_train.errors import RunFolderError
+    from kuavo_train.command_line import errors_in_one_line, parse
     from kuavo_train.evaluation.checkpoint_evaluation import write_evaluation
-    from kuavo_train.evaluation.options import Request
+    from kuavo_train.evaluation.options import Options
     from kuavo_train.reporting.text_report import evaluation_lines
 
-    try:
-        request = Request.parse(words)
-        found = write_evaluation(request)
-    except (ConfigError, RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{evaluation_lines(found)}\n\n{request.output}, {request.output.with_suffix('.html')}")
-    return 0
+    def evaluated() -> int:
+        options = parse(Options, words, help=__doc__)
+        found = write_evaluation(options)
+        print(f"{evaluation_lines(found)}\n\n{options.output}, {options.output.with_suffix('.html')}")
+        return 0
+
+    return errors_in_one_line(evaluated)
 
 
 if __name__ == "__main__":

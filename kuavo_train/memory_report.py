@@ -9,40 +9,20 @@ memory.json, memory_trace.png and, where the task has cues, memory_cue.png to `o
 <stage folder>/memory_<task>). What is asked of the memory is told in `kuavo_train.probing.memory_walk`.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from kuavo_train.command_line import key_values
-from kuavo_train.errors import ConfigError, RunFolderError, require
+from kuavo_train.command_line import errors_in_one_line, parse
 from kuavo_train.interruption import main_ends_on_signals
-from kuavo_train.probing.memory_report import report, summary
-
-KEYS = ("checkpoint", "task", "data", "episodes", "output")
+from kuavo_train.probing.memory_report import Options, report, summary
 
 
 def main(words: Sequence[str]) -> int:
-    """Command line: key=value arguments; 0, or 2 with the error on stderr."""
-    if {"-h", "--help", "help"} & set(words):
-        print(__doc__)
-        return 0
-    try:
-        given = key_values(words, KEYS)
-        for key in ("checkpoint", "task"):
-            require(key in given, key, "be given", "nothing")
-        episodes = given.get("episodes")
-        require(episodes is None or episodes.isdigit(), "episodes", "be a whole number", episodes)
-        found = report(
-            Path(given["checkpoint"]),
-            given["task"],
-            data=Path(given["data"]) if "data" in given else None,
-            episodes=int(episodes) if episodes is not None else None,
-            output=Path(given["output"]) if "output" in given else None,
-        )
-    except (ConfigError, RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(summary(found))
+    """Command line: key=value arguments; the exit status."""
+    return errors_in_one_line(lambda: _report(parse(Options, words, help=__doc__)))
+
+
+def _report(options: Options) -> int:
+    print(summary(report(options)))
     return 0
 
 

@@ -9,50 +9,48 @@ Writes outputs/<run>/report/probes/<probe>.json and the report anew. The same ru
 and order of samples are functions of the run's seed.
 """
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kuavo_train.command_line import key_values
-from kuavo_train.errors import ConfigError, RunFolderError, one_of, require
+from kuavo_train.command_line import errors_in_one_line, option, parse
+from kuavo_train.errors import one_of, require
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.probing.run_probes import PROBES, run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
-from kuavo_train.report import OUTPUTS
 from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
-from kuavo_train.runs.stored_run import StoredRun, newest_run
+from kuavo_train.runs.stored_run import OUTPUTS, StoredRun, newest_run
+
+
+@dataclass(frozen=True)
+class Options:
+    run: Path | None = option("folder of a run; none: the one modified last under outputs/", None)
+    probe: str | None = option(f"{', '.join(PROBES)}; none: all that the run has something for", None)
+    steps: int | None = option("that recovery learns a task again in; none: 100", None)
+
+    def __post_init__(self) -> None:
+        one_of("probe", self.probe or "recovery", PROBES)
+        require(self.steps is None or self.probe in (None, "recovery"), "steps", "go with probe=recovery", self.steps)
 
 
 def main(words: Sequence[str]) -> int:
-    """Command line: key=value arguments; 0, or 2 with the error on stderr."""
-    if {"-h", "--help", "help"} & set(words):
-        print(__doc__)
-        return 0
-    try:
-        given = key_values(words, ("run", "probe", "steps"))
-        folder = Path(given["run"]) if "run" in given else newest_run(OUTPUTS)
-        one_of("probe", given.get("probe", "recovery"), PROBES)
-        names = [given["probe"]] if "probe" in given else list(PROBES)
-        settings = {"recovery": {"steps": _whole("steps", given["steps"])} if "steps" in given else {}}
-        require("steps" not in given or "recovery" in names, "steps", "go with probe=recovery", given.get("steps"))
-        for name in names:
-            try:
-                print(f"{name}: {run_probe(name, folder, **settings.get(name, {}))}")
-            except NothingToProbe as nothing:
-                if "probe" in given:
-                    raise
-                print(f"{name}: left out: {nothing}")
-        print(f"report: {write_report(analyse(StoredRun.open(folder)))}")
-    except (ConfigError, RunFolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Command line: key=value arguments; the exit status."""
+    return errors_in_one_line(lambda: _probe(parse(Options, words, help=__doc__)))
+
+
+def _probe(options: Options) -> int:
+    folder = options.run or newest_run(OUTPUTS)
+    settings = {"recovery": {} if options.steps is None else {"steps": options.steps}}
+    for name in PROBES if options.probe is None else [options.probe]:
+        try:
+            print(f"{name}: {run_probe(name, folder, **settings.get(name, {}))}")
+        except NothingToProbe as nothing:
+            if options.probe is not None:
+                raise
+            print(f"{name}: left out: {nothing}")
+    print(f"report: {write_report(analyse(StoredRun.open(folder)))}")
     return 0
-
-
-def _whole(key: str, text: str) -> int:
-    require(text.isdigit(), key, "be a whole number", text)
-    return int(text)
 
 
 if __name__ == "__main__":

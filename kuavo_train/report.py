@@ -14,78 +14,74 @@ figures. Every number on a page stands in a file beside it.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kuavo_train.command_line import key_values
+from kuavo_train.command_line import errors_in_one_line, option, parse
+from kuavo_train.errors import ConfigError, require
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.run_analysis import analyse, stored_limits
 from kuavo_train.reporting.strategy_comparison import compare
 from kuavo_train.reporting.text_report import comparison_table, summary_table
 from kuavo_train.reporting.write_report import run_folders, write_comparison, write_report
-from kuavo_train.runs.stored_run import StoredRun, newest_run
-
-OUTPUTS = Path("outputs")
+from kuavo_train.runs.stored_run import OUTPUTS, StoredRun, newest_run
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Command line: key=value arguments; 0, or 1 with the error on stderr."""
-    if {"-h", "--help", "help"} & set(arguments):
-        print(__doc__)
-        return 0
-    settings = {field.name: field for field in dataclasses.fields(RetentionLimits)}
-    try:
-        given = key_values(arguments, ["run", "joint", "runs", "output", *settings])
-        wanted = {key: _parse(key, text) for key, text in given.items() if key in settings}
-        if "runs" in given:
-            _report_several(given, wanted)
-        else:
-            _report_one(given, wanted)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@dataclass(frozen=True)
+class Options:
+    run: Path | None = option("folder of a run; none: the one modified last under outputs/", None)
+    joint: Path | None = option("folder of a jointly trained run on the same data, for intransigence", None)
+    runs: str | None = option("folders of runs, of a study, or that hold runs, with commas between: compare them", None)
+    output: Path | None = option("where the comparison goes", None)
+    limits: dict[str, Any] = option("of the verdict; none: as the report was last written", takes=RetentionLimits)
+
+    def __post_init__(self) -> None:
+        apart = [("output", "run")] if self.runs is None else [("run", "runs"), ("joint", "runs")]
+        for key, other in apart:
+            value = getattr(self, key)
+            require(value is None, key, f"not be given with {other}=", value and str(value))
+
+
+def main(words: Sequence[str]) -> int:
+    """Command line: key=value arguments; the exit status."""
+    return errors_in_one_line(lambda: _report(parse(Options, words, help=__doc__)))
+
+
+def _report(options: Options) -> int:
+    if options.runs is None:
+        _report_one(options)
+    else:
+        _report_several(options, options.runs)
     return 0
 
 
-def _report_one(given: dict[str, str], wanted: dict[str, Any]) -> None:
-    _refuse_together(given, "output", "run")
-    if "run" in given:
-        run_folder = Path(given["run"])
-    else:
-        run_folder = newest_run(OUTPUTS)
-        print(f"no run given: taking the one modified last, {run_folder}")
-    limits = None
-    if wanted:
-        limits = dataclasses.replace(stored_limits(run_folder) or RetentionLimits(), **wanted)
-    joint = StoredRun.open(given["joint"]) if "joint" in given else None
-    analysis = analyse(StoredRun.open(run_folder), limits=limits, joint=joint)
+def _report_one(options: Options) -> None:
+    folder = options.run
+    if folder is None:
+        folder = newest_run(OUTPUTS)
+        print(f"no run given: taking the one modified last, {folder}")
+    limits = _limits(options, stored_limits(folder) or RetentionLimits())
+    joint = None if options.joint is None else StoredRun.open(options.joint)
+    analysis = analyse(StoredRun.open(folder), limits=limits, joint=joint)
     page = write_report(analysis)
     print(f"{summary_table(analysis)}\n\nreport: {page}")
 
 
-def _report_several(given: dict[str, str], wanted: dict[str, Any]) -> None:
-    for key in ("run", "joint"):
-        _refuse_together(given, key, "runs")
-    runs, output = run_folders(given["runs"])
-    comparison = compare([StoredRun.open(run) for run in runs], RetentionLimits(**wanted))
-    page = write_comparison(comparison, Path(given.get("output", output)))
+def _report_several(options: Options, runs: str) -> None:
+    folders, output = run_folders(runs)
+    comparison = compare([StoredRun.open(folder) for folder in folders], _limits(options, RetentionLimits()))
+    page = write_comparison(comparison, options.output or output)
     print(f"{comparison_table(comparison)}\n\ncomparison: {page}")
 
 
-def _refuse_together(given: dict[str, str], key: str, with_key: str) -> None:
-    if key in given:
-        raise ValueError(f"{key}= does not go together with {with_key}=: `python -m kuavo_train.report --help`")
-
-
-def _parse(key: str, text: str) -> Any:
-    """A limit from the command line."""
+def _limits(options: Options, before: RetentionLimits) -> RetentionLimits:
     try:
-        return int(text) if key == "resamples" else float(text)
+        return dataclasses.replace(before, **options.limits)
     except ValueError as error:
-        raise ValueError(f"{key} must be a number, got {text!r}") from error
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":

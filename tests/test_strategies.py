@@ -19,7 +19,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.checkpoints import Contestant
-from kuavo_train.evaluation.options import Request
+from kuavo_train.evaluation.options import Options
 from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import StoredRun
@@ -239,7 +239,7 @@ def test_a_joint_run_knows_every_task_as_its_own_and_takes_nothing_over_from_the
     run = TrainedRun.open(runs["joint"][0].run_folder)
     assert run.curriculum == [config.stage for config in runs["joint"]]
     result = stage_folder(stages_to_run(runs["joint"])[0]).path / "checkpoints" / "best"
-    contestant, request = Contestant.open("joint", str(result)), Request({"joint": str(result)})
+    contestant, request = Contestant.open("joint", str(result)), Options({"joint": str(result)})
     played = {task: contestant.environment(task, request).id for task in EPOCHS}
     assert played == {task: f"kuavo_sim:{ENVIRONMENT_IDS[task]}" for task in EPOCHS}
     with pytest.raises(ConfigError, match=r"task must be one of the run's \(moving_grasp, .*\), got 'joint'"):

@@ -18,7 +18,7 @@ from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.episodes import Episode, Rollouts
 from kuavo_train.evaluation.latency import PeakMemory, time_queries
 from kuavo_train.evaluation.open_loop import Errors, judge_errors, walk
-from kuavo_train.evaluation.options import Request
+from kuavo_train.evaluation.options import Options
 from kuavo_train.evaluation.paired_comparison import differ, judge
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.videos import Caption, picked, write_video
@@ -30,51 +30,51 @@ EPISODES = 50  # per task in simulation, unless said otherwise
 VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here
 
 
-def evaluate(request: Request) -> Json:
+def evaluate(options: Options) -> Json:
     """Let all checkpoints play, or walk demonstrations, and return the content of the JSON; writes videos beside it.
 
     Raises:
         ConfigError, RunFolderError: a checkpoint, a task, an environment or data that is not there.
     """
-    contestants = [Contestant.open(name, path) for name, path in request.checkpoints.items()]
-    tasks = request.tasks or _learnt_by_all(contestants)
+    contestants = [Contestant.open(name, path) for name, path in options.checkpoints.items()]
+    tasks = options.tasks or _learnt_by_all(contestants)
     for contestant in contestants:
         rule = f"be at most {contestant.planned}, what {contestant.name} plans"
-        longest = max(request.n_action_steps, default=1)
+        longest = max(options.n_action_steps, default=1)
         require(longest <= contestant.planned, "n_action_steps", rule, longest)
     about = {
         "created": now(),
-        "mode": "simulation" if request.data is None else "demonstrations",
+        "mode": "simulation" if options.data is None else "demonstrations",
         "reference": contestants[0].name,
         "tasks": list(tasks),
         "checkpoints": [_about(contestant) for contestant in contestants],
     }
-    return {**about, **(_in_simulation if request.data is None else _on_demonstrations)(contestants, tasks, request)}
+    return {**about, **(_in_simulation if options.data is None else _on_demonstrations)(contestants, tasks, options)}
 
 
-def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Json:
-    assert request.data is not None
-    opened = {(c.name, task): c.demonstrations(task, request.data) for c in contestants for task in tasks}
+def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], options: Options) -> Json:
+    assert options.data is not None
+    opened = {(c.name, task): c.demonstrations(task, options.data) for c in contestants for task in tasks}
     episodes = {task: _unseen_by_all(contestants, [opened[c.name, task] for c in contestants]) for task in tasks}
     walked: dict[str, dict[str, dict[int, Errors]]] = {}
     rows: list[Json] = []
     for contestant in contestants:
-        policy = contestant.policy(request)
-        for row in rows_of(contestant.name, policy, request, contestants[0].name):
+        policy = contestant.policy(options)
+        for row in rows_of(contestant.name, policy, options, contestants[0].name):
             asked, walked[row.name], told = row.of(policy), {}, []
             for name in tasks:
                 task = opened[contestant.name, name]
                 frames = DecodedFrames(task, image_size=None, video_backend=VIDEO_BACKEND)
-                chosen = episodes[name][: request.n_episodes]
+                chosen = episodes[name][: options.n_episodes]
                 try:
-                    errors = walk(asked, task, chosen, frames, parallel=request.parallel)
+                    errors = walk(asked, task, chosen, frames, parallel=options.parallel)
                 except ValueError as error:  # what the policy is shown does not fit it
                     raise ConfigError(f"{row.name} on {name}: {error}") from error
                 walked[row.name][name] = errors
                 reference = None if row.against is None else walked[row.against][name]
                 told.append({"task": name, **judge_errors(errors, task.action_names, reference)})
             rows.append({**row.record(), "tasks": told})
-    return {"data": str(request.data), "rows": rows}
+    return {"data": str(options.data), "rows": rows}
 
 
 def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) -> list[int]:
@@ -84,17 +84,17 @@ def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) ->
     return sorted(unseen)
 
 
-def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], request: Request) -> Json:
-    places = {(c.name, task): c.environment(task, request) for c in contestants for task in tasks}
-    seeds = evaluation_seeds(request.n_episodes or EPISODES, seed=request.seed)
+def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], options: Options) -> Json:
+    places = {(c.name, task): c.environment(task, options) for c in contestants for task in tasks}
+    seeds = evaluation_seeds(options.n_episodes or EPISODES, seed=options.seed)
     played: dict[str, dict[Any, Episode]] = {}
     rows: list[Json] = []
     for contestant in contestants:
-        policy = contestant.policy(request)
-        for row in rows_of(contestant.name, policy, request, contestants[0].name):
+        policy = contestant.policy(options)
+        for row in rows_of(contestant.name, policy, options, contestants[0].name):
             asked, memory = row.of(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
-            rollouts, videos = _play(asked, environments, seeds, row, request, fps=contestant.known.fps)
+            rollouts, videos = _play(asked, environments, seeds, row, options, fps=contestant.known.fps)
             cost = time_queries(asked, environments[tasks[0]], seeds[0])
             played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
             reference = None if row.against is None else played[row.against]
@@ -115,33 +115,33 @@ def _play(
     environments: Mapping[str, Environment],
     seeds: Sequence[int],
     row: Row,
-    request: Request,
+    options: Options,
     *,
     fps: float,
 ) -> tuple[dict[str, Rollouts], dict[str, list[Json]]]:
     """Task → episodes, and task → videos of them; only a checkpoint as it is gets any."""
     found, videos = {}, {}
-    filmed = request.videos > 0 and row.whole
+    filmed = options.videos > 0 and row.whole
     for task, environment in environments.items():
         print(f"{row.name}: {task}", file=sys.stderr)
         try:
             rollouts = roll_out(
-                policy, environment, seeds, parallel=request.parallel, workers=request.workers, traces=filmed
+                policy, environment, seeds, parallel=options.parallel, workers=options.workers, traces=filmed
             )
         except ValueError as error:  # what the policy is shown, or told, does not fit it
             raise ConfigError(f"{row.name} on {task} in {environment.name}: {error}") from error
         if rollouts.failures:
             print(rollouts.summary, file=sys.stderr)
-        videos[task] = _film(rollouts, task, row, request, fps=fps) if filmed else []
+        videos[task] = _film(rollouts, task, row, options, fps=fps) if filmed else []
         found[task] = rollouts.without_traces()
     return found, videos
 
 
-def _film(rollouts: Rollouts, task: str, row: Row, request: Request, *, fps: float) -> list[Json]:
+def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: float) -> list[Json]:
     """Videos below the folder named like the JSON, and what they show, at the rate the policy was trained at."""
     simulated = {f"kuavo_sim:{id}": TASKS[name] for name, id in ENVIRONMENT_IDS.items()}.get(rollouts.environment.id)
     films = []
-    for rank, episode in picked(rollouts.played, request.videos):
+    for rank, episode in picked(rollouts.played, options.videos):
         caption = Caption(
             title=f"{row.name}, {task}",
             instruction=rollouts.environment.task,
@@ -150,8 +150,8 @@ def _film(rollouts: Rollouts, task: str, row: Row, request: Request, *, fps: flo
             cues=simulated.cues if simulated is not None else (),
         )
         name = f"{row.name}-{task}-{rank.replace(' ', '-')}.mp4"
-        path = write_video(request.output.with_suffix("") / "videos" / name, episode, caption)
-        film = {"rank": rank, "file": path.relative_to(request.output.parent).as_posix()}
+        path = write_video(options.output.with_suffix("") / "videos" / name, episode, caption)
+        film = {"rank": rank, "file": path.relative_to(options.output.parent).as_posix()}
         films.append({**film, "seed": episode.seed, "success": episode.success, "steps": episode.steps})
     return films
 
@@ -183,19 +183,19 @@ def _about(contestant: Contestant) -> Json:
     }
 
 
-def write_evaluation(request: Request) -> Json:
+def write_evaluation(options: Options) -> Json:
     """Evaluate, write the JSON and the page, and return what the JSON holds. Errors as `evaluate`."""
     from kuavo_train.reporting.figures.evaluation import demonstration_figures, evaluation_figures
     from kuavo_train.reporting.figures.style import save_figures
 
-    found = evaluate(request)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(request.output, found)
+    found = evaluate(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output, found)
     drawings, template = (
         (evaluation_figures, "evaluation.html.jinja")
-        if request.data is None
+        if options.data is None
         else (demonstration_figures, "demonstrations.html.jinja")
     )
-    figures = save_figures(request.output.with_suffix(""), drawings(found))
-    write_page(request.output.with_suffix(".html"), template, found, figures)
+    figures = save_figures(options.output.with_suffix(""), drawings(found))
+    write_page(options.output.with_suffix(".html"), template, found, figures)
     return found

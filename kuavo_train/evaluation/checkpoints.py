@@ -13,7 +13,7 @@ from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
 from kuavo_train.evaluation.environment import Environment
-from kuavo_train.evaluation.options import Request
+from kuavo_train.evaluation.options import Options
 from kuavo_train.runs.records import Json
 from kuavo_train.runs.trained_run import TrainedRun, stage_folder_above
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
@@ -47,28 +47,28 @@ class Contestant:
         require(name in learnt, "tasks", f"be among those that {self.name} has learnt ({', '.join(learnt)})", name)
         return learnt[name]
 
-    def environment(self, task: str, request: Request) -> Environment:
-        """Where it plays a task: what the request says, or its run, or kuavo_sim's task of that name.
+    def environment(self, task: str, options: Options) -> Environment:
+        """Where it plays a task: what the options says, or its run, or kuavo_sim's task of that name.
 
         Raises:
             ConfigError: there is none.
         """
-        instruction, settings = self.task(task).instruction, request.environment_settings
-        if request.environment is not None:
-            return Environment(request.environment, instruction, settings, request.max_steps)
+        instruction, settings = self.task(task).instruction, options.environment_settings
+        if options.environment is not None:
+            return Environment(options.environment, instruction, settings, options.max_steps)
         simulated, known = task, {}
         if self.run is not None:
             recipe, simulation = self.run.recipe(task), self.run.settings.simulation
             if recipe.environment is not None:
                 settings = {**recipe.environment_settings, **settings}
-                return Environment(recipe.environment, instruction, settings, request.max_steps)
+                return Environment(recipe.environment, instruction, settings, options.max_steps)
             simulated = recipe.simulation_task or task
             known = {key: getattr(simulation, key) for key in ("renderer", "phase_visible") if simulation is not None}
         one_of(f"{task}: without environment=MODULE:ID the task", simulated, ENVIRONMENT_IDS)
         settings = {**known, **settings}
         if "image_size" not in settings:
             settings["image_size"] = self._picture_size()
-        return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[simulated]}", instruction, settings, request.max_steps)
+        return Environment(f"kuavo_sim:{ENVIRONMENT_IDS[simulated]}", instruction, settings, options.max_steps)
 
     def _picture_size(self) -> int | list[int]:
         """The side of square pictures, or [height, width], as kuavo_sim takes it."""
@@ -116,8 +116,8 @@ class Contestant:
                 return set(entry.dataset.held_out_episodes)
         return set(range(len(task.bounds)))
 
-    def policy(self, request: Request) -> SmolVLAPolicyWrapper:
-        return SmolVLAPolicyWrapper.from_pretrained(self.folder, device=request.device, seed=request.seed)
+    def policy(self, options: Options) -> SmolVLAPolicyWrapper:
+        return SmolVLAPolicyWrapper.from_pretrained(self.folder, device=options.device, seed=options.seed)
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,17 @@ class Row:
         return {**asdict(self), "whole": self.whole, "about": about}
 
 
-def rows_of(name: str, policy: SmolVLAPolicyWrapper, request: Request, first: str) -> Iterator[Row]:
+def rows_of(name: str, policy: SmolVLAPolicyWrapper, options: Options, first: str) -> Iterator[Row]:
     """The checkpoint as it is, at every other horizon and temperature asked for, and without each thing it has."""
     as_it_is = Row(name, name, None if name == first else first, policy.n_action_steps, policy.sampling_temperature)
     yield as_it_is
     changed = replace(as_it_is, against=name)
-    for steps in request.n_action_steps:
+    for steps in options.n_action_steps:
         if steps != as_it_is.n_action_steps:
             yield replace(changed, name=f"{name}, {steps} step{'s' if steps > 1 else ''} a look", n_action_steps=steps)
-    for temperature in request.sampling_temperature:
+    for temperature in options.sampling_temperature:
         if temperature != as_it_is.sampling_temperature:
             yield replace(changed, name=f"{name}, temperature {temperature:g}", sampling_temperature=temperature)
-    for ablation in request.ablate:
+    for ablation in options.ablate:
         if ablation != "memory" or policy.has_memory:
             yield replace(changed, name=f"{name} without {ablation}", ablation=ablation)

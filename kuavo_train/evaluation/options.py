@@ -1,155 +1,69 @@
-"""What `python -m kuavo_train.evaluate` was asked: its `key=value` arguments, read and checked."""
+"""What `python -m kuavo_train.evaluate` is asked."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kuavo_train.command_line import nearest, option
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS
 
-ENVIRONMENT_SETTING = "environment."
+NOT_WITH_DATA = ("environment", "environment_settings", "max_steps", "n_action_steps", "videos", "workers")
 
 
 @dataclass(frozen=True)
-class Request:
-    """
-    Attributes:
-        checkpoints: name → folder or hub id, in the order given; the first is what the others are compared with.
-        tasks: by name; None for all that every checkpoint has learnt.
-        n_episodes: per task, or of a dataset. None: 50 in simulation, all there are of a dataset.
-        seed: of the layouts, and of the policies' noise.
-        output: the JSON; page, figures and videos lie beside it.
-        parallel: robots at a time. workers: processes that simulate; None for one per CPU.
-        max_steps: time limit of an episode; None leaves it to the environment.
-        n_action_steps: horizons of execution, a row each; empty for the checkpoint's own.
-        sampling_temperature: of the noise actions are denoised from, a row each; empty for the checkpoint's own.
-        ablate: what is taken away, a row each.
-        videos: per checkpoint and task.
-        environment: gymnasium's "module:id" in place of kuavo_sim's; `environment_settings` go to any.
-        data: LeRobot dataset, or a folder of them by task: demonstrations in place of a simulator.
-    """
+class Options:
+    """`checkpoints` are in the order given; the others are compared with the first."""
 
-    checkpoints: dict[str, str]
-    tasks: tuple[str, ...] | None = None
-    n_episodes: int | None = None
-    seed: int = 0
-    output: Path = Path("evaluation_results.json")
-    parallel: int = 8
-    workers: int | None = None
-    device: str | None = None
-    max_steps: int | None = None
-    n_action_steps: tuple[int, ...] = ()
-    sampling_temperature: tuple[float, ...] = ()
-    ablate: tuple[str, ...] = ()
-    videos: int = 0
-    environment: str | None = None
-    environment_settings: dict[str, Any] = field(default_factory=dict)
-    data: Path | None = None
+    checkpoints: dict[str, str] = option("a checkpoint by a name of yours: a folder, or a hub id", takes="NAME")
+    tasks: tuple[str, ...] | None = option("by name; none: all that every checkpoint has learnt", None)
+    n_episodes: int | None = option("per task, or of a dataset; none: 50 in simulation, all of a dataset", None)
+    seed: int = option("of the layouts, and of the policies' noise", 0)
+    output: Path = option("the JSON; page, figures and videos lie beside it", Path("evaluation_results.json"))
+    parallel: int = option("robots at a time", 8)
+    workers: int | None = option("processes that simulate; none: one per CPU", None)
+    device: str | None = option("cpu, cuda or mps; none: a GPU where there is one", None)
+    max_steps: int | None = option("time limit of an episode; none: the environment's own", None)
+    n_action_steps: tuple[int, ...] = option("horizons of execution, a row each", ())
+    sampling_temperature: tuple[float, ...] = option("of the noise actions are denoised from, a row each", ())
+    ablate: tuple[str, ...] = option(f"what is taken away, a row each: {', '.join(ABLATIONS)}", ())
+    videos: int = option("per checkpoint and task", 0)
+    environment: str | None = option("gymnasium's module:id in place of kuavo_sim's", None)
+    environment_settings: dict[str, Any] = option("a setting of the environment", takes="environment.KEY")
+    data: Path | None = option("LeRobot dataset, or a folder of them by task, in place of a simulator", None)
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
             raise ConfigError("arguments must name a checkpoint, NAME=outputs/<run>/stage…/checkpoints/best, got none")
+        for name, checkpoint in self.checkpoints.items():
+            _check_checkpoint(name, checkpoint)
+        for key in ("n_episodes", "parallel", "workers", "max_steps"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, "be at least 1", value)
+        for key in ("seed", "videos"):
+            require(getattr(self, key) >= 0, key, "not be negative", getattr(self, key))
+        require(
+            all(steps >= 1 for steps in self.n_action_steps), "n_action_steps", "be at least 1", self.n_action_steps
+        )
+        for temperature in self.sampling_temperature:
+            require(0 <= temperature <= 1, "sampling_temperature", "be in [0, 1]", temperature)
         for name in self.ablate:
             one_of("ablate", name, ABLATIONS)
         require(self.output.suffix == ".json", "output", "be a .json file", str(self.output))
-        if self.data is not None:
-            in_simulation = ("environment", "environment_settings", "max_steps", "n_action_steps", "videos", "workers")
-            for key in in_simulation:
-                if getattr(self, key):
-                    raise ConfigError(f"{key} must not be given with data: demonstrations are walked, not simulated")
+        for key in () if self.data is None else NOT_WITH_DATA:
+            if getattr(self, key):
+                raise ConfigError(f"{key} must not be given with data: demonstrations are walked, not simulated")
         if self.environment is not None:
             require(self.tasks is not None and len(self.tasks) == 1, "tasks", "be one with environment", self.tasks)
 
-    @classmethod
-    def parse(cls, words: Sequence[str]) -> "Request":
-        """Raises `ConfigError` naming the argument that is wrong."""
-        given: dict[str, Any] = {"checkpoints": {}, "environment_settings": {}}
-        for word in words:
-            key, equals, text = word.partition("=")
-            require(bool(equals and text), "arguments", "be NAME=CHECKPOINT or one of the options as key=value", word)
-            if key.startswith(ENVIRONMENT_SETTING):
-                place, name, value = (
-                    given["environment_settings"],
-                    key.removeprefix(ENVIRONMENT_SETTING),
-                    _yaml(key, text),
-                )
-            elif key in OPTIONS:
-                place, name, value = given, key, OPTIONS[key](key, text)
-            else:
-                place, name, value = given["checkpoints"], key, _checkpoint(key, text)
-            require(name not in place, key, "be given once", text)
-            place[name] = value
-        return cls(**given)
 
-
-def _checkpoint(name: str, text: str) -> str:
+def _check_checkpoint(name: str, text: str) -> None:
     is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+-]*", name)
     is_hub_id = re.fullmatch(r"[^/\s]+/[^/\s]+", text)
     if not is_name or not (is_hub_id or Path(text).exists()):
+        keys = [each.name for each in fields(Options) if not each.metadata["takes"]]
         raise ConfigError(
-            f"{name} must be an option ({', '.join(OPTIONS)}, {ENVIRONMENT_SETTING}KEY), or a name for a checkpoint "
-            f"that is there, got {text!r}"
+            f"{name} must be an option ({', '.join(keys)}, environment.KEY), or a name for a checkpoint that is there, "
+            f"got {text!r}{nearest(name, keys)}"
         )
-    return text
-
-
-def _text(key: str, text: str) -> str:
-    return text
-
-
-def _path(key: str, text: str) -> Path:
-    return Path(text)
-
-
-def _whole(least: int) -> Callable[[str, str], int]:
-    def read(key: str, text: str) -> int:
-        require(text.isdigit() and int(text) >= least, key, f"be a whole number of at least {least}", text)
-        return int(text)
-
-    return read
-
-
-def _share(key: str, text: str) -> float:
-    valid = re.fullmatch(r"\d*\.?\d+", text) and float(text) <= 1
-    require(bool(valid), key, "be a number in [0, 1]", text)
-    return float(text)
-
-
-def _several[T](read: Callable[[str, str], T]) -> Callable[[str, str], tuple[T, ...]]:
-    def read_all(key: str, text: str) -> tuple[T, ...]:
-        values = tuple(read(key, part) for part in text.split(","))
-        require(
-            len(set(values)) == len(values) and "" not in values, key, "be values with commas between, each once", text
-        )
-        return values
-
-    return read_all
-
-
-def _yaml(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key} must be a YAML value, got {text!r}") from error
-
-
-OPTIONS: dict[str, Callable[[str, str], Any]] = {
-    "tasks": _several(_text),
-    "n_episodes": _whole(1),
-    "seed": _whole(0),
-    "output": _path,
-    "parallel": _whole(1),
-    "workers": _whole(1),
-    "device": _text,
-    "max_steps": _whole(1),
-    "n_action_steps": _several(_whole(1)),
-    "sampling_temperature": _several(_share),
-    "ablate": _several(_text),
-    "videos": _whole(0),
-    "environment": _text,
-    "data": _path,
-}

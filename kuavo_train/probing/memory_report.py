@@ -1,13 +1,14 @@
 """What a checkpoint's memory does, in numbers and pictures."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kuavo_train.command_line import option
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.task import open_task
 from kuavo_train.errors import require
@@ -21,6 +22,7 @@ from kuavo_train.probing.memory_decisions import (
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.probing.simulated_cues import cues_of, question_of
 from kuavo_train.runs.files import write_json
+from kuavo_train.runs.records import Json
 from kuavo_train.runs.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
@@ -41,12 +43,20 @@ def find_policy(checkpoint: Path) -> tuple[Path, Path]:
     return folder, stage
 
 
-def report(
-    checkpoint: Path, task: str, *, data: Path | None = None, episodes: int | None = None, output: Path | None = None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Path = option("checkpoints/<step>, best or last of a stage, or its pretrained_model")
+    task: str = option("name of a task of the run")
+    data: Path | None = option("dataset that was never trained on; none: the run's held-out episodes", None)
+    episodes: int | None = option("how many of them; none: all", None)
+    output: Path | None = option("folder for the report; none: <stage folder>/memory_<task>", None)
+
+
+def report(options: Options) -> Json:
     """Write the report and return the content of memory.json. Raises `ConfigError`."""
-    folder, stage_folder = find_policy(checkpoint)
+    folder, stage_folder = find_policy(options.checkpoint)
     run = TrainedRun.open(stage_folder.parent)
+    task, data, episodes = options.task, options.data, options.episodes
     known = run.task(task)
     numbers: Sequence[int]
     asked, numbers = known, known.held_out_episodes
@@ -64,7 +74,7 @@ def report(
     dataset = run.dataset([asked, known], policy.config)
     probe = MemoryProbe(policy, dataset, preprocessor)
     cues = cues_of(asked)
-    found: dict[str, Any] = {
+    found: Json = {
         "run": run.stored.record.run,
         "checkpoint": checkpoint_name(folder),
         "stage": next(stage.name for stage in run.stages if stage.folder.name == stage_folder.name),
@@ -92,14 +102,14 @@ def report(
     at = [q.query for q in questions] or [len(draws) // 2 for draws in walk.episodes]
     noise = seeded_noise(policy, [[episode, query] for episode, query in zip(numbers, at, strict=True)])
     found["attention"] = attention_at(probe, walk, at, noise)
-    output = output or stage_folder / f"memory_{task}"
+    output = options.output or stage_folder / f"memory_{task}"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "memory.json", found)
     _draw(output, found, questions, dataset, walk)
     return found
 
 
-def _draw(output: Path, found: dict[str, Any], questions: Sequence[Question], dataset: MixedDataset, walk: Any) -> None:
+def _draw(output: Path, found: Json, questions: Sequence[Question], dataset: MixedDataset, walk: Any) -> None:
     from kuavo_train.probing.memory_figures import draw_cue, draw_trace  # matplotlib: slow to import
 
     if "trace" in found:
@@ -111,7 +121,7 @@ def _draw(output: Path, found: dict[str, Any], questions: Sequence[Question], da
         draw_cue(output / "memory_cue.png", found)
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(found: Json) -> str:
     """The report in a few lines for a terminal."""
     memory = found["memory"]
     lines = [f"{found['task']}: {len(found['episodes'])} episodes, {memory['num_mem_tokens'] or 0} memory tokens"]

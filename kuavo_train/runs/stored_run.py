@@ -31,6 +31,9 @@ from kuavo_train.runs.records import (
     with_played,
 )
 
+OUTPUTS = Path("outputs")
+"""Where runs are, unless `outputs` says another folder."""
+
 STAGE_FOLDER = re.compile(r"stage(\d+)_(.+)")
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
+from kuavo_train.command_line import parse
+from kuavo_train.evaluation.options import Options
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reporting.run_analysis import Analysis, analyse, write_matrix
 from kuavo_train.reporting.strategy_comparison import Comparison, compare
@@ -12,6 +14,11 @@ from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredRun
 
 QUICK = RetentionLimits(resamples=500)
+
+
+def options_of(words: Sequence[str]) -> Options:
+    """Of an evaluation."""
+    return parse(Options, words, help="")
 
 
 def analysed(folder: Path, *, limits: RetentionLimits | None = QUICK, joint: Path | None = None) -> Analysis:

@@ -321,13 +321,13 @@ def test_the_command_line_takes_runs_a_study_or_a_folder_of_runs(runs, tmp_path,
     [
         (["runs="], "runs must name at least two run folders"),
         (["runs=nowhere"], "nowhere is no run, no study and holds no runs"),
-        (["runs=a,b", "run=c"], "run= does not go together with runs="),
-        (["output=a"], "output= does not go together with run="),
+        (["runs=a,b", "run=c"], "run must not be given with runs="),
+        (["output=a"], "output must not be given with run="),
     ],
 )
 def test_bad_arguments_of_a_comparison_end_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reading import Page
+from reading import Page, options_of
 
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
@@ -18,7 +18,6 @@ from kuavo_train.evaluate import main
 from kuavo_train.evaluation.checkpoint_evaluation import evaluate
 from kuavo_train.evaluation.checkpoints import Contestant
 from kuavo_train.evaluation.open_loop import judge_errors, walk
-from kuavo_train.evaluation.options import Request
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.reporting.html_page import look_up
 from kuavo_train.runs.records import DatasetRecord, TaskRecord
@@ -132,6 +131,6 @@ def test_checkpoints_walk_demonstrations_and_the_page_agrees_with_the_json(
 
 
 def test_data_that_is_not_there_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
-    request = Request.parse([f"it={small_checkpoint}", "tasks=weighing", f"data={tmp_path}"])
+    options = options_of([f"it={small_checkpoint}", "tasks=weighing", f"data={tmp_path}"])
     with pytest.raises(ConfigError, match=r"dataset .*weighing does not exist"):
-        evaluate(request)
+        evaluate(options)

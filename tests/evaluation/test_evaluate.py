@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds  # noqa: F401 - registers what is played in
-from reading import Page
+from reading import Page, options_of
 
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluate import main
@@ -17,7 +17,6 @@ from kuavo_train.evaluation import latency
 from kuavo_train.evaluation.checkpoint_evaluation import evaluate
 from kuavo_train.evaluation.checkpoints import rows_of
 from kuavo_train.evaluation.environment import evaluation_seeds
-from kuavo_train.evaluation.options import Request
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.reporting.html_page import look_up
 
@@ -108,9 +107,9 @@ def test_a_failing_environment_is_told_and_is_no_success_rate_of_zero(
 
 
 def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_asked_for(tmp_path: Path) -> None:
-    request = Request.parse([f"it={tmp_path}", "n_action_steps=2,4", "sampling_temperature=0,1"])
+    options = options_of([f"it={tmp_path}", "n_action_steps=2,4", "sampling_temperature=0,1"])
     policy: Any = SimpleNamespace(n_action_steps=8, sampling_temperature=1.0)
-    rows = list(rows_of("it", policy, request, "it"))
+    rows = list(rows_of("it", policy, options, "it"))
     assert [(row.name, row.n_action_steps, row.sampling_temperature, row.against) for row in rows] == [
         ("it", 8, 1, None),
         ("it, 2 steps a look", 2, 1, "it"),
@@ -125,35 +124,38 @@ def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_ask
     ("words", "message"),
     [
         (["tasks=weighing"], "arguments must name a checkpoint"),
-        (["it=CHECKPOINT", "n_episode=3"], r"n_episode must be an option \(tasks, n_episodes, .* got '3'"),
-        (["it=CHECKPOINT", "n_episodes=none"], "n_episodes must be a whole number of at least 1, got 'none'"),
+        (
+            ["it=CHECKPOINT", "n_episode=3"],
+            r"n_episode must be an option \(tasks, .* '3'; did you mean n_ep",
+        ),
+        (["it=CHECKPOINT", "n_episodes=none"], "n_episodes must be a whole number, got 'none'"),
         (["it=CHECKPOINT", "tasks=weighing,weighing"], "tasks must be values with commas between, each once"),
         (["it=CHECKPOINT", "it=CHECKPOINT"], "it must be given once"),
         (["it=CHECKPOINT", "n_action_steps=2,7"], "n_action_steps must be at most 6, what it plans, got 7"),
-        (["it=CHECKPOINT", "sampling_temperature=2"], r"sampling_temperature must be a number in \[0, 1\], got '2'"),
+        (["it=CHECKPOINT", "sampling_temperature=2"], r"sampling_temperature must be in \[0, 1\], got 2"),
         (["it=CHECKPOINT", "ablate=hands"], "ablate must be one of language, memory, cameras, got 'hands'"),
         (["it=CHECKPOINT", "tasks=juggling"], r"tasks must be among those that it has learnt \(.*\), got 'juggling'"),
         (["it=CHECKPOINT", "environment=worlds:Arms-v0"], "tasks must be one with environment, got None"),
         (["it=CHECKPOINT", "output=there"], "output must be a .json file, got 'there'"),
         (["it=CHECKPOINT/training_state"], "it: .*training_state must be a checkpoint's folder"),
         (["it=CHECKPOINT", "data=/nowhere", "videos=2"], "videos must not be given with data"),
-        (["CHECKPOINT"], "arguments must be NAME=CHECKPOINT or one of the options as key=value"),
+        (["CHECKPOINT"], "arguments must be key=value with a key of NAME, tasks, .*, environment.KEY, data, got"),
     ],
 )
 def test_a_wrong_request_names_what_is_wrong(small_checkpoint: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        evaluate(Request.parse([word.replace("CHECKPOINT", str(small_checkpoint)) for word in words]))
+        evaluate(options_of([word.replace("CHECKPOINT", str(small_checkpoint)) for word in words]))
 
 
 def test_pictures_of_another_size_are_refused_with_the_task_and_the_reason(small_checkpoint: Path) -> None:
     words = [f"it={small_checkpoint}", "tasks=weighing", "environment.image_size=40", "environment.renderer=none"]
     with pytest.raises(ConfigError, match=r"it on weighing in kuavo_sim/Weighing-v0: .* must be of the size in train"):
-        evaluate(Request.parse([*words, "n_episodes=1", "workers=1"]))
+        evaluate(options_of([*words, "n_episodes=1", "workers=1"]))
 
 
 def test_kuavo_sim_is_played_at_the_size_of_the_checkpoints_pictures(small_checkpoint: Path) -> None:
     words = [f"it={small_checkpoint}", "tasks=weighing", "environment.renderer=none", "max_steps=3", "n_episodes=2"]
-    told = evaluate(Request.parse([*words, "workers=1", "seed=1"]))["rows"][0]["tasks"][0]
+    told = evaluate(options_of([*words, "workers=1", "seed=1"]))["rows"][0]["tasks"][0]
     assert told["environment"]["settings"] == {"renderer": "none", "image_size": 32}
     assert [episode["steps"] for episode in told["episodes"]] == [3, 3]
     assert [episode["seed"] for episode in told["episodes"]] == evaluation_seeds(2, seed=1)

@@ -469,7 +469,7 @@ def test_the_command_line_takes_the_newest_run_and_says_so(tmp_path, monkeypatch
 )
 def test_bad_arguments_end_in_one_line_that_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
