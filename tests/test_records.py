@@ -1,7 +1,12 @@
 """Lines of a run's logs as objects: what is written is what is read, and files of earlier versions are read."""
 
 import json
+from pathlib import Path
 
+import pytest
+
+from kuavo_train.errors import RunFolderError
+from kuavo_train.runs.files import JsonLines, in_one_move, read_lines
 from kuavo_train.runs.records import (
     ClosedLoop,
     EpisodeScore,
@@ -63,3 +68,28 @@ def test_an_episode_whose_environment_failed_is_no_trial_of_the_policy() -> None
 
 def test_what_a_later_version_adds_to_a_line_is_left_out() -> None:
     assert TrainingRecord.from_json({"step": 3, "loss": 1.0, "wait_ms": 2.0}) == TrainingRecord(3, loss=1.0)
+
+
+def test_a_file_whose_writing_fails_keeps_what_it_held_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "normalization.json"
+    path.write_text("before")
+
+    def interrupted() -> None:
+        with in_one_move(path) as partial:
+            partial.write_text("aft")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_are_read_up_to_one_that_a_kill_cut_off_and_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert JsonLines(path).read() == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: line 2 is not JSON"):
+        JsonLines(path).read()

@@ -456,6 +456,13 @@ def test_the_command_line_takes_the_newest_run_and_says_so(tmp_path, monkeypatch
     assert "report: outputs/new/report/report.html" in printed
 
 
+def test_page_and_terminal_tell_of_one_reading_of_the_run(run, monkeypatch, capsys):
+    read, opened = [], StoredRun.open
+    monkeypatch.setattr(StoredRun, "open", lambda folder: read.append(folder) or opened(folder))
+    assert main([f"run={run}", "resamples=200"]) == 0
+    assert read == [run]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
