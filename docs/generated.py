@@ -1,6 +1,6 @@
 """Parts of the documentation that are read from the code: `make docs` puts them where a page has their marker.
 
-A page holds `<!-- generated: configuration -->`; the functions of `PARTS` return Markdown. Nothing heavy is imported.
+A page holds `<!-- generated: configuration -->`; the functions of `PARTS` return Markdown.
 """
 
 import ast
@@ -11,12 +11,14 @@ import re
 import tokenize
 import typing
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kuavo_train import config
+from kuavo_train.command_line import usage
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.runs.settings import MEASURED, is_free
 
@@ -36,6 +38,12 @@ COMMANDS = (
     "kuavo_sim/expert.py",
     "benchmarks/__main__.py",
 )
+OPTIONS = {  # module with the dataclass of the command's own key=value words
+    "kuavo_train.report": "kuavo_train.report",
+    "kuavo_train.evaluate": "kuavo_train.evaluation.options",
+    "kuavo_train.probes": "kuavo_train.probes",
+    "kuavo_train.memory_report": "kuavo_train.probing.memory_report",
+}
 GROUPS = ("profile", "policy", "strategy", "memory", "finetune", "recipe", "tasks")
 POLICY = REPOSITORY / "lerobot_policy_smolvla_memory" / "configuration_smolvla_memory.py"
 
@@ -111,7 +119,8 @@ def commands() -> str:
     for name in COMMANDS:
         module = name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
         docstring = ast.get_docstring(ast.parse((REPOSITORY / name).read_text())) or ""
-        parts.append(f"## python -m {module}\n\n```text\n{docstring}\n```")
+        told = usage(import_module(OPTIONS[module]).Options, docstring) if module in OPTIONS else docstring
+        parts.append(f"## python -m {module}\n\n```text\n{told}\n```")
     return "\n\n".join(parts)
 
 

@@ -128,6 +128,7 @@ def test_the_reference_of_commands_holds_the_help_of_each() -> None:
         text = command.read_text()
         if '__name__ == "__main__"' in text:
             assert (ast.get_docstring(ast.parse(text)) or "no docstring") in page, command
+    assert "  videos=INTEGER" in page
 
 
 def test_the_reference_of_files_holds_every_key_that_is_read_again() -> None:
