@@ -30,7 +30,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -375,5 +375,9 @@ def main(words: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    command()

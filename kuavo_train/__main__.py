@@ -21,5 +21,9 @@ def main(composed: DictConfig, overrides: list[str]) -> int:
     return run_stage(config, curriculum)
 
 
-if __name__ == "__main__":
+def command() -> None:
     hydra_entry(main)()
+
+
+if __name__ == "__main__":
+    command()

@@ -25,7 +25,9 @@ OmegaConf.register_new_resolver("share_of", lambda whole, part: max(1, round(who
 FROM_DATASET = "dataset"
 """`stage.instruction` that takes the dataset's own sentences."""
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_INSTALLED = Path(__file__).resolve().parent / "configs"
+CONFIG_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
+"""The YAML files: inside the package where that was installed from a wheel, beside it in the repository."""
 
 
 def said(error: BaseException, limit: int = 1500) -> str:

@@ -82,5 +82,9 @@ def train_all_stages(configs: Sequence[RunConfig]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
     hydra_entry(main)()
+
+
+if __name__ == "__main__":
+    command()

@@ -21,6 +21,7 @@ the JSON; beside it, under the same name, a page, its figures and the videos.
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from kuavo_train.interruption import main_ends_on_signals
 
@@ -42,5 +43,9 @@ def main(words: Sequence[str]) -> int:
     return errors_in_one_line(evaluated)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     main_ends_on_signals(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -39,8 +39,12 @@ def main(composed: DictConfig, overrides: list[str], *, episode: str | None = No
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
     own = {word for word in sys.argv if word.startswith("--episode=")}  # Hydra would refuse it
     sys.argv = [word for word in sys.argv if word not in own]
     chosen = max(own, default="").removeprefix("--episode=") or None
     hydra_entry(lambda composed, overrides: main(composed, overrides, episode=chosen))()
+
+
+if __name__ == "__main__":
+    command()

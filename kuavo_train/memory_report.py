@@ -10,6 +10,7 @@ memory.json, memory_trace.png and, where the task has cues, memory_cue.png to `o
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from kuavo_train.command_line import errors_in_one_line, parse
 from kuavo_train.interruption import main_ends_on_signals
@@ -26,5 +27,9 @@ def _report(options: Options) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     main_ends_on_signals(main)
+
+
+if __name__ == "__main__":
+    command()

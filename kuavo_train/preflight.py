@@ -35,7 +35,11 @@ def main(composed: DictConfig, overrides: list[str], *, as_json: bool = False) -
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
     as_json = "--json" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--json"]  # Hydra would refuse it
     hydra_entry(lambda composed, overrides: main(composed, overrides, as_json=as_json))()
+
+
+if __name__ == "__main__":
+    command()

@@ -12,6 +12,7 @@ and order of samples are functions of the run's seed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from kuavo_train.command_line import errors_in_one_line, option, parse
 from kuavo_train.errors import one_of, require
@@ -53,5 +54,9 @@ def _probe(options: Options) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     main_ends_on_signals(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kuavo_train.command_line import errors_in_one_line, option, parse
 from kuavo_train.errors import ConfigError, require
@@ -84,5 +84,9 @@ def _limits(options: Options, before: RetentionLimits) -> RetentionLimits:
         raise ConfigError(str(error)) from error
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     main_ends_on_signals(main)
+
+
+if __name__ == "__main__":
+    command()

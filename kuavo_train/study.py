@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -208,6 +208,10 @@ def _compare(study: StudyFile) -> None:
     print(f"\n{comparison_table(comparison)}\n\ncomparison: {page}")
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
     end_on_signals()
     sys.exit(errors_in_one_line(lambda: main(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    command()

@@ -111,8 +111,10 @@ def _hash(content: Any) -> str:
 
 
 def _git_commit() -> str:
-    """Of the code, where it lies in a repository and git is there to ask."""
-    root = Path(__file__).resolve().parents[1]
+    """Of the code, where it lies in its own repository (not installed, in another's) and git is there to ask."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     except OSError:

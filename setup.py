@@ -1,0 +1,13 @@
+"""What pyproject.toml cannot say: configs/, which users edit where it lies, is installed as kuavo_train/configs."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["kuavo_train*", "kuavo_sim*", "lerobot_policy_*"]), "kuavo_train.configs"],
+    package_dir={"kuavo_train.configs": "configs"},
+    package_data={
+        "": ["py.typed"],
+        "kuavo_train.configs": ["**/*.yaml"],
+        "kuavo_train.reporting": ["templates/*"],
+    },
+)

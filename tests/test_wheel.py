@@ -1,0 +1,84 @@
+"""What `pip install` of the built wheel gives, away from the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
+NO_SOURCE = shutil.ignore_patterns("__pycache__", ".*", "outputs", "*.egg-info", "build", "dist")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the repository, and nothing left there is taken along."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(REPOSITORY, folder / "repository", ignore=NO_SOURCE)
+    return build("sdist", folder / "repository")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built from the source distribution, as where no wheel is at hand."""
+    with tarfile.open(sdist) as file:
+        file.extractall(sdist.parent, filter="data")
+    return build("wheel", sdist.parent / sdist.name.removesuffix(".tar.gz"))
+
+
+def build(what: str, source: Path) -> Path:
+    """`python -m build`, without a network and in this environment."""
+    code = f"from setuptools import build_meta; build_meta.build_{what}('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)
+    (built,) = (source / "dist").iterdir()
+    return built
+
+
+def test_wheel_and_source_hold_all_that_is_needed_and_neither_tests_nor_benchmarks(sdist: Path, wheel: Path) -> None:
+    with tarfile.open(sdist) as file:
+        source = {name.partition("/")[2] for name in file.getnames()}
+    installed = set(zipfile.ZipFile(wheel).namelist())
+    ours = {file.relative_to(REPOSITORY) for name in PACKAGES for file in (REPOSITORY / name).rglob("*")}
+    ours = {str(file) for file in ours if file.suffix in (".py", ".jinja", ".css", ".typed")}
+    configs = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert ours | configs <= source
+    assert ours | {f"kuavo_train/{file}" for file in configs} <= installed
+    assert {name.split("/")[0] for name in installed if ".dist-info" not in name} == set(PACKAGES)
+    assert not any(name.startswith(("tests", "benchmarks")) for name in source)
+    assert {f"{name}/py.typed" for name in PACKAGES} <= installed
+
+
+def test_every_command_has_a_name_of_its_own_and_can_be_called() -> None:
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    runnable = {file.stem for file in (REPOSITORY / "kuavo_train").glob("*.py") if "__main__" in file.read_text()}
+    modules = {target.partition(":")[0] for target in scripts.values()}
+    assert modules >= {f"kuavo_train.{name}" for name in runnable}
+    for target in scripts.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(import_module(module), name)), target
+
+
+def test_the_wheel_finds_its_configuration_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    unpacked, empty = tmp_path / "site packages", tmp_path / "an empty folder"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    empty.mkdir()
+    code = "import kuavo_train.config as c; print(c.CONFIG_FOLDER); import kuavo_train.__main__ as m; m.command()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "task=tasks/task3_placement", "--cfg", "job"],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{unpacked / 'kuavo_train' / 'configs'}\n")
+    assert "name: placement" in done.stdout
+    assert list(empty.iterdir()) == []
