@@ -20,8 +20,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
-from kuavo_train.compose import register_task_aliases, resolve
+from kuavo_train.compose import folders_named, resolve
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
+from kuavo_train.config_folders import quoted
 from kuavo_train.errors import ConfigError, RunError, one_of, require
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.keys import words_for_hydra
@@ -205,19 +206,34 @@ def _run_under_hydra(entry: Callable[[], None]) -> int:
     """Call Hydra with this process's command line; raises `ConfigError` for what Hydra refuses."""
     parser = get_args_parser()
     parser.error = _refuse_arguments  # type: ignore[method-assign]
+    sys.argv[1:] = config_dir_as_key(sys.argv[1:])
     arguments = parser.parse_args(sys.argv[1:])
     only_one = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, name)]
     require(len(only_one) < 2, "arguments", "hold one of --cfg, --multirun and the like", only_one)
-    register_task_aliases()
-    overrides = arguments.overrides
-    words = {word: words_for_hydra([word]) for word in overrides}
+    folders = folders_named(arguments.overrides)
+    folders.register_tasks()
+    words = {word: words_for_hydra([word], folders) for word in arguments.overrides}
     sys.argv[1:] = [each for word in sys.argv[1:] for each in words.get(word, [word])]
+    sys.argv[1:1] = [each for folder in folders.beside for each in ("--config-dir", str(folder))]
     try:
         with _hydra_raises():
             entry()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return 0
+
+
+def config_dir_as_key(words: Iterable[str]) -> list[str]:
+    """Hydra's `--config-dir DIR` said as config_dir=DIR. Raises `ConfigError` where DIR is missing."""
+    given, taken = iter(words), []
+    for word in given:
+        option, _, folder = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folder = folder or next(given, "")
+            require(bool(folder), "--config-dir", "be followed by a folder", word)
+            word = f"config_dir={quoted(folder)}"
+        taken.append(word)
+    return taken
 
 
 def _refuse_arguments(message: str) -> NoReturn:

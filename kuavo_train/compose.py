@@ -1,7 +1,7 @@
 """YAML files and overrides → typed configs, one for every task of the curriculum.
 
-`task=tasks/task2_weighing` is a Hydra group override; each file of configs/tasks/ gets a two-line alias, so
-adding a task is adding a file.
+`task=tasks/task2_weighing` is a Hydra group override; every task's file is a choice of it, so adding a task is adding
+a file: to configs/tasks, or to a folder of the user's own (config_folders.py).
 """
 
 import re
@@ -12,17 +12,16 @@ from typing import Any
 
 import draccus
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
+from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.data.replay import proportional_shares
 from kuavo_train.errors import ConfigError, Problems, require
-from kuavo_train.keys import check_key, described, optional_sections, section_of, words_for_hydra
+from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
 
 OF_A_TASKS_DATA = (
     "episodes",
@@ -39,31 +38,16 @@ OF_A_TASKS_DATA = (
 """Fields of a task's stage that no other stage may take over."""
 
 
-def task_files(folder: Path = CONFIG_FOLDER) -> list[Path]:
-    """The files of configs/tasks/ in the order of learning (their `stage.index`)."""
-    files = sorted((folder / "tasks").glob("*.yaml"))
-    require(bool(files), str(folder / "tasks"), "hold at least one task file", "none")
-    return sorted(files, key=_index_of)
-
-
-def _index_of(file: Path) -> int:
-    """A task's place in the order of learning. Raises `ConfigError` for a file that does not tell it."""
-    try:
-        index = OmegaConf.select(OmegaConf.load(file), "stage.index")
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{file} must be YAML with the stage of a task, got {' '.join(str(error).split())}"
-        ) from error
-    require(isinstance(index, int), f"{file}: stage.index", "be a whole number, the place in the order", index)
-    return index
-
-
-def register_task_aliases(folder: Path = CONFIG_FOLDER) -> None:
-    """Let Hydra find configs/tasks/x.yaml under the name `tasks/x` of the group `task`."""
-    for file in task_files(folder):
-        ConfigStore.instance().store(
-            group="task/tasks", name=file.stem, node={"defaults": [f"/tasks/{file.stem}"]}, provider="kuavo_train"
-        )
+def folders_named(overrides: Sequence[str], base: Path = CONFIG_FOLDER) -> ConfigFolders:
+    """The folders that a command line's tasks_dir= and config_dir= name. Raises `ConfigError`."""
+    given: dict[str, str | None] = {}
+    for word, override in ((word, parsed(word)) for word in overrides):
+        key = override.key_or_group
+        if key in ("tasks_dir", "config_dir"):
+            require(not override.is_sweep_override(), key, "be one folder", word)
+            value = override.value()
+            given[key] = None if value is None else str(value)
+    return ConfigFolders(base, **given)
 
 
 def compose_run(
@@ -79,19 +63,20 @@ def compose_run(
     Raises:
         ConfigError: unknown keys, wrong types, impossible values, two tasks of one name or place.
     """
-    register_task_aliases(folder)
-    overrides = words_for_hydra(overrides, folder)
+    folders = folders_named(overrides, folder)
+    folders.register_tasks()
+    overrides = words_for_hydra(overrides, folders)
     if GlobalHydra.instance().is_initialized():  # inside @hydra.main
-        return _compose_all(overrides, current, folder)
+        return _compose_all(overrides, current, folders)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        return _compose_all(overrides, current, folder)
+        return _compose_all(overrides, current, folders)
 
 
-def _compose_all(overrides: Sequence[str], current: RunConfig | None, folder: Path) -> list[RunConfig]:
+def _compose_all(overrides: Sequence[str], current: RunConfig | None, folders: ConfigFolders) -> list[RunConfig]:
     try:
         configs = [
-            resolve(hydra.compose("train", overrides=[f"task=tasks/{file.stem}", *overrides]))
-            for file in task_files(folder)
+            resolve(hydra.compose("train", overrides=[f"task={file.choice}", *overrides, *folders.for_hydra]))
+            for file in folders.task_files
         ]
     except HydraException as error:
         raise ConfigError(str(error)) from error
@@ -105,7 +90,7 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folder: Pa
                 current.stage.name in learn, "learn", f"include the task of this stage ({current.stage.name})", learn
             )
         for name in learn:
-            require(name in by_name, "learn", f"name tasks of configs/tasks ({', '.join(by_name)})", name)
+            require(name in by_name, "learn", f"name tasks of {folders} ({', '.join(by_name)})", name)
             require(learn.count(name) == 1, "learn", "name a task once", name)
         require(bool(learn), "learn", "name at least one task, or be null for all", learn)
         places = enumerate(learn, start=1)
@@ -133,7 +118,6 @@ def resolve(composed: DictConfig) -> RunConfig:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    plain.pop("task", None)  # the group's own, empty node
     for key, section in optional_sections():  # decoded alone, because a failed `X | None` does not say what failed
         value = OmegaConf.select(composed, key)
         if value is not None:
@@ -142,10 +126,8 @@ def resolve(composed: DictConfig) -> RunConfig:
 
 
 def _keys(values: Any, where: str = "") -> Iterator[str]:
-    """Those of a configuration and of its sections, but for the node of the group `task`."""
+    """Those of a configuration and of its sections."""
     for name, value in values.items():
-        if name == "task" and not where:
-            continue
         key = f"{where}{name}"
         yield key
         if isinstance(value, dict) and section_of(key) is not None:

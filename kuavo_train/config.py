@@ -388,12 +388,14 @@ class RunConfig:
     merge: MergeConfig | None = None
     passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
-    learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every file of configs/tasks
+    learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every task that has a file
     hf_endpoint: str | None = None  # a mirror of the hub, https://…; None: huggingface.co, or $HF_ENDPOINT
     offline: bool = False  # never ask the hub: everything is in local folders or in its cache
     licence: str = "apache-2.0"  # of the trained weights, in their model card
     allow_random_frozen_vlm: bool = False
     data_only: bool = False  # record missing demonstrations and stop
+    tasks_dir: str | None = None  # folder of the tasks' files, in place of configs/tasks
+    config_dir: str | None = None  # folder of groups and tasks beside those of configs
 
     def __post_init__(self) -> None:
         valid = bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run))
@@ -453,11 +455,7 @@ class RunConfig:
 
 
 def check_curriculum(tasks: list[StageConfig]) -> None:
-    """Names and places in the order of learning are unique; replay names only tasks learnt before."""
-    for kind in ("name", "index"):
-        values = [getattr(task, kind) for task in tasks]
-        for value in values:
-            require(values.count(value) == 1, f"configs/tasks: stage.{kind}", "be unique", value)
+    """Replay names only tasks learnt before."""
     names = [task.name for task in tasks]
     for place, task in enumerate(tasks):
         for replayed in (name for name, share in task.replay.items() if share > 0):

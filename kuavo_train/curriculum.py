@@ -45,7 +45,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if override.lstrip("~+").startswith(FOR_ONE_STAGE):
             raise ConfigError(
                 f"overrides of the whole curriculum must hold for every stage, got {override.lstrip('+')}; "
-                "run that stage with python -m kuavo_train, or edit its file in configs/tasks"
+                "run that stage with python -m kuavo_train, or edit its file"
             )
 
 

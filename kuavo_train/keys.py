@@ -11,15 +11,15 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from kuavo_train.config import CONFIG_FOLDER, RunConfig
-from kuavo_train.errors import ConfigError, one_of, require
+from kuavo_train.config import RunConfig
+from kuavo_train.config_folders import ConfigFolders
+from kuavo_train.errors import ConfigError, require
 
 NEAREST = 3
 OF_HYDRA = "hydra"  # its own keys begin with it
@@ -90,19 +90,20 @@ def known_keys() -> list[str]:
     return list(_keys_of(RunConfig))
 
 
-def words_for_hydra(words: Sequence[str], folder: Path = CONFIG_FOLDER) -> list[str]:
+def words_for_hydra(words: Sequence[str], folders: ConfigFolders) -> list[str]:
     """Overrides as a user types them → as Hydra takes them.
 
     Args:
-        folder: of the configuration; its folders are the groups.
+        folders: of the configuration; theirs are the groups.
 
     Raises:
         ConfigError: a word that is no override, a key or a choice that does not exist.
     """
-    return [taken for word in words for taken in _for_hydra(word, _parsed(word), folder)]
+    return [taken for word in words for taken in _for_hydra(word, parsed(word), folders)]
 
 
-def _parsed(word: str) -> Override:
+def parsed(word: str) -> Override:
+    """Raises `ConfigError` for a word that is no override."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
@@ -112,12 +113,14 @@ def _parsed(word: str) -> Override:
         ) from error
 
 
-def _for_hydra(word: str, override: Override, folder: Path) -> list[str]:
+def _for_hydra(word: str, override: Override, folders: ConfigFolders) -> list[str]:
     key = override.key_or_group
     if key.split(".")[0] == OF_HYDRA or key.startswith(f"{OF_HYDRA}/"):
         return [word]
-    if (folder / key).is_dir() or key == "task":
-        _check_choice(override, folder)
+    if folders.is_group(key):
+        chosen = not (override.is_delete() or override.is_sweep_override() or override.value() is None)
+        if chosen:
+            folders.check_choice(key, str(override.value()))
         return [word]
     check_key(key)
     kind = kind_of(key)
@@ -132,16 +135,6 @@ def _for_hydra(word: str, override: Override, folder: Path) -> list[str]:
     elif isinstance(value, dict) and is_open and kind is not Any:
         return [f"~{key}", f"+{word}"]
     return [f"++{word}"]
-
-
-def _check_choice(override: Override, folder: Path) -> None:
-    """Raises `ConfigError` for a choice that the group does not have."""
-    group = override.key_or_group
-    if override.is_delete() or override.is_sweep_override() or override.value() is None:
-        return
-    files = folder / ("tasks" if group == "task" else group)
-    prefix = "tasks/" if group == "task" else ""
-    one_of(group, str(override.value()), sorted(f"{prefix}{file.stem}" for file in files.glob("*.yaml")))
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

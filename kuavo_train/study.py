@@ -19,15 +19,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
-from kuavo_train.command_line import errors_in_one_line, quieten_libraries, set_hub
+from kuavo_train.command_line import config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
 from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.interruption import end_on_signals
+from kuavo_train.keys import parsed
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.settings import Difference, is_free, refuse
 from kuavo_train.runs.stored_run import StoredRun, finished_cells
@@ -136,12 +134,10 @@ def compose_cells(arguments: Sequence[str]) -> tuple[str, list[str], list[Cell]]
         ConfigError: commas elsewhere than in strategy and seed, or anything wrong with any cell's configuration.
     """
     swept, shared = dict(SWEPT), []
+    arguments = config_dir_as_key(arguments)
     check_overrides(arguments)
     for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            raise ConfigError(str(error)) from error
+        override = parsed(argument)
         key = override.key_or_group
         if key in SWEPT:
             swept[key] = (

@@ -8,8 +8,9 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, register_task_aliases, resolve
+from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, resolve
 from kuavo_train.config import CONFIG_FOLDER, LoraConfig, RunConfig, StageConfig
+from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.errors import ConfigError
 from kuavo_train.keys import words_for_hydra
 
@@ -161,7 +162,7 @@ def test_shares_of_tasks_that_are_not_learnt_go_to_the_others_in_proportion(lear
 
 def stage_of(*words: str) -> tuple[RunConfig, list[StageConfig]]:
     """The stage that a command line asks for, as `python -m kuavo_train` finds it, and its curriculum."""
-    register_task_aliases()
+    ConfigFolders().register_tasks()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         return compose_stage(hydra.compose("train", overrides=list(words)), words)
 
@@ -180,9 +181,13 @@ def test_a_joint_stage_learns_the_tasks_of_learn_without_a_task_being_chosen() -
 
 def compose_with(task: str, overrides: list[str]) -> list:
     """The config of one task alone, as `python -m kuavo_train` composes it."""
-    register_task_aliases()
+    ConfigFolders().register_tasks()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return [resolve(hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *overrides])))]
+        return [
+            resolve(
+                hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *overrides], ConfigFolders()))
+            )
+        ]
 
 
 def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:

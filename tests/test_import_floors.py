@@ -12,7 +12,8 @@ OURS = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
 FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not import each other
     {"errors", "metrics"},
     {"config", "interruption"},
-    {"keys", "data"},
+    {"config_folders", "data"},
+    {"keys"},
     {"compose"},
     {"command_line", "training", "wrapper"},
     {"runs"},

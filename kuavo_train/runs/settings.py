@@ -11,7 +11,7 @@ from typing import Any
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 
-PLACES = "where files lie; what lies there is hashed"
+PLACES = "where files lie; what lies there is hashed or compared"
 FOLLOWED = "training's keys follow it, and are compared"
 SPEED = "how fast, by how many, or where it is computed; results agree but for rounding"
 WATCHING = "what is told and kept on the way"
@@ -23,6 +23,8 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "data.cache_root": PLACES,
     "stage.root": PLACES,
     "stage.repo_id": PLACES,
+    "tasks_dir": PLACES,
+    "config_dir": PLACES,
     "hf_endpoint": PLACES,
     "offline": PLACES,
     "profile": "a name; the keys that it sets are compared",

@@ -5,7 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig
+from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
@@ -110,19 +111,15 @@ def result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Check
     stage, previous = config.stage, earlier[-1]
     before = stage_folder(config, previous)
     if before.status != "finished":
+        folders = ConfigFolders.of(config)
         resume = " resume=true" if before.status != "absent" else ""
         raise ConfigError(
             f"stage {stage.index} ({stage.name}) must follow a finished stage {previous.index} ({previous.name}), got "
             f"{before.status} in {before.path}; run: python -m kuavo_train "
-            f"task=tasks/{_file_of(previous)} run={config.run}{_learn_word(config)}{resume}"
+            f"{' '.join([f'task={folders.choice_of(previous.name)}', f'run={config.run}', *folders.words])}"
+            f"{_learn_word(config)}{resume}"
         )
     return _checked(before.checkpoints.at("best"), config)
-
-
-def _file_of(stage: StageConfig) -> str:
-    """The name of a task's file, whose number is its place among all tasks, not in `learn`."""
-    files = sorted((CONFIG_FOLDER / "tasks").glob(f"*_{stage.name}.yaml"))
-    return files[0].stem if files else stage.name
 
 
 def _learn_word(config: RunConfig) -> str:
