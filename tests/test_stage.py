@@ -411,7 +411,13 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
         r"a folder, or a hub id that can be had, got nobody/nothing, looked for only in the local cache \(offline\).*"
         r"\n.*copy it here and give the folder: policy.pretrained_path=/path/to/nothing",
     ),
-    ("training.freeze_first_stage=[expert,eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),
+    ("training.freeze_first_stage=[expert,eyes]", r"training.freeze_first_stage must name groups of .*, got 'eyes'"),
+    ("training.freeze=[eyes]", r"training.freeze must name groups of vision, .*, got 'eyes'"),  # of later stages alone
+    (
+        "training.freeze=[vision,connector,vlm_text,expert,state_proj,action_proj,memory]",
+        r"training.freeze must leave something to train",
+    ),
+    ("training.lora={} training.freeze=[expert]", r"an expert to adapt, got a frozen one \(training.freeze\)"),
     ("training.freeze_first_stage=[vision]", r"a frozen VLM must have pretrained weights, got the random ones"),
     ("data.normalization=pretrained", r"data.normalization=pretrained needs observation.state statistics"),
 ]
@@ -419,7 +425,7 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
 
 @pytest.mark.parametrize(("override", "message"), BAD_STAGES, ids=[item[0] for item in BAD_STAGES])
 def test_preflight_refuses_what_would_fail_silently(small_run: Overrides, override: str, message: str) -> None:
-    configs = compose_run(small_run(override))
+    configs = compose_run(small_run(*override.split(" ")))
     with pytest.raises(ConfigError, match=message):
         run(configs, 0)
     assert not stage_folder(configs[0]).path.exists()

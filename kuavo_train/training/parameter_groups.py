@@ -56,13 +56,20 @@ def _own_groups(policy: nn.Module) -> dict[str, list[str]]:
     return groups
 
 
-def freeze(policy: nn.Module, frozen: Sequence[str]) -> None:
-    """Take the named groups out of training. Raises `ConfigError` for a group the policy does not have."""
+def check_freezing(policy: nn.Module, key: str, frozen: Sequence[str]) -> None:
+    """Raises `ConfigError` when `key` names a group that the policy does not have, or all that it has."""
     groups = parameter_groups(policy)
     for group in frozen:
         if group not in groups:
-            raise ConfigError(f"training.freeze must name groups of {', '.join(groups)}, got {group!r}")
-    parameters = dict(policy.named_parameters())
+            raise ConfigError(f"{key} must name groups of {', '.join(groups)}, got {group!r}")
+    if set(groups) <= set(frozen):
+        raise ConfigError(f"{key} must leave something to train, got {list(frozen)}")
+
+
+def freeze(policy: nn.Module, frozen: Sequence[str]) -> None:
+    """Take the named groups out of training. Raises `ConfigError` as `check_freezing`, and where nothing trains."""
+    check_freezing(policy, "training.freeze", frozen)
+    groups, parameters = parameter_groups(policy), dict(policy.named_parameters())
     for group in frozen:
         for name in groups[group]:
             parameters[name].requires_grad_(False)

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoTokenizer
 from kuavo_train.config import RunConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, Problems
 from kuavo_train.training.ema import check_average
-from kuavo_train.training.lora import add_adapters
-from kuavo_train.training.parameter_groups import freeze
+from kuavo_train.training.lora import ADAPTED_GROUP, add_adapters
+from kuavo_train.training.parameter_groups import check_freezing, freeze
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
@@ -141,9 +141,9 @@ def build_policy(
     """The policy that `configure_policy` has planned, its weights, and the shared normalization in its processors.
 
     Raises:
-        ConfigError: weights that cannot be had or do not fit, a frozen VLM that nobody trained, a group that the
-            policy does not have, adapters on an expert that is not there or frozen, an average of weights beside
-            statistics that are not averaged.
+        ConfigError: weights that cannot be had or do not fit, a frozen VLM that nobody trained, an average of weights
+            beside statistics that are not averaged; in this stage or a later one a group that the policy does not have,
+            nothing to train, adapters on an expert that is not there or frozen.
     """
     source = _source(config, checkpoint)
     if misnamed := _misnamed("policy.pretrained_path", source):
@@ -154,6 +154,7 @@ def build_policy(
         policy: Any = _with_weights(_policy_class(policy_config.type), policy_config, source)
     if hasattr(policy_config, "pretrained_backbone_weights"):
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
+    _check_freezing(config, policy)
     freeze(policy, frozen)
     if hasattr(policy, "settle_precision"):
         policy.settle_precision()
@@ -162,6 +163,19 @@ def build_policy(
     statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor, _stored_dtypes(source))
+
+
+def _check_freezing(config: RunConfig, policy: PreTrainedPolicy) -> None:
+    """Raises `ConfigError` for what the first stage or the later ones could not hold fixed, whichever this one is."""
+    problems = Problems()
+    for key in ("freeze_first_stage", "freeze"):
+        frozen = getattr(config.training, key)
+        problems.attempt(check_freezing, policy, f"training.{key}", frozen)
+        if config.training.lora is not None and ADAPTED_GROUP in frozen:
+            problems.append(
+                f"training.lora must have an expert to adapt, got a frozen one (training.{key}); set training.lora=null"
+            )
+    problems.raise_all()
 
 
 def _check_frozen_vlm(
