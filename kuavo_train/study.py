@@ -10,89 +10,28 @@ an interrupted one goes on, so the same command continues what was cut off, and 
 to it. outputs/<run>-study/ holds study.json and report/, the comparison of all finished cells.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kuavo_train.command_line import config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
-from kuavo_train.compose import compose_run, stages_to_run
-from kuavo_train.config import RunConfig
+from kuavo_train.compose import compose_run
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.interruption import end_on_signals
 from kuavo_train.keys import parsed
 from kuavo_train.runs.lease import held
-from kuavo_train.runs.settings import Difference, is_free, refuse
 from kuavo_train.runs.stored_run import StoredRun, finished_cells
+from kuavo_train.runs.study_file import Cell, StudyFile
 
 SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
 """What a study varies, and over what when nothing is said."""
 
 OF_ONE_STRATEGY = ("ewc", "merge")
 """Groups of settings that only the strategy of that name has."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One strategy with one seed: an ordinary run. `configs` has one entry per task."""
-
-    strategy: str
-    seed: int
-    configs: list[RunConfig]
-
-    @property
-    def run(self) -> str:
-        return self.configs[0].run
-
-    @property
-    def folder(self) -> Path:
-        return self.configs[0].run_folder
-
-    @property
-    def finished(self) -> bool:
-        from kuavo_train.runs.run_folder import stage_folder
-
-        return all(stage_folder(stage).status == "finished" for stage in stages_to_run(self.configs))
-
-
-class StudyFile:
-    """study.json: the settings all cells share, and how far each cell is."""
-
-    def __init__(self, path: Path, run: str, overrides: Sequence[str]):
-        self.path = path
-        self.content: dict[str, Any] = {"run": run, "overrides": list(overrides), "cells": []}
-        if path.is_file():
-            stored = json.loads(path.read_text())
-            was, now = (_by_key(each) for each in (stored["overrides"], self.content["overrides"]))
-            different = [Difference(key, was.get(key, "unset"), now.get(key, "unset")) for key in sorted({*was, *now})]
-            refuse(
-                [each for each in different if each.was != each.now],
-                f"study {run} must keep the settings it began with ({path})",
-            )
-            self.content = stored
-
-    def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
-        """Note a cell's status (waiting, running, finished, interrupted or failed) and the seconds spent on it now."""
-        from kuavo_train.runs.files import write_json
-
-        about = {"run": cell.run, "folder": str(cell.folder), "strategy": cell.strategy, "seed": cell.seed}
-        cells = {each["run"]: each for each in self.content["cells"]}
-        spent = cells.get(cell.run, {}).get("seconds", 0.0)
-        cells[cell.run] = {**about, "status": status, "seconds": round(spent + seconds, 1)}
-        self.content["cells"] = list(cells.values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.content)
-
-
-def _by_key(overrides: Sequence[str]) -> dict[str, str]:
-    """Key → value of those that can change a result."""
-    given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
-    return {key: value for key, value in given.items() if not is_free(key)}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,68 @@
+"""study.json: the runs of a study, and how far each has come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kuavo_train.compose import stages_to_run
+from kuavo_train.config import RunConfig
+from kuavo_train.runs.files import read_json, write_json
+from kuavo_train.runs.records import Json
+from kuavo_train.runs.settings import Difference, is_free, refuse
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy with one seed: an ordinary run. `configs` has one entry per task."""
+
+    strategy: str
+    seed: int
+    configs: list[RunConfig]
+
+    @property
+    def run(self) -> str:
+        return self.configs[0].run
+
+    @property
+    def folder(self) -> Path:
+        return self.configs[0].run_folder
+
+    @property
+    def finished(self) -> bool:
+        # Not at the top: it brings the hub's library, which reads once, when imported, what `set_hub` sets.
+        from kuavo_train.runs.run_folder import stage_folder
+
+        return all(stage_folder(stage).status == "finished" for stage in stages_to_run(self.configs))
+
+
+class StudyFile:
+    """study.json: the settings all cells share, and how far each cell is."""
+
+    def __init__(self, path: Path, run: str, overrides: Sequence[str]):
+        self.path = path
+        self.content: Json = {"run": run, "overrides": list(overrides), "cells": []}
+        if path.is_file():
+            stored = read_json(path)
+            was, now = (_by_key(each) for each in (stored["overrides"], self.content["overrides"]))
+            different = [Difference(key, was.get(key, "unset"), now.get(key, "unset")) for key in sorted({*was, *now})]
+            refuse(
+                [each for each in different if each.was != each.now],
+                f"study {run} must keep the settings it began with ({path})",
+            )
+            self.content = stored
+
+    def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
+        """Note a cell's status (waiting, running, finished, interrupted or failed) and the seconds spent on it now."""
+        about = {"run": cell.run, "folder": str(cell.folder), "strategy": cell.strategy, "seed": cell.seed}
+        cells = {each["run"]: each for each in self.content["cells"]}
+        spent = cells.get(cell.run, {}).get("seconds", 0.0)
+        cells[cell.run] = {**about, "status": status, "seconds": round(spent + seconds, 1)}
+        self.content["cells"] = list(cells.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+
+def _by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """Key → value of those that can change a result."""
+    given = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    return {key: value for key, value in given.items() if not is_free(key)}
