@@ -9,6 +9,7 @@ import inspect
 import io
 import re
 import tokenize
+import tomllib
 import typing
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -129,12 +130,21 @@ def make_targets() -> str:
     return _table(("target", "what it does"), [(f"`make {name}`", _cell(text)) for name, text in found])
 
 
+def scripts() -> str:
+    found = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    rows = [
+        (f"`{name}`", f"`python -m {target.split(':')[0].removesuffix('.__main__')}`") for name, target in found.items()
+    ]
+    return _table(("installed command", "the same as"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
     "policy_fields": policy_fields,
     "groups": groups,
     "commands": commands,
     "make_targets": make_targets,
+    "scripts": scripts,
 }
 
 

@@ -1,0 +1,58 @@
+"""The tutorials, as somebody types them: their files are written and their commands run in an empty folder."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
+FILE = re.compile(r'^```yaml title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+Here = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_files(tutorial: str) -> None:
+    for name, content in FILE.findall(tutorial):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+
+
+def run_commands(tutorial: str, here: Here, *, skip: str | None = None) -> list[str]:
+    """What each command printed."""
+    printed = []
+    for line in re.findall(r"^\$ python -m (.*)$", tutorial, re.MULTILINE):
+        module, *words = shlex.split(line)
+        if module == skip:
+            continue
+        done = here(module, *words)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        printed.append(done.stdout)
+    return printed
+
+
+def own_two_tasks(here: Here, *, skip: str | None = None) -> None:
+    tutorial = (TUTORIALS / "two_tasks.md").read_text()
+    write_files(tutorial)
+    *_, preflight, _trained, report = run_commands(tutorial, here, skip=skip)
+    assert "no problems" in preflight
+    assert "the dataset says" in preflight
+    assert "weigh_parcel" in report
+    assert Path("outputs/mine/stage2_place_bottle/checkpoints/best").is_dir()
+
+
+def test_two_tasks_of_ones_own_are_trained_from_an_empty_folder(
+    datasets: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_data").symlink_to(datasets)  # recordings that are there already: the page's take a minute
+    own_two_tasks(here, skip="kuavo_sim.record")
+
+
+@pytest.mark.slow
+def test_two_tasks_of_ones_own_are_recorded_and_trained_from_an_empty_folder(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_two_tasks(here)
