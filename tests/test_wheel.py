@@ -82,3 +82,71 @@ def test_the_wheel_finds_its_configuration_from_an_empty_folder(wheel: Path, tmp
     assert done.stdout.startswith(f"{unpacked / 'kuavo_train' / 'configs'}\n")
     assert "name: placement" in done.stdout
     assert list(empty.iterdir()) == []
+
+
+OWN_TASK = """\
+stage:
+  name: {name}
+  index: {index}
+  instruction: {instruction}
+  epochs: 2
+  lr: 5.0e-5
+  warmup_steps: 0
+  decay_steps: 100
+  replay: {replay}
+  root: ${{data.root}}/{name}
+  simulation_task: {simulation_task}
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the commands in an environment that has the wheel and this one's packages, but not the repository."""
+    clean = tmp_path_factory.mktemp("a clean") / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(clean)], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([clean / "bin" / "python", *install], check=True)
+    own = Path(subprocess.check_output([clean / "bin" / "python", "-c", PURELIB], text=True).strip())
+    # A folder named in a .pth file is searched, but its own .pth files, that of the editable install, are not read.
+    (own / "dependencies.pth").write_text(subprocess.check_output([sys.executable, "-c", PURELIB], text=True))
+    return clean / "bin"
+
+
+PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+
+@pytest.mark.slow
+def test_two_own_tasks_train_and_report_from_an_empty_folder_with_nothing_but_the_wheel(
+    commands: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "an empty folder"
+    tasks = folder / "my tasks"
+    tasks.mkdir(parents=True)
+    pick = {"name": "pick", "index": 1, "replay": "{pick: 1.0}", "simulation_task": "placement"}
+    weigh = {"name": "weigh", "index": 2, "replay": "{pick: 0.25, weigh: 0.75}", "simulation_task": "weighing"}
+    (tasks / "a_pick.yaml").write_text(OWN_TASK.format(instruction="Lay the bottle in the yellow area.", **pick))
+    (tasks / "b_weigh.yaml").write_text(OWN_TASK.format(instruction="Weigh the parcel, then store it.", **weigh))
+
+    def call(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [commands / name, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    where = [str(commands / "python"), "-c", "import kuavo_train, kuavo_sim; print(kuavo_train.__path__[0])"]
+    assert Path(subprocess.check_output(where, cwd=folder, text=True)).is_relative_to(commands.parent)
+    trained = call("kuavo-train-all", "profile=smoke", "tasks_dir=my tasks", "data.record_workers=1")
+    run = folder / "outputs" / "smoke"
+    assert f"report: {(run / 'report' / 'report.html').relative_to(folder)}" in trained.stdout
+    assert [path.name for path in sorted(run.glob("stage*"))] == ["stage1_pick", "stage2_weigh"]
+    shutil.move(tasks, folder / "elsewhere")  # the stored run knows its tasks
+    (run / "report" / "report.html").unlink()
+    reported = call("kuavo-report", "run=outputs/smoke")
+    assert "pick" in reported.stdout
+    assert (run / "report" / "report.html").is_file()
+    again = call("kuavo-train-all", "profile=smoke", "tasks_dir=elsewhere", "data.record_workers=1")
+    assert again.stdout.count("is finished in") == 2
+    played = call("kuavo-evaluate", "own=outputs/smoke/stage2_weigh/checkpoints/best", "n_episodes=1", "max_steps=12")
+    assert "weigh" in played.stdout
