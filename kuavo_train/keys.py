@@ -6,6 +6,7 @@ nothing is refused, with the nearest key that exists.
 """
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ KINDS = {
     float: "a number",
     str: "text",
     list: "a list",
+    tuple: "a list",
     dict: "a mapping",
 }
 
@@ -60,13 +62,37 @@ def optional_sections(section: Any = RunConfig, where: str = "") -> Iterator[tup
 
 def described(key: str) -> str:
     """What a value of the key must be, in words."""
+    return in_words(kind_of(key))
+
+
+def in_words(kind: Any) -> str:
+    """A type as what a value of YAML must be."""
     names = []
-    for each in _alternatives(kind_of(key)):
+    for each in _alternatives(kind):
         plain = typing.get_origin(each) or each
-        items = [KINDS[item] for item in typing.get_args(each)[:1] if plain is list and item in KINDS]
+        items = [KINDS[item] for item in typing.get_args(each)[:1] if plain in (list, tuple) and item in KINDS]
         word = KINDS.get(plain, "a mapping of settings" if is_dataclass(plain) else "null")
         names.append(f"{word} of {items[0].removeprefix('a ')}s" if items and items[0] != KINDS[str] else word)
     return " or ".join(names)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of YAML is of the type; a type that says more than what stands in YAML takes any."""
+    return any(_fits(value, each) for each in _alternatives(kind))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    plain, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if plain is types.NoneType:
+        return value is None
+    if plain is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if plain in (bool, int, str):
+        return isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
+    if plain not in (list, tuple):
+        return True
+    valid = isinstance(value, list | tuple) and (plain is list or not items or ... in items or len(value) == len(items))
+    return valid and (not items or all(fits(item, items[0]) for item in value))
 
 
 def check_key(key: str) -> None:

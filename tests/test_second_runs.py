@@ -21,7 +21,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.lease import held
-from kuavo_train.runs.run_folder import stage_folder
+from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
@@ -192,3 +192,35 @@ def audit_rows(configs: list[RunConfig]) -> int:
     from kuavo_train.data.task import open_task
 
     return len(open_task(configs[0].stage, configs[0].data).train_rows)
+
+
+DAMAGED = [  # file of a run, who reads it, what is told to do
+    ("stage3_placement/stage.json", lambda run: StageFolder(run / "stage3_placement").status, "train the stage again"),
+    ("stage3_placement/config.yaml", lambda run: StageFolder(run / "stage3_placement").settings, "train the stage"),
+    ("stage3_placement/config.yaml", lambda run: TrainedRun.open(run).settings, "train the stage again"),
+    ("stage3_placement/parameters.json", StoredRun.open, "train the stage again"),
+    ("run.json", StoredRun.open, "restore it from a copy"),
+    ("normalization.json", TrainedRun.open, "choose another run=NAME"),
+    (
+        "stage3_placement/checkpoints/000002/manifest.json",
+        lambda run: CheckpointFolder(run / "stage3_placement" / "checkpoints").latest(),
+        "delete the checkpoint folder",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "read", "remedy"), DAMAGED, ids=[f"{n}-{item[0]}" for n, item in enumerate(DAMAGED)])
+@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"\xff\xfe"], ids=["empty", "cut off", "no text"])
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
+    simulated_run: Path, tmp_path: Path, file: str, read: Callable[[Path], Any], remedy: str, content: bytes
+) -> None:
+    copy = shutil.copytree(simulated_run, tmp_path / "smoke", symlinks=True)
+    (copy / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{file} (is not (JSON|YAML)|lacks) .*{remedy}"):
+        read(copy)
+
+
+def test_a_lock_file_that_is_no_text_is_anothers_until_it_is_old(tmp_path: Path) -> None:
+    (tmp_path / ".lease-000001").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"one process at a time, got a second one"), held(tmp_path, "a stage"):
+        pass

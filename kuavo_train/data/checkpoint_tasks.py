@@ -9,6 +9,7 @@ from lerobot.utils.constants import OBS_STATE
 
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
+from kuavo_train.reading import read_json
 
 FILE_NAME = "tasks.json"
 
@@ -73,7 +74,7 @@ class KnownTasks:
                 f"{path} must be there: a policy alone does not know its tasks. Take it from another checkpoint of the "
                 f"same stage; without one, LeRobot's own commands open the policy (--policy.path={folder})"
             )
-        stored = json.loads(path.read_text())
+        stored = read_json(path, keys=("tasks", "fps", "state_names", "action_names", "absent_state", "camera_sizes"))
         names = {key: tuple(stored[key]) for key in ("state_names", "action_names", "absent_state")}
         tasks = tuple(
             KnownTask(

@@ -18,6 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import ANOTHER_RUN, read_json
 
 # A joint that hardly moves must not turn sensor noise into the loudest signal. In rad, m or claw units.
 STD_FLOOR = 1e-2
@@ -60,11 +61,14 @@ class Normalization:
 
     @classmethod
     def load(cls, path: Path) -> "Normalization":
-        """Raises `ConfigError` when the file was edited: its content no longer has its hash."""
-        stored = json.loads(path.read_text())
+        """Raises `ConfigError` when the file is damaged, or was edited: its content no longer has its hash."""
+        stored = read_json(path, keys=("source", "statistics", "hash"), remedy=ANOTHER_RUN)
         loaded = cls(stored["source"], stored["statistics"])
         if loaded.hash != stored["hash"]:
-            raise ConfigError(f"{path}: content must have the hash {stored['hash'][:12]}…, got {loaded.hash[:12]}…")
+            raise ConfigError(
+                f"{path}: content must have the hash {str(stored['hash'])[:12]}…, got {loaded.hash[:12]}…; "
+                f"{ANOTHER_RUN}"
+            )
         return loaded
 
     def check_covers(self, task: Task) -> None:

@@ -15,7 +15,8 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.probing.memory_decisions import Question
-from kuavo_train.runs.files import read_json, read_lines
+from kuavo_train.reading import read_json
+from kuavo_train.runs.files import read_lines
 
 
 def cues_of(task: Task) -> dict[int, dict[str, Any]]:

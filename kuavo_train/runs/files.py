@@ -57,16 +57,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_json(path: Path) -> Any:
-    """Raises `RunFolderError` where the file holds no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunFolderError(
-            f"{path} is not JSON ({error}): restore it from a copy, or train the stage again"
-        ) from error
-
-
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1))
 

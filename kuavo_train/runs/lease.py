@@ -206,6 +206,6 @@ def _last(folder: Path) -> Path | None:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return None

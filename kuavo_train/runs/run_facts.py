@@ -15,6 +15,7 @@ from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import ANOTHER_RUN, read_json
 from kuavo_train.runs.files import now, write_json
 from kuavo_train.runs.settings import is_free
 
@@ -70,7 +71,7 @@ def write_run_facts(
         "normalization": {"source": normalization.source, "hash": normalization.hash},
     }
     if path.is_file():
-        stored = json.loads(path.read_text())
+        stored = read_json(path, keys=("tasks",), remedy=ANOTHER_RUN)
         for key in ("seed", "strategy", "strategy_settings", "config_hash", "normalization"):
             if stored.get(key, facts[key]) != facts[key]:
                 raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.reading import read_json, read_yaml
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.training.checkpoint import CheckpointFolder
@@ -37,7 +38,7 @@ class StageFolder:
 
     @property
     def about(self) -> dict[str, Any]:
-        return json.loads((self.path / "stage.json").read_text())
+        return read_json(self.path / "stage.json", keys=("status",))
 
     @property
     def holds_files(self) -> bool:
@@ -48,7 +49,7 @@ class StageFolder:
     def settings(self) -> dict[str, Any] | None:
         """What the stage's files were made with; None before it began."""
         path = self.path / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.is_file() else None
+        return read_yaml(path, keys=("stage",)) if path.is_file() else None
 
     def answer_for(self, config: RunConfig) -> None:
         """From now on the stage's files mean these settings."""

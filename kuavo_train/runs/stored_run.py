@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.runs.files import read_json, read_lines
+from kuavo_train.reading import read_json
+from kuavo_train.runs.files import read_lines
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.runs.records import (
     GroupRecord,
@@ -160,7 +161,7 @@ def newest_run(outputs: Path) -> Path:
 
 def finished_cells(study: Path) -> list[Path]:
     """The run folders of a study.json's finished cells: beside the study's own, in a copy as well, or as it says."""
-    cells = [cell for cell in read_json(study)["cells"] if cell["status"] == "finished"]
+    cells = [cell for cell in read_json(study, keys=("cells",))["cells"] if cell["status"] == "finished"]
     pairs = [(study.absolute().parent.parent / Path(cell["folder"]).name, Path(cell["folder"])) for cell in cells]
     return [beside if beside.is_dir() else folder for beside, folder in pairs]
 
@@ -247,7 +248,7 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
             "the stage again"
         )
     replay, parameters, merge = (folder / name for name in ("replay_audit.json", "parameters.json", "merge.json"))
-    groups = read_json(parameters)["groups"] if parameters.is_file() else None
+    groups = read_json(parameters, keys=("groups",))["groups"] if parameters.is_file() else None
     return StoredStage(
         folder=folder,
         index=index,
@@ -255,7 +256,7 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
         record=record,
         metrics=tuple(_last_of_each({line.step: line for line in metrics})),
         validations=tuple(_last_of_each({(line.kind, line.step, line.task): line for line in validations})),
-        replay=ReplayAudit.from_json(read_json(replay)) if replay.is_file() else None,
+        replay=ReplayAudit.from_json(read_json(replay, keys=("drawn",))) if replay.is_file() else None,
         parameters=None if groups is None else tuple(map(GroupRecord.from_json, groups)),
         gate=tuple(_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),
         merge=read_json(merge) if merge.is_file() else None,

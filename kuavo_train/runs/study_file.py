@@ -6,9 +6,12 @@ from pathlib import Path
 
 from kuavo_train.compose import stages_to_run
 from kuavo_train.config import RunConfig
-from kuavo_train.runs.files import read_json, write_json
+from kuavo_train.reading import read_json
+from kuavo_train.runs.files import write_json
 from kuavo_train.runs.records import Json
 from kuavo_train.runs.settings import Difference, is_free, refuse
+
+FIND_AGAIN = "restore it from a copy, or delete it: the same command finds its runs again"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class StudyFile:
         self.path = path
         self.content: Json = {"run": run, "overrides": list(overrides), "cells": []}
         if path.is_file():
-            stored = read_json(path)
+            stored = read_json(path, keys=("overrides", "cells"), remedy=FIND_AGAIN)
             was, now = (_by_key(each) for each in (stored["overrides"], self.content["overrides"]))
             different = [Difference(key, was.get(key, "unset"), now.get(key, "unset")) for key in sorted({*was, *now})]
             refuse(

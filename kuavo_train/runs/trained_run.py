@@ -21,7 +21,8 @@ from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.images.frames import open_frames
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task, open_task
-from kuavo_train.errors import ConfigError, require
+from kuavo_train.errors import ConfigError, RunFolderError, require
+from kuavo_train.reading import read_yaml
 from kuavo_train.runs.records import TaskRecord
 from kuavo_train.runs.stored_run import StoredRun, StoredStage
 from kuavo_train.training.checkpoint import Checkpoint, CheckpointFolder
@@ -70,7 +71,12 @@ class TrainedRun:
         require(path.is_file(), str(path), "be there", "no file")
         # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
         folder = self.folder.absolute()
-        config = resolve(OmegaConf.load(path))  # type: ignore[arg-type]
+        try:
+            config = resolve(OmegaConf.create(read_yaml(path, keys=("stage",))))
+        except RunFolderError:
+            raise
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         data = replace(config.data, root=moved(config.data.root, config.outputs, folder.parent))
         recipe = self._here(config.stage, config.outputs)
         return replace(config, outputs=str(folder.parent), run=folder.name, data=data, stage=recipe)
@@ -95,7 +101,7 @@ class TrainedRun:
             if config.stage.name == task.name:
                 return config.stage
         if task.recipe is not None:
-            began = OmegaConf.load(self.stages[-1].folder / "config.yaml").outputs
+            began = read_yaml(self.stages[-1].folder / "config.yaml", keys=("outputs",))["outputs"]
             return self._here(StageConfig(**task.recipe), began)
         # Recorded by an earlier version: nothing of another task's may stand in for what is not known of this one.
         about = {key: getattr(task, key) for key in ("name", "index", "instruction")}

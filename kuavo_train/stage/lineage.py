@@ -1,6 +1,5 @@
 """What a stage comes from: the stages before it, and the checkpoint that it resumes or begins with."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import ANOTHER_RUN, read_json
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.settings import differences, refuse, shared_differences
 from kuavo_train.training.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def processes_here() -> int:
 def _other_datasets(config: RunConfig, stages: Sequence[StageConfig]) -> list[str]:
     """What is to be said of those that lie elsewhere now and are not what the run was trained with."""
     path = config.run_folder / "run.json"
-    tasks = json.loads(path.read_text())["tasks"] if path.is_file() else []
+    tasks = read_json(path, keys=("tasks",), remedy=ANOTHER_RUN)["tasks"] if path.is_file() else []
     known = {task["name"]: task["dataset"] for task in tasks}
     return [
         f"the dataset of {stage.name} (was {was['hash'][:12]}… in {was['root']}, is {found[:12]}… in {stage.root})"

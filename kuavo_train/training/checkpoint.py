@@ -23,11 +23,13 @@ import torch
 from safetensors.torch import load_model
 
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import read_json
 from kuavo_train.training.lora import adapters_merged
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 
 MANIFEST = "manifest.json"
 LINKS = ("last", "best")
+FALL_BACK = "delete the checkpoint folder to fall back to the one before"
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Checkpoint:
             found = _sha256(path) if path.is_file() else "no file"
             if found != expected:
                 raise ConfigError(
-                    f"checkpoint file {path} must have sha256 {expected[:12]}…, got {found[:12]}; "
-                    "delete the checkpoint folder to fall back to the one before"
+                    f"checkpoint file {path} must have sha256 {expected[:12]}…, got {found[:12]}; {FALL_BACK}"
                 )
 
 
@@ -177,18 +178,19 @@ class CheckpointFolder:
         folder = next((place for place in places if (place / MANIFEST).is_file()), None)
         if folder is None:
             raise ConfigError(f"there must be a checkpoint at {self.folder / name}, got none")
-        manifest = (folder / MANIFEST).read_text()
+        manifest = (folder / MANIFEST).read_bytes()
         if not folder.is_symlink() and name in LINKS:  # a folder in a link's place: what it holds is that of a step
             steps = [path.parent for path in self.folder.glob(f"[!.]*/{MANIFEST}") if path.parent.name not in LINKS]
-            folder = next((each for each in steps if (each / MANIFEST).read_text() == manifest), folder)
-        return Checkpoint(folder.resolve(), json.loads(manifest))
+            folder = next((each for each in steps if (each / MANIFEST).read_bytes() == manifest), folder)
+        keys = ("step", "normalization", "files")
+        return Checkpoint(folder.resolve(), read_json(folder / MANIFEST, keys=keys, remedy=FALL_BACK))
 
     def _told(self, name: str) -> list[Path]:
         """Where a finished stage says that its result is, for a copy that lost the links."""
         stage = self.folder.parent / "stage.json"
         if name != "best" or not stage.is_file():
             return []
-        checkpoint = json.loads(stage.read_text()).get("checkpoint")
+        checkpoint = read_json(stage, keys=("status",)).get("checkpoint")
         return [] if checkpoint is None else [self.folder.parent / checkpoint]
 
     def latest(self) -> Checkpoint | None:

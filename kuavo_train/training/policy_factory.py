@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import constants, hf_hub_download
@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoTokenizer
 from kuavo_train.config import RunConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.errors import ConfigError, Problems
+from kuavo_train.errors import ConfigError, Problems, require
+from kuavo_train.keys import fits, in_words
 from kuavo_train.training.ema import check_average
 from kuavo_train.training.lora import ADAPTED_GROUP, add_adapters
 from kuavo_train.training.parameter_groups import check_freezing, freeze
@@ -69,7 +70,8 @@ def policy_config_class(policy: Mapping[str, Any]) -> type[PreTrainedConfig]:
     """The class of the policy's LeRobot config, which has every field that is given; asked before data is opened.
 
     Raises:
-        ConfigError: a policy that LeRobot does not know, or a field that it does not have, with the nearest ones.
+        ConfigError: a policy that LeRobot does not know, or a field that it does not have, with the nearest ones, or a
+            value of another type than the field's.
     """
     config_class = _policy_class(policy["type"]).config_class
     known = [item.name for item in fields(config_class)]
@@ -78,6 +80,9 @@ def policy_config_class(policy: Mapping[str, Any]) -> type[PreTrainedConfig]:
             close = difflib.get_close_matches(name, known)
             meant = f"; did you mean {' or '.join(f'policy.{each}' for each in close)}?" if close else ""
             raise ConfigError(f"policy.{name} must be a field of {config_class.__name__}, got {value!r}{meant}")
+    kinds = get_type_hints(config_class)
+    for name in kinds.keys() & policy.keys():
+        require(fits(policy[name], kinds[name]), f"policy.{name}", f"be {in_words(kinds[name])}", policy[name])
     return config_class
 
 

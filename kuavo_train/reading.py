@@ -1,0 +1,34 @@
+"""What a run has written is read again: a file that is damaged is told in a line, with what to do."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kuavo_train.errors import RunFolderError
+
+TRAIN_AGAIN = "restore it from a copy, or train the stage again"
+ANOTHER_RUN = "restore it from a copy, or choose another run=NAME"
+
+
+def read_json(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> Any:
+    """What the file holds; with `keys` an object that has them. Raises `RunFolderError`, which ends in the `remedy`."""
+    return _read(path, "JSON", json.loads, keys, remedy)
+
+
+def read_yaml(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> Any:
+    """As `read_json`."""
+    return _read(path, "YAML", yaml.safe_load, keys, remedy)
+
+
+def _read(path: Path, kind: str, parse: Callable[[str], Any], keys: Sequence[str], remedy: str) -> Any:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path} is not {kind} ({' '.join(str(error).split())}): {remedy}") from error
+    missing = [key for key in keys if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise RunFolderError(f"{path} lacks {', '.join(map(repr, missing))}: {remedy}")
+    return content
