@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -167,7 +168,8 @@ def _single(key: str, text: str, kind: Any) -> Any:
         return int(text)
     elif kind is float:
         with suppress(ValueError):
-            return float(text)
+            if math.isfinite(number := float(text)):
+                return number
         raise ConfigError(f"{key} must be a number, got {text!r}")
     elif kind is bool:
         one_of(key, text, ("true", "false"))

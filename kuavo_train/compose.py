@@ -4,6 +4,7 @@
 a file: to configs/tasks, or to a folder of the user's own (config_folders.py).
 """
 
+import math
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import MISSING, fields, replace
@@ -118,6 +119,9 @@ def resolve(composed: DictConfig) -> RunConfig:
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    for key, number in _endless(plain):
+        problems.append(f"{key} must be a finite number, got {number}")
+    problems.raise_all()
     for key, section in optional_sections():  # decoded alone, because a failed `X | None` does not say what failed
         value = OmegaConf.select(composed, key)
         if value is not None:
@@ -132,6 +136,18 @@ def _keys(values: Any, where: str = "") -> Iterator[str]:
         yield key
         if isinstance(value, dict) and section_of(key) is not None:
             yield from _keys(value, f"{key}.")
+
+
+def _endless(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Key and number of what is NaN or without end and passes comparisons; a user's environment may take such."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, dict) and key != "stage.environment_settings":
+        for name, each in value.items():
+            yield from _endless(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _endless(each, key)
 
 
 def _decode[T](into: type[T], plain: Any, where: str = "") -> T:

@@ -224,6 +224,13 @@ def test_every_key_is_set_from_the_command_line_without_a_plus_and_a_mapping_rep
 BAD_OVERRIDES = [  # override, what the message must name
     ("training.lr=-1", r"training.lr must be positive, got -1"),
     ("training.lr=fast", r"training.lr must be a number, got 'fast'"),
+    ("training.lr=inf", r"training.lr must be a finite number, got inf"),
+    ("training.betas=[0.9,nan]", r"training.betas must be a finite number, got nan"),
+    (
+        "training.grad_clip_norm=inf training.weight_decay=nan",
+        r"training.weight_decay must be a finite number, got nan",
+    ),
+    ("strategy=ewc ewc.strength=inf", r"ewc.strength must be a finite number, got inf"),
     ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
     ("training.batch_size=two", r"training.batch_size must be a whole number, got 'two'"),
     ("training.betas=[0.9]", r"training.betas must be two numbers in \[0, 1\)"),

@@ -403,6 +403,13 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
     ),
     ("policy.max_action_dim=16", r"policy.max_action_dim must be at least 20"),
     ("+policy.no_such_field=1", r"policy.no_such_field must be a field of SmolVLAMemoryConfig, got 1"),
+    ("policy.num_mem_tokens=1.5", r"policy.num_mem_tokens must be a whole number, got 1.5"),
+    ("policy.mem_at_end=1", r"policy.mem_at_end must be true or false, got 1"),
+    (
+        "policy.resize_imgs_with_padding=[32]",
+        r"policy.resize_imgs_with_padding must be a list of whole numbers, got \[32",
+    ),
+    ("policy.mem_weight=heavy", r"policy.mem_weight must be a number, got 'heavy'"),
     ("policy.type=smolvlaa", r"policy.type must be a policy LeRobot knows, got 'smolvlaa'"),
     ("policy.n_action_steps=99", r"policy: .*99.*n_action_steps"),
     ("policy.pretrained_path=/nowhere/at/all", r"policy.pretrained_path must be an existing folder or a hub id"),
