@@ -99,7 +99,9 @@ def test_a_sentence_that_changes_within_an_episode_is_followed(configs: list[Run
     assert [task.instruction_at(row) for row in range(8, 12)] == [RED, RED, BLUE, BLUE]
     table.loc[30:34, "task_index"] = 7
     table.to_parquet(path)
-    with pytest.raises(ConfigError, match=r"meta/tasks.parquet has none for episode 2; write them there, or give"):
+    with pytest.raises(
+        ConfigError, match=r"rows of episode 2 have the task_index 7, which meta/tasks.parquet does not have"
+    ):
         open_task(stage, configs[0].data)
     assert open_task(replace(stage, episodes=[3, 5]), configs[0].data)
     assert open_task(replace(stage, instruction="Do it"), configs[0].data).instruction == "Do it"

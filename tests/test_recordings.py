@@ -273,6 +273,24 @@ def test_timestamps_that_are_not_even_are_told_and_do_not_matter(opened: Opened,
 # ------------------------------------------------------------------------------------------------------------ values
 
 
+def test_a_clock_that_stands_still_is_refused_by_episode_and_frame(opened: Opened, root: Path) -> None:
+    edit_table(root / DATA, lambda table: table.update({"timestamp": np.zeros(len(table), np.float32)}))
+    with pytest.raises(
+        ConfigError, match=r"timestamps of episode 0 must tell the 1.30 s from its frame 0 to frame 13, got 0 and"
+    ):
+        opened()
+
+
+def test_rows_of_a_task_that_the_table_lacks_are_told_to_be_wrong(opened: Opened, root: Path) -> None:
+    put(DATA, {(row, "task_index"): 7 for row in range(14, 28)})(root)
+    (note,) = opened().notes
+    assert note.startswith(
+        "rows of episode 1 have the task_index 7, which meta/tasks.parquet does not have (0); correct"
+    )
+    with pytest.raises(ConfigError, match=r"rows of episode 1 have the task_index 7, .*; correct the rows"):
+        opened(instruction="dataset")
+
+
 def test_columns_are_read_whatever_they_are_stored_as(opened: Opened, root: Path) -> None:
     before = opened()
     table = pq.read_table(root / DATA)

@@ -394,6 +394,8 @@ def test_a_finished_run_answers_for_its_own_settings_alone(
         called_again({"lr": 0.002}, {"num_mem_tokens": 8})
     for words in ("training.lr (was 0.001, is 0.002)", "policy.num_mem_tokens (was 4, is 8)", "another run=NAME"):
         assert words in str(refused.value)
+    with pytest.raises(ConfigError, match=r"policy.num_mem_token must be a field of .*mean policy.num_mem_tokens"):
+        called_again({}, {"num_mem_token": 8})
 
 
 BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory must say

@@ -62,6 +62,8 @@ def task_instructions(
     recorded, of_row, silent = _recorded(recording, task_index, episode, in_use)
     counts = {text: len(np.unique(episode[in_use & (of_row == place)])) for place, text in enumerate(recorded)}
     if given in (FROM_DATASET, [FROM_DATASET]):
+        for wrong in unknown_task_notes(recording, task_index, episode, used):
+            raise ConfigError(f"{where}: {wrong}")
         if len(silent):
             raise ConfigError(
                 f"{where}: instruction: {FROM_DATASET} takes the dataset's own sentences, but meta/tasks.parquet has "
@@ -76,6 +78,23 @@ def task_instructions(
             digest = hashlib.sha256(f"{seed}/{task}/{number}/instruction".encode()).digest()
             drawn[number] = int.from_bytes(digest[:8]) % len(texts)
     return Instructions(tuple(texts), drawn[episode], counts)
+
+
+def unknown_task_notes(
+    recording: Recording, task_index: np.ndarray | None, episode: np.ndarray, used: Sequence[int]
+) -> list[str]:
+    """Rows of the episodes in use that are of a task which meta/tasks.parquet does not have: the rows are wrong."""
+    if task_index is None:
+        return []
+    known = list(recording.sentences)
+    wrong = np.isin(episode, used) & ~np.isin(task_index, known)
+    if not wrong.any():
+        return []
+    return [
+        f"rows of {episode_list(np.unique(episode[wrong]))} have the task_index {task_index[wrong][0]}, which "
+        f"meta/tasks.parquet does not have ({', '.join(map(str, known)) or 'it is empty'}); correct the rows, or "
+        "record or convert it again"
+    ]
 
 
 def _recorded(

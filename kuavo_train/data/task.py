@@ -17,12 +17,13 @@ from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_ST
 
 from kuavo_train.config import DataConfig, StageConfig
 from kuavo_train.data.hub import Origin, fetch, origin_of
-from kuavo_train.data.instructions import Instructions, task_instructions
+from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
 from kuavo_train.data.split import split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
     check_claws,
+    check_clock,
     check_finite,
     check_rows,
     check_segments,
@@ -167,6 +168,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     )
     before, videos = len(problems), [key for key in (cameras or {}).values() if key in recording.video_keys]
     attempt(check_rows, recording, rows, where)
+    attempt(check_clock, recording, rows, used, where)
     for key in videos:
         attempt(check_segments, recording, key, used, where)
     state, action = features[OBS_STATE], features[ACTION]
@@ -190,6 +192,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         origin=origin,
         notes=(
             *clock_notes(recording, rows, used),
+            *unknown_task_notes(recording, rows.get("task_index"), episode, used),
             *(note for key in videos for note in segment_notes(recording, key, used)),
         ),
     )

@@ -69,6 +69,28 @@ def _refuse(where: str, wrong: np.ndarray, told: Callable[[int], str]) -> None:
         raise ConfigError(f"{where} of episode {episodes[0]} must {told(int(episodes[0]))}{others}; {_AGAIN}")
 
 
+def check_clock(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequence[int], where: str) -> None:
+    """Timestamps may be uneven, which `clock_notes` tells, but not those of another clock, or of one that stands still.
+
+    Raises:
+        ConfigError: names the first episode in use that does not last as long as its frames, give or take a half.
+    """
+    times, frame = rows.get("timestamp"), rows["frame_index"]
+    if times is None:
+        return
+    episodes, first = np.unique(rows["episode_index"], return_index=True)
+    last = np.append(first[1:], len(times)) - 1
+    seconds, expected = times[last] - times[first], (last - first) / recording.fps
+    wrong = np.flatnonzero(~(np.abs(seconds - expected) <= expected / 2) & np.isin(episodes, used))
+    if len(wrong):
+        e, others = wrong[0], f" (and {episode_list(episodes[wrong[1:]])})" if len(wrong) > 1 else ""
+        raise ConfigError(
+            f"{where}: timestamps of episode {episodes[e]} must tell the {expected[e]:.2f} s from its frame "
+            f"{frame[first[e]]} to frame {frame[last[e]]}, got {times[first[e]]:g} and {times[last[e]]:g} s{others}; "
+            f"{_AGAIN}"
+        )
+
+
 def clock_notes(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequence[int]) -> list[str]:
     """Timestamps that are not those of even frames: nothing here reads them, but LeRobot's own tools do."""
     times, even = rows.get("timestamp"), rows["frame_index"] / recording.fps

@@ -13,12 +13,13 @@ from kuavo_train.reading import ANOTHER_RUN, read_json
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.settings import differences, refuse, shared_differences
 from kuavo_train.training.checkpoint import Checkpoint
-from kuavo_train.training.policy_factory import policy_defaults
+from kuavo_train.training.policy_factory import policy_config_class, policy_defaults
 
 
 def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
-    """Raises `ConfigError` that names each key in which the stage, or its run, was begun otherwise."""
+    """Raises `ConfigError` that names each key in which stage or run was begun otherwise, or an unknown one."""
     folder, stage = stage_folder(config), config.stage
+    policy_config_class(config.policy)  # a key that does not exist is no changed setting
     _check_places(config, [stage] if config.passes else curriculum)
     latest = folder.checkpoints.latest()
     was = folder.settings if folder.status == "finished" or latest is not None else None
