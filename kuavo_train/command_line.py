@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -26,7 +27,10 @@ from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.config_folders import quoted
 from kuavo_train.errors import ConfigError, RunError, one_of, require
 from kuavo_train.interruption import end_on_signals
-from kuavo_train.keys import words_for_hydra
+from kuavo_train.keys import parsed, words_for_hydra
+
+SETS_THE_FOLDER = {"run", "outputs", "profile", "policy", "task"}
+"""What a sweep may vary so that its jobs write into folders of their own: a run is named by profile and policy."""
 
 
 def option(meaning: str, default: Any = MISSING, *, takes: str | type | None = None) -> Any:
@@ -212,6 +216,8 @@ def _run_under_hydra(entry: Callable[[], None]) -> int:
     arguments = parser.parse_args(sys.argv[1:])
     only_one = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(arguments, name)]
     require(len(only_one) < 2, "arguments", "hold one of --cfg, --multirun and the like", only_one)
+    if arguments.multirun:
+        check_sweep([parsed(word) for word in arguments.overrides])
     folders = folders_named(arguments.overrides)
     folders.register_tasks()
     words = {word: words_for_hydra([word], folders) for word in arguments.overrides}
@@ -223,6 +229,17 @@ def _run_under_hydra(entry: Callable[[], None]) -> int:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return 0
+
+
+def check_sweep(overrides: Sequence[Override]) -> None:
+    """Raises `ConfigError` for jobs that would meet in one folder, where the second is refused after the first."""
+    swept = [each.key_or_group for each in overrides if each.is_sweep_override()]
+    named = any(each.key_or_group == "run" and "${" in str(each.value()) for each in overrides)
+    if swept and not named and not {*swept} & SETS_THE_FOLDER:
+        raise ConfigError(
+            f"-m must give each job a run of its own, got {', '.join(swept)} varied in one run; add "
+            f"'run=NAME-${{{swept[0]}}}', or compare strategies and seeds with python -m kuavo_train.study"
+        )
 
 
 def config_dir_as_key(words: Iterable[str]) -> list[str]:
@@ -239,7 +256,7 @@ def config_dir_as_key(words: Iterable[str]) -> list[str]:
 
 
 def _refuse_arguments(message: str) -> NoReturn:
-    raise ConfigError(f"arguments must be key=value or options of --help, got {message}")
+    raise ConfigError(f"arguments must be key=value or options of --help, got {message}; options such as -m go first")
 
 
 @contextmanager
@@ -272,6 +289,7 @@ def quieten_libraries() -> None:
     """A line on stdout for every request to the hub, and for every video file that is opened to be written."""
     for name in ("httpx", "lerobot"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # LeRobot tells how it scales the learning rate without a name
 
 
 def set_hub(config: RunConfig) -> None:

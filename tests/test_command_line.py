@@ -99,6 +99,8 @@ def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
 
 
 WRONG_COMMANDS = [
+    (["-m", "seed=0,1"], "-m must give each job a run of its own, got seed varied in one run; add 'run=NAME-${seed}'"),
+    (["seed=0", "-m", "training.lr=1e-3,1e-4"], "options such as -m go first"),
     (["training.lr=-1"], "error: training.lr must be positive, got -1.0"),
     (["task=tasks/task7_juggling"], "task7_juggling"),
     (["training.lerning_rate=1"], "lerning_rate"),

@@ -6,7 +6,9 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -304,7 +306,8 @@ def _with_weights(
                 f"{getattr(config, 'pretrained_backbone_weights', None)}: {error}; null begins with new weights"
             ) from error
     try:
-        return policy_class.from_pretrained(str(source), config=config, strict=True)
+        with redirect_stdout(StringIO()):  # LeRobot prints that it loads
+            return policy_class.from_pretrained(str(source), config=config, strict=True)
     except (OSError, ValueError, RuntimeError, *NOT_LOADED) as error:
         raise ConfigError(_not_had("policy.pretrained_path", source, error)) from error
 

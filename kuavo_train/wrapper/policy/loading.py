@@ -1,5 +1,7 @@
 """A policy and its processors from a `pretrained_model` folder, as any LeRobot tool opens them."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ def open_policy(folder: Path | str, config: PreTrainedConfig) -> tuple[PreTraine
     Raises:
         OSError, ValueError, RuntimeError: the weights cannot be loaded, or do not fit.
     """
-    policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, strict=True)
+    with redirect_stdout(StringIO()):  # LeRobot prints that it loads
+        policy = get_policy_class(config.type).from_pretrained(str(folder), config=config, strict=True)
     processors = make_pre_post_processors(
         config, pretrained_path=str(folder), preprocessor_overrides={"device_processor": {"device": config.device}}
     )
