@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,10 @@ from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.runs.files import write_json
 from kuavo_train.training.carried_memory import CarriedMemory, NoRecurrence, Recurrence
-from kuavo_train.training.ema import NoAverage
 from kuavo_train.training.epochs import Timetable
-from kuavo_train.training.extra_loss import NoExtraLoss
-from kuavo_train.training.optimizer import build_optimizer
+from kuavo_train.training.learner import Learner
 from kuavo_train.training.parameter_groups import freeze
-from kuavo_train.training.trainer import Progress, Trainer, Validated
+from kuavo_train.training.trainer import Batches, Decision, Limits, Progress, Trainer, TrainerHooks
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
@@ -243,42 +240,31 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
         log_every=settings.steps,
         save_every=settings.steps,
     )
-    optimizer, scheduler = build_optimizer(policy.parameters(), training, steps=settings.steps)
+    learner = Learner.of(policy, preprocessor, training, accelerator=Accelerator(cpu=True), steps=settings.steps)
     progress = Progress()
 
-    def validate(delays: Sequence[int], step: int, epoch: int) -> Validated:
-        if settings.stop_at is None:
-            return Validated(loss=0.0)
-        asked = decide(settings, policy, preprocessor, delays)
-        return Validated(loss=0.0, stop="learnt" if asked["on"] >= settings.stop_at * asked["n"] else None)
+    class Asked(TrainerHooks):
+        def __init__(self, delays: Sequence[int]):
+            self.delays = delays
+
+        def epoch_done(self, step: int, epoch: int) -> Decision:
+            if settings.stop_at is None:
+                return Decision(loss=0.0)
+            asked = decide(settings, policy, preprocessor, self.delays)
+            return Decision(loss=0.0, stop="learnt" if asked["on"] >= settings.stop_at * asked["n"] else None)
 
     every = settings.steps if settings.stop_at is None else ASK_EVERY
     began = time.process_time()
     for longest, until in ((SHORT_DELAY, settings.short_steps), (settings.longest_delay, settings.steps)):
         delays = range(1, min(longest, settings.longest_delay) + 1)
         data = colour_task(delays, range(settings.training_layouts))
-        order, recurrence = _order(settings, data.task, policy)
+        order, learner.recurrence = _order(settings, data.task, policy)
+        timetable = Timetable(epochs=settings.steps // every + 1, steps_per_epoch=every, max_steps=until)
         progress = Trainer(
-            accelerator=Accelerator(cpu=True),
-            policy=policy,
-            preprocessor=preprocessor,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            dataset=data.dataset(),
-            order=order,
-            recurrence=recurrence,
-            config=training,
-            extra_loss=NoExtraLoss(),
-            average=NoAverage(),
-            timetable=Timetable(epochs=settings.steps // every + 1, steps_per_epoch=every, max_steps=until),
-            current=data.task.name,
-            validate_every=1,
-            result="last",
-            num_workers=0,
-            log=lambda values, step: None,
-            validate=partial(validate, delays),
-            save=lambda progress: None,
-            stop_signal=lambda: None,
+            learner,
+            Batches(data.dataset(), order, current=data.task.name),
+            Limits(timetable, validate_every=1, log_every=settings.steps, save_every=settings.steps, result="last"),
+            Asked(delays),
             description=_name(settings),
         ).run(progress)
     return policy, preprocessor, time.process_time() - began, progress.step

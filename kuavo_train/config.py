@@ -386,6 +386,7 @@ class RunConfig:
     tiny_vlm: TinyVLMConfig | None = None
     ewc: EwcConfig | None = None
     merge: MergeConfig | None = None
+    strategy_settings: dict[str, Any] = field(default_factory=dict)  # of a strategy without a section of its own
     passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every task that has a file
@@ -401,7 +402,7 @@ class RunConfig:
         valid = bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run))
         require(valid, "run", "be a folder name of letters, digits and . _ -", self.run)
         require(self.seed >= 0, "seed", "not be negative", self.seed)
-        one_of("strategy", self.strategy, ("replay", "sequential", "joint", "ewc", "merge"))
+        require(bool(self.strategy), "strategy", "be the name of a strategy, or module:Class", self.strategy)
         one_of("mixture", self.mixture, ("replay", "own_task", "all_tasks"))
         self._check_strategy()
         if self.hf_endpoint is not None:

@@ -1,6 +1,6 @@
 """Commands as processes of their own, in a process group of their own, that cost no imports: forked from this one.
 
-    running = forked("kuavo_train", *words, before=lambda: when(Trainer, "_step", send(signal.SIGTERM), call=3))
+    running = forked("kuavo_train", *words, before=lambda: when(Learner, "learn", send(signal.SIGTERM), call=3))
     done = running.wait()
 
 Forking is safe where torch has one thread, as in all tests (tests/conftest.py), and CUDA was not touched.
@@ -22,6 +22,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from kuavo_train.training.learner import Learner
 
 PATIENCE = 120.0  # seconds until a command that does not end has failed its test
 
@@ -136,3 +138,20 @@ def send(number: int) -> Callable[[], None]:
         subprocess.run(["sh", "-c", command], start_new_session=True, check=True)
 
     return from_outside
+
+
+@contextlib.contextmanager
+def interrupted_in_step(number: int) -> Iterator[None]:
+    """Within it, this process gets a SIGTERM in the `number`-th step of any stage it trains."""
+    learn = Learner.learn
+
+    def learn_interrupted(learner: Learner, *arguments: Any, step: int, **named: Any) -> dict[str, float]:
+        if step == number - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(learner, *arguments, step=step, **named)
+
+    Learner.learn = learn_interrupted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Learner.learn = learn  # type: ignore[method-assign]

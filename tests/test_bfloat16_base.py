@@ -1,6 +1,5 @@
 """The whole way from a vision-language model and a policy that are stored in bfloat16, as the hub stores them."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked import interrupted_in_step
 from lerobot.scripts import lerobot_eval
 from safetensors.torch import load_file
 from stand_in_hub import write_smolvla
@@ -21,8 +21,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage.preflight import Findings
 from kuavo_train.stage.stage import run_stage
-from kuavo_train.strategies.ewc import Importance
-from kuavo_train.training.trainer import Trainer
+from kuavo_train.strategies.importance import Importance
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 Overrides = Callable[..., list[str]]
@@ -88,16 +87,7 @@ def finished(robot_in: Overrides, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("robot")
     ways = ("strategy=ewc", "ewc.batches=1", "merge={alphas: [0.5]}")
     configs = compose_run(robot_in(folder / "outputs", *ways))
-    take_step, steps = Trainer._step, []
-
-    def interrupt(self: Trainer, step: int, *arguments: Any) -> Any:
-        steps.append(step)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, step, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupt)
+    with interrupted_in_step(2):
         assert run(configs, 0) == 128 + signal.SIGTERM
     assert run(configs, 0, resume=True) == 0
     assert run(configs, 1) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forked import Forked, send, when
 
-from kuavo_train.training.trainer import Trainer
+from kuavo_train.training.learner import Learner
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Overrides = Callable[..., list[str]]
@@ -70,7 +70,7 @@ def test_ctrl_c_in_a_pipeline_ends_with_a_checkpoint_and_the_same_command_contin
         os.dup2(write, 2)
         os.close(write)
         interrupt = send(signal.SIGINT)
-        when(Trainer, "_step", lambda: (os.close(read), interrupt()), call=3)
+        when(Learner, "learn", lambda: (os.close(read), interrupt()), call=3)
 
     overrides = small_run("training.max_steps=400", "training.epochs=400", "training.save_every=1000")
     done = forked("kuavo_train", *overrides, before=press_ctrl_c_when_training).wait()

@@ -1,7 +1,6 @@
 """A moving average of the weights: handed on in their place, and never seen by training."""
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import interrupted_in_step
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +19,6 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.ema import NoAverage, average_of, check_average
-from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 
@@ -94,16 +93,7 @@ def test_training_goes_on_as_without_and_an_interrupted_stage_resumes_to_the_sam
     cut = [replace(config, outputs=str(tmp_path / "cut")) for config in averaged]
     for configs in (plain, averaged):
         assert run(configs) == 0
-    take_step, steps = Trainer._step, []
-
-    def interrupt(self: Trainer, step: int, *arguments: Any) -> Any:
-        steps.append(step)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, step, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupt)
+    with interrupted_in_step(3):
         assert run(cut) == 128 + signal.SIGTERM
     assert run(cut, resume=True) == 0
     (_, as_without), (weights, state), (resumed, resumed_state) = (

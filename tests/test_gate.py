@@ -1,7 +1,6 @@
 """The gate: who is over the budget, and what follows: a warning, the stage's end, more replay of what is being lost."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import interrupted_in_step
 from safetensors.torch import load_file
 
 from kuavo_train.compose import compose_run
@@ -20,10 +20,10 @@ from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.replay import proportional_shares, raised_shares
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.stage import run_stage
+from kuavo_train.stage import stage
+from kuavo_train.stage.stage import StageHooks, run_stage
 from kuavo_train.strategies.forgetting_gate import Gate, Reading
 from kuavo_train.training.epochs import Timetable
-from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 ByDepth = Callable[[int], list[RunConfig]]  # depth of backpropagation through the memory → a run, trained once
@@ -225,7 +225,10 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch, result: str, place: int
 ) -> None:
     worse = iter([0.1, 0.2, 0.3])
-    monkeypatch.setattr("kuavo_train.stage.stage.mean_loss", lambda records: next(worse))
+    epoch_done = StageHooks.epoch_done
+    monkeypatch.setattr(
+        StageHooks, "epoch_done", lambda *words, **named: replace(epoch_done(*words, **named), loss=next(worse))
+    )
     configs = compose_run(small_run(*FEW_WHOLE_EPOCHS, "policy.mem_backprop_depth=0", f"validation.result={result}"))
     assert run(configs, 0) == 0
     folder = stage_folder(configs[0])
@@ -249,11 +252,9 @@ def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told
 def test_a_stage_stopped_and_killed_before_its_conclusion_is_concluded_not_continued(
     begun: ByDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kuavo_train.stage.stage import Stage
-
     configs = continued(begun(0), tmp_path, "stop")
     with monkeypatch.context() as patched:
-        patched.setattr(Stage, "_conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(stage, "conclude", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(configs, 1)
     assert run(configs, 1, resume=True) == 0
@@ -291,15 +292,7 @@ def test_a_stage_resumed_across_a_raise_is_bit_identical(
     begun: ByDepth, raised: ByDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, depth: int
 ) -> None:
     whole, cut = raised(depth), continued(begun(depth), tmp_path, "raise_replay")
-    take_step = Trainer._step
-
-    def interrupt(self: Trainer, step: int, *arguments: Any) -> dict[str, float]:
-        if step == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, step, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", interrupt)
+    with interrupted_in_step(stop_at):
         assert run(cut, 1) == 128 + signal.SIGTERM
     assert stage_folder(cut[1]).checkpoints.at("last").step == stop_at
     assert run(cut, 1, resume=True) == 0

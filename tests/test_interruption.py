@@ -19,7 +19,7 @@ from kuavo_train.interruption import Listening
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.stage import setup
-from kuavo_train.training.trainer import Trainer
+from kuavo_train.training.learner import Learner
 
 Overrides = Callable[..., list[str]]
 Start = Callable[..., Forked]
@@ -28,8 +28,8 @@ PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
     ("first validation", lambda: when(Validator, "_validate", send(signal.SIGINT)), 2, "interrupted", None),
-    ("training", lambda: when(Trainer, "_step", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
-    ("dying", lambda: when(Trainer, "_step", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "killed", 2),
+    ("training", lambda: when(Learner, "learn", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
+    ("dying", lambda: when(Learner, "learn", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "killed", 2),
     ("validation", lambda: when(Validator, "_validate", send(signal.SIGTERM)), 15, "interrupted", 3),
     ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
     ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "killed", 6),

@@ -1,6 +1,5 @@
 """Low-rank adapters on the expert: little is trained, and a checkpoint is a plain policy all the same."""
 
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import interrupted_in_step
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,7 +19,6 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.stage import examine_stage, run_stage
 from kuavo_train.training.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
 from kuavo_train.training.parameter_groups import parameter_counts
-from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 RANK = 2
@@ -139,17 +138,8 @@ def test_an_interrupted_stage_resumes_to_bit_identical_weights(
 ) -> None:
     assert run(lora_run, 0) == 0
     cut = [replace(config, outputs=str(tmp_path / "cut")) for config in lora_run]
-    take_step, steps = Trainer._step, []
-
-    def interrupt(self: Trainer, step: int, *arguments: Any) -> tuple[float, float]:
-        steps.append(step)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, step, *arguments)
-
-    monkeypatch.setattr(Trainer, "_step", interrupt)
-    assert run(cut, 0) == 128 + signal.SIGTERM
-    monkeypatch.setattr(Trainer, "_step", take_step)
+    with interrupted_in_step(3):
+        assert run(cut, 0) == 128 + signal.SIGTERM
     assert run(cut, 0, resume=True) == 0
     whole, resumed = (weights(stage_folder(configs[0])) for configs in (lora_run, cut))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -25,7 +25,7 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import preflight
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
-from kuavo_train.training.trainer import Trainer
+from kuavo_train.training.learner import Learner
 
 Overrides = Callable[..., list[str]]
 Start = Callable[..., Forked]
@@ -143,10 +143,10 @@ def test_a_disk_without_room_for_a_line_is_told_and_the_status_is_right(
 def test_too_little_memory_is_told_with_what_takes_it(
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def no_memory(*_: Any) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8")
 
-    monkeypatch.setattr(Trainer, "_step", no_memory)
+    monkeypatch.setattr(Learner, "learn", no_memory)
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
     configs = compose_run(
         small_run("learn=[moving_grasp]", "training.freeze_first_stage=[expert,state_proj]", "training.batch_size=8")
@@ -165,10 +165,10 @@ def test_too_little_memory_is_told_with_what_takes_it(
 def test_a_fault_of_our_own_keeps_its_traceback_and_is_named_in_the_status(
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(*_: Any) -> None:
+    def fault(*_: Any, **__: Any) -> None:
         raise KeyError("observation.state")
 
-    monkeypatch.setattr(Trainer, "_step", fault)
+    monkeypatch.setattr(Learner, "learn", fault)
     configs = compose_run(small_run("learn=[moving_grasp]"))
     with pytest.raises(KeyError):
         run(configs)

@@ -68,7 +68,7 @@ def test_the_learning_rate_of_recovery_goes_through_its_whole_schedule(
         schedulers.append(scheduler)
         return optimizer, scheduler
 
-    monkeypatch.setattr("kuavo_train.probing.recovery.build_optimizer", build)
+    monkeypatch.setattr("kuavo_train.training.learner.build_optimizer", build)
     recovery(trained, steps=1)  # half of what the stage took
     for scheduler in schedulers:
         assert scheduler.base_lrs == [recipe.lr]

@@ -18,7 +18,8 @@ from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage.stage import Stage, run_stage
+from kuavo_train.stage.stage import run_stage
+from kuavo_train.stage.stage_validation import StageValidation
 
 COUNTING = Environment("worlds:Counting-v0", "count to the goal")
 
@@ -174,7 +175,7 @@ def test_rolling_out_changes_nothing_in_training(
     small_run: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = []
-    monkeypatch.setattr(Stage, "_roll_out", _noting_modes(Stage._roll_out, modes))
+    monkeypatch.setattr(StageValidation, "roll_out", _noting_modes(StageValidation.roll_out, modes))
     weights = []
     for name, more in {"with": (*IN_THE_ARMS_WORLD, "rollout.every_epochs=1"), "without": ()}.items():
         config = run(small_run("learn=[moving_grasp]", "validation.every_epochs=1", f"run={name}", *more))
@@ -191,10 +192,10 @@ def test_rolling_out_changes_nothing_in_training(
 def _noting_modes(roll_out: Callable[..., Any], modes: list[tuple[bool, bool]]) -> Callable[..., Any]:
     """Whether the policy was in training mode before, which is set here, and after."""
 
-    def noting(stage: Stage, *arguments: Any) -> Any:
-        stage.policy.train()
-        found = roll_out(stage, *arguments)
-        modes.append((True, stage.policy.training))
+    def noting(validation: StageValidation, *arguments: Any) -> Any:
+        validation.policy.train()
+        found = roll_out(validation, *arguments)
+        modes.append((True, validation.policy.training))
         return found
 
     return noting

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked import interrupted_in_step
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
@@ -26,7 +26,6 @@ from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
-from kuavo_train.training.trainer import Trainer
 
 Overrides = Callable[..., list[str]]
 
@@ -62,32 +61,21 @@ def test_a_stage_goes_on_with_another_number_of_processes(
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     configs = compose_run(small_run("training.max_steps=6", "policy.mem_backprop_depth=2", "training.save_every=9"))
-    take_step = Trainer._step
-
-    def stop_before(last: int) -> None:
-        def interrupt(self: Trainer, step: int, *arguments: Any) -> Any:
-            if step == last - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return take_step(self, step, *arguments)
-
-        monkeypatch.setattr(Trainer, "_step", interrupt)
-
-    stop_before(2)
     with (
         held(stage_folder(configs[0]).path, "it"),
         pytest.raises(ConfigError, match=r"stage 1 .* one process at a time"),
     ):
         run(configs)
-    assert run(configs) == 143
+    with interrupted_in_step(2):
+        assert run(configs) == 143
     stage_folder(configs[0]).tell(status="running")  # as a kill leaves it
     assert stage_folder(configs[0]).status == StoredRun.open(configs[0].run_folder).stages[0].record.status == "killed"
-    stop_before(4)
-    assert together(lambda: run(configs, resume=True)) == [143, 143]
+    with interrupted_in_step(4):
+        assert together(lambda: run(configs, resume=True)) == [143, 143]
     folder = stage_folder(configs[0])
     state = folder.checkpoints.at("last").training_state()
     assert state["progress"]["sizes"] == [{"step": 0, "samples": 4}, {"step": 2, "samples": 8}]
     assert sum(state["progress"]["drawn"][0].values()) == 2 * 4 + 2 * 8
-    monkeypatch.setattr(Trainer, "_step", take_step)
     copy = folder.path.parents[2] / "copy"
     shutil.copytree(folder.path.parents[1], copy, symlinks=False)  # as scp or an object store would
     configs = [replace(config, outputs=str(copy)) for config in configs]
@@ -144,7 +132,7 @@ def test_a_copy_whose_links_became_folders_or_were_lost_goes_on_as_the_original(
     copy.at("best").verify()
     for link in ("best", "last"):
         (copy.folder / link).unlink()
-    (tmp_path / "stage.json").write_text(json.dumps({"checkpoint": "copy/000001"}))
+    (tmp_path / "stage.json").write_text(json.dumps({"status": "finished", "checkpoint": "copy/000001"}))
     assert copy.at("best").step == 1
     with pytest.raises(ConfigError, match=r"there must be a checkpoint at .*000009"):
         copy.at(9)

@@ -1,7 +1,6 @@
 """Whole stages on small real datasets: order, replay, freezing, validation, interruption, resumption."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import wandb
 import yaml
 from accelerate import Accelerator
+from forked import interrupted_in_step
 from safetensors.torch import load_file
 
 from kuavo_train.compose import compose_run
@@ -26,8 +26,8 @@ from kuavo_train.stage import setup
 from kuavo_train.stage.preflight import Findings
 from kuavo_train.stage.setup import open_stage
 from kuavo_train.stage.stage import run_stage
+from kuavo_train.training.learner import Learner, TrainingDiverged
 from kuavo_train.training.step_metrics import STEP_PARTS
-from kuavo_train.training.trainer import Trainer, TrainingDiverged
 
 Overrides = Callable[..., list[str]]
 
@@ -246,20 +246,11 @@ def test_an_interrupted_stage_resumes_to_bit_identical_weights(
     whole = compose_run(small_run("training.max_steps=6", f"policy.mem_backprop_depth={depth}"))
     assert run(whole, 0) == 0
     cut = [replace(config, outputs=str(tmp_path / "cut")) for config in whole]
-    take_step, steps = Trainer._step, []
-
-    def interrupt(self: Trainer, step: int, *arguments: Any) -> tuple[float, float]:
-        steps.append(step)
-        if len(steps) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, step, *arguments)
-
-    monkeypatch.setattr(Trainer, "_step", interrupt)
-    assert run(cut, 0) == 128 + signal.SIGTERM
+    with interrupted_in_step(stop_after):
+        assert run(cut, 0) == 128 + signal.SIGTERM
     folder = stage_folder(cut[0])
     assert folder.status == "interrupted"
     assert folder.checkpoints.at("last").step == stop_after
-    monkeypatch.setattr(Trainer, "_step", take_step)
     other = replace(cut[0].training, lr=5e-4, freeze_first_stage=["expert"], log_every=1)
     message = r"other settings: training.lr \(was 0.001, is 0.0005\), training.freeze_first_stage .*; put them back"
     with pytest.raises(ConfigError, match=message):
@@ -290,11 +281,11 @@ def test_a_stage_killed_before_its_first_checkpoint_starts_again(
 ) -> None:
     configs = compose_run(small_run())
 
-    def die(*_: Any) -> None:
+    def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", die)
+        patched.setattr(Learner, "learn", die)
         with pytest.raises(KeyboardInterrupt):
             run(configs, 0)
     assert run(configs, 0, resume=True) == 0

@@ -3,10 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
-from kuavo_train.config import RunConfig
+from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.checkpoints import Contestant
@@ -25,9 +24,9 @@ from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
-from kuavo_train.strategies.ewc import ElasticPenalty, Importance, measure_importance
-from kuavo_train.strategies.merging import set_merged_weights, sweep_merges
-from kuavo_train.training.carried_memory import NoRecurrence
+from kuavo_train.strategies.ewc import ElasticPenalty
+from kuavo_train.strategies.importance import Importance, measure_importance
+from kuavo_train.strategies.merge import set_merged_weights, sweep_merges
 
 Overrides = Callable[..., list[str]]
 STRATEGIES = ("replay", "sequential", "joint", "ewc", "merge")
@@ -51,8 +50,7 @@ CLIPS = [{"x": torch.tensor([[1.0, 2.0]]), "y": torch.tensor([1.5])}, {"x": torc
 
 
 def importance_of(toy: Toy) -> Importance:
-    about: dict[str, Any] = {"preprocessor": lambda batch: batch, "autocast": nullcontext, "seed": 0}
-    return measure_importance(toy, CLIPS, recurrence=NoRecurrence(), **about)
+    return measure_importance(toy, cast(Any, CLIPS), forward=lambda clip: toy(cast(Any, clip))[0], seed=0)
 
 
 def test_the_fisher_information_of_a_toy_model_is_the_one_worked_out_by_hand() -> None:
@@ -340,3 +338,65 @@ def test_a_runs_strategy_and_its_settings_stay(runs: dict[str, list[RunConfig]],
     assert configs[3].merge is not None
     with pytest.raises(ConfigError, match=r"run merge must keep .*: merge.alphas \(was \[.*\], is \[0.3\]\);"):
         run(configs, 3, merge=replace(configs[3].merge, alphas=[0.3]))
+
+
+SIXTH = """
+from dataclasses import dataclass
+
+from kuavo_train.strategies.strategy import Strategy
+from kuavo_train.training.extra_loss import NoExtraLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    weight: float = 1.0
+
+
+class SmallOutputs(NoExtraLoss):
+    def __init__(self, policy, weight):
+        self.policy, self.weight, self.batches = policy, weight, 0
+
+    def of_batch(self, batch, outputs):
+        self.batches += len(batch["task"])
+        return self.weight * self.policy.model.action_out_proj.weight.square().sum()
+
+    def add_gradient(self):
+        return {"samples_seen": float(self.batches)}
+
+
+class Decay(Strategy):
+    Settings = Settings
+
+    def shares(self, config, frames):
+        return {"moving_grasp": 0.5, config.stage.name: 0.5} if config.stage.index > 1 else {config.stage.name: 1.0}
+
+    def extra_loss(self, view):
+        return SmallOutputs(view.policy, self.settings.weight)
+
+    def end(self, view):
+        (view.folder.path / "decay.txt").write_text(f"{len(view.earlier)} before, weight {self.settings.weight:g}")
+"""
+
+
+def test_a_sixth_strategy_is_one_file_and_one_yaml(
+    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "decay_strategy.py").write_text(SIXTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIG_FOLDER, folder)
+    (folder / "strategy" / "decay.yaml").write_text(
+        "# @package _global_\nstrategy: decay_strategy:Decay\nmixture: replay\nstrategy_settings: {weight: 0.25}\n"
+    )
+    words = small_run("strategy=decay", "learn=[moving_grasp,weighing]", "run=decay", "training.log_every=1")
+    configs = compose_run(words, folder=folder)
+    assert train_all_stages(configs) == 0
+    stage = stage_folder(configs[1])
+    audit = json.loads((stage.path / "replay_audit.json").read_text())
+    assert audit["declared"] == {"moving_grasp": 0.5, "weighing": 0.5}
+    assert (stage.path / "decay.txt").read_text() == "1 before, weight 0.25"
+    assert [line["samples_seen"] for line in stage.metrics.read()][:2] == [4.0, 8.0]
+    with pytest.raises(ConfigError, match=r"strategy_settings of decay_strategy:Decay: .*wight"):
+        run(compose_run([*words, "run=other", "strategy_settings={wight: 1}"], folder=folder), 0)
+    with pytest.raises(ConfigError, match=r"strategy must be .*, got 'decay_strategy:Nothing'"):
+        run([replace(config, run="other", strategy="decay_strategy:Nothing") for config in configs], 0)

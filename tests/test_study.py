@@ -13,7 +13,8 @@ from kuavo_train import study
 from kuavo_train.errors import ConfigError
 from kuavo_train.stage import stage as stage_module
 from kuavo_train.study import compose_cells
-from kuavo_train.training.trainer import Trainer, TrainingDiverged
+from kuavo_train.training.learner import TrainingDiverged
+from kuavo_train.training.trainer import Progress, Trainer
 
 Overrides = Callable[..., list[str]]
 
@@ -77,15 +78,15 @@ def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skippe
     capsys: pytest.CaptureFixture,
 ) -> None:
     arguments = small_run(*SHORT, "strategy=sequential,joint", "seed=0")
-    take_step = Trainer._step
+    run_training = Trainer.run
 
-    def interrupt(self: Trainer, *rest: Any) -> dict[str, float]:
+    def interrupt(self: Trainer, progress: Progress) -> Progress:
         if self.description == "stage1_joint":
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, *rest)
+        return run_training(self, progress)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", interrupt)
+        patched.setattr(Trainer, "run", interrupt)
         assert study.main(arguments) == 128 + signal.SIGTERM
     sequential = ["smoke-sequential-s0/stage1_moving_grasp", "smoke-sequential-s0/stage2_weighing"]
     assert trained == [*sequential, "smoke-joint-s0/stage1_joint"]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
-from kuavo_train.evaluation.validation import Validator, mean_loss
+from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
@@ -25,11 +25,9 @@ from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.preflight import Findings
 from kuavo_train.stage.setup import fresh_memory, open_stage
 from kuavo_train.training.checkpoint import Checkpoint
-from kuavo_train.training.ema import NoAverage
 from kuavo_train.training.epochs import Timetable
-from kuavo_train.training.extra_loss import NoExtraLoss
-from kuavo_train.training.optimizer import build_optimizer
-from kuavo_train.training.trainer import Progress, Trainer, Validated
+from kuavo_train.training.learner import Learner
+from kuavo_train.training.trainer import Batches, Decision, Limits, Progress, Trainer, TrainerHooks
 
 KEPT, SUPPRESSED, PARTLY_KEPT, LOST, UNDECIDED = "not forgotten", "only suppressed", "partly kept", "lost", "undecided"
 Curve = Sequence[tuple[int, Scores]]
@@ -169,40 +167,33 @@ def _relearn(
     stage = open_stage(alone, run.curriculum, start, accelerator, findings)
     findings.raise_problems()
     assert stage is not None
-    optimizer, scheduler = build_optimizer(stage.built.policy.parameters(), training, steps=steps)
-    policy, optimizer = accelerator.prepare(stage.built.policy, optimizer)
+    learner = Learner.of(
+        stage.built.policy,
+        stage.built.preprocessor,
+        training,
+        accelerator=accelerator,
+        steps=steps,
+        recurrence=fresh_memory(stage.order, stage.built.policy),
+        averaged=False,
+    )
     dataset = run.dataset(stage.order.tasks, stage.built.policy.config)
     validator = Validator(**validation_fields(run, dataset, stage.built.preprocessor))
     curve: list[tuple[int, Scores]] = []
 
-    def validate(step: int, _epoch: int = 0) -> Validated:
-        (found,) = validator.validate_all_tasks(accelerator.unwrap_model(policy), [task.name])
-        curve.append((step, found.scores("loss")))
-        return Validated(mean_loss([found]))
+    class Measured(TrainerHooks):
+        def epoch_done(self, step: int, epoch: int) -> Decision:
+            (found,) = validator.validate_all_tasks(learner.bare_policy, [task.name])
+            curve.append((step, found.scores("loss")))
+            return Decision(found.loss)
 
-    validate(0)
-    trainer = Trainer(
-        accelerator=accelerator,
-        policy=policy,
-        preprocessor=stage.built.preprocessor,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        dataset=dataset,
-        order=stage.order,
-        recurrence=fresh_memory(stage.order, stage.built.policy),
-        extra_loss=NoExtraLoss(),
-        average=NoAverage(),
-        config=training,
-        timetable=Timetable(epochs=-(-steps // every), steps_per_epoch=every, max_steps=steps),
-        current=task.name,
-        validate_every=1,
-        result="last",
-        num_workers=0,
-        log=lambda values, step: None,
-        validate=validate,
-        save=lambda progress: None,
-        stop_signal=lambda: None,
+    hooks = Measured()
+    hooks.epoch_done(0, 0)
+    timetable = Timetable(epochs=-(-steps // every), steps_per_epoch=every, max_steps=steps)
+    Trainer(
+        learner,
+        Batches(dataset, stage.order, current=task.name, per_step=training.gradient_accumulation_steps),
+        Limits(timetable, validate_every=1, log_every=steps, save_every=steps, result="last"),
+        hooks,
         description=f"{task.name} from {start.folder.parent.parent.name if start else 'the beginning'}",
-    )
-    trainer.run(Progress())
+    ).run(Progress())
     return curve

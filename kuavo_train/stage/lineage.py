@@ -132,9 +132,9 @@ def _checked(checkpoint: Checkpoint, config: RunConfig) -> Checkpoint:
     checkpoint.verify()
     path = config.run_folder / "normalization.json"
     expected = Normalization.load(path).hash if path.is_file() else "none"
-    if checkpoint.manifest["normalization"] != expected:
+    if checkpoint.manifest.get("normalization") != expected:
         raise ConfigError(
             f"checkpoint {checkpoint.folder} must have the run's normalization {expected[:12]} of {path}, got "
-            f"{checkpoint.manifest['normalization'][:12]}; it belongs to another run"
+            f"{str(checkpoint.manifest.get('normalization'))[:12]}; it belongs to another run"
         )
     return checkpoint

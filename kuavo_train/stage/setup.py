@@ -19,7 +19,6 @@ from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation,
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
-from kuavo_train.data.replay import proportional_shares
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task, examine_task
 from kuavo_train.data.workers import room_problems
@@ -29,6 +28,8 @@ from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.lineage import seen_tasks, stages_before
 from kuavo_train.stage.preflight import Findings
+from kuavo_train.strategies.chosen import chosen_strategy
+from kuavo_train.strategies.strategy import Strategy
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.epochs import Timetable
@@ -60,11 +61,17 @@ class OpenedStage:
     timetable: Timetable
     environments: dict[str, Environment]
     augment: Augmentation
+    strategy: Strategy
     table: str
 
     @property
     def seen(self) -> list[str]:
         return seen_tasks(self.config, self.curriculum)
+
+    @property
+    def earlier(self) -> list[StageFolder]:
+        """Folders of the stages before this one, in their order."""
+        return [stage_folder(self.config, stage) for stage in stages_before(self.config, self.curriculum)]
 
     @property
     def learnt(self) -> list[Task]:
@@ -129,6 +136,9 @@ def open_stage(
     """
     attempt = findings.problems.attempt
     attempt(check_tracking, config)
+    strategy = attempt(chosen_strategy, config)
+    if strategy is not None:
+        attempt(strategy.check, [stage_folder(config, stage) for stage in stages_before(config, curriculum)])
     policy_is_known = attempt(policy_config_class, config.policy) is not None
     findings.look_at_datasets(curriculum)
     tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
@@ -162,8 +172,9 @@ def open_stage(
         return None
     findings.look_at_policy(config, built.policy, built.stored)
     processes = accelerator.num_processes
-    order = attempt(_order, config, tasks, built.policy, processes) if len(tasks) == len(curriculum) else None
-    if order is None:
+    complete = len(tasks) == len(curriculum) and strategy is not None
+    order = attempt(_order, config, tasks, built.policy, strategy, processes) if complete else None
+    if order is None or strategy is None:
         return None
     timetable = Timetable(
         epochs=training.epochs,
@@ -203,6 +214,7 @@ def open_stage(
         timetable=timetable,
         environments=environments,
         augment=augment,
+        strategy=strategy,
         table=findings.table,
     )
 
@@ -219,11 +231,9 @@ def _environments(
     }
 
 
-def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, processes: int) -> Order:
+def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, strategy: Strategy, processes: int) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
-    shares = config.replay
-    if config.passes:  # every task is passed as often as in a stage of its own
-        shares = proportional_shares({t.name: config.passes[t.name] * len(t.train_rows) for t in tasks})
+    shares = strategy.shares(config, {task.name: len(task.train_rows) for task in tasks})
     about: dict[str, Any] = {
         "seed": config.seed,
         "stage": config.stage.index,

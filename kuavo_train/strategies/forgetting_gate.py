@@ -10,8 +10,12 @@ from typing import Any
 
 from kuavo_train.config import ForgettingConfig
 from kuavo_train.data.replay import raised_shares
+from kuavo_train.errors import ConfigError
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import percent, whole_percent
+from kuavo_train.runs.records import ValidationRecord
+from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.strategies.strategy import Action, StageView, Strategy
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,6 @@ class Reading:
     def __str__(self) -> str:
         low = "" if self.change.low is None else f" (at least {percent(self.change.low)})"
         return f"{self.task} {percent(self.change.estimate)}{low}"
-
-
-@dataclass(frozen=True)
-class Action:
-    """What the gate asks for: nothing, a warning, the stage's end, or other shares from here on."""
-
-    name: str | None = None
-    reason: str = ""
-    shares: dict[str, float] | None = None
-
-    @property
-    def stop(self) -> str | None:
-        return self.reason if self.name == "stop" else None
 
 
 @dataclass(frozen=True)
@@ -106,3 +97,39 @@ class Gate:
         if raised == dict(shares):
             return Action("warn", f"{reason}; its replay share cannot be raised any further")
         return Action("raise_replay", reason, raised)
+
+
+class ForgettingGate(Strategy):
+    """The gate at every validation of a stage, whatever the strategy: `forgetting.budget` sets it."""
+
+    Settings = ForgettingConfig
+
+    def check(self, earlier: Sequence[StageFolder]) -> None:
+        self._gate(earlier)
+
+    def decide(self, view: StageView, scores: Mapping[str, Scores], *, step: int, epoch: int, over: bool) -> Action:
+        gate = self._gate(view.earlier)
+        readings = gate.read(scores)
+        action = gate.act(readings, shares=view.shares(), new=view.config.learns[0], over=over)
+        if view.is_main:
+            about = {"stage": view.config.stage.index, "epoch": epoch, "step": step}
+            for reading in readings:
+                taken = {"action": action.name, "shares": action.shares} if reading.exceeded else {"action": None}
+                view.folder.gate.append({**about, **reading.record(), **taken})
+                view.report({f"gate/{reading.task}/change": reading.change.estimate}, step)
+        return action
+
+    def _gate(self, earlier: Sequence[StageFolder]) -> Gate:
+        """Raises `ConfigError` where the losses of an earlier task when it was learnt are not there."""
+        learnt = {}
+        for folder in earlier:
+            name = folder.about["name"]
+            lines = map(ValidationRecord.from_json, folder.validations.read())
+            ends = [line for line in lines if line.kind == "end" and line.task == name]
+            if not ends:
+                raise ConfigError(
+                    f"{folder.path}/validation.jsonl must hold the losses of {name} when it was learnt (kind 'end') "
+                    "for the gate; restore it, or set forgetting.budget=null"
+                )
+            learnt[name] = ends[-1].scores("loss")
+        return Gate(learnt, self.settings)

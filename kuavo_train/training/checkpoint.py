@@ -182,7 +182,7 @@ class CheckpointFolder:
         if not folder.is_symlink() and name in LINKS:  # a folder in a link's place: what it holds is that of a step
             steps = [path.parent for path in self.folder.glob(f"[!.]*/{MANIFEST}") if path.parent.name not in LINKS]
             folder = next((each for each in steps if (each / MANIFEST).read_bytes() == manifest), folder)
-        keys = ("step", "normalization", "files")
+        keys = ("step", "files")
         return Checkpoint(folder.resolve(), read_json(folder / MANIFEST, keys=keys, remedy=FALL_BACK))
 
     def _told(self, name: str) -> list[Path]:

@@ -10,38 +10,26 @@ samples), by an extra loss, and by what a validation asks for.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from kuavo_train.config import TrainingConfig
-from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.batch import Batch
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
 from kuavo_train.data.sampler import Order, StepSampler
-from kuavo_train.errors import Interrupted, RunError
-from kuavo_train.training.carried_memory import Recurrence
-from kuavo_train.training.ema import Average
+from kuavo_train.errors import Interrupted
 from kuavo_train.training.epochs import Timetable
-from kuavo_train.training.extra_loss import ExtraLoss
+from kuavo_train.training.learner import Learner, TrainingDiverged
 from kuavo_train.training.step_metrics import STEP_PARTS, MetricsWindow
 
 
-class TrainingDiverged(RunError):
-    """The loss or the gradient is no longer finite; names the step and the samples."""
-
-
 @dataclass(frozen=True)
-class Validated:
-    """What a validation found, and what it asks for.
+class Decision:
+    """What follows from a validation.
 
     Attributes:
         loss: mean held-out loss over all tasks seen.
@@ -52,6 +40,76 @@ class Validated:
     loss: float
     stop: str | None = None
     shares: dict[str, float] | None = None
+
+
+class TrainerHooks:
+    """What is done between steps. Each does nothing unless it is overridden."""
+
+    def report(self, values: dict[str, Any], step: int) -> None:
+        """Metrics, every `log_every` steps and at the end."""
+
+    def epoch_done(self, step: int, epoch: int) -> Decision:
+        """Measure the policy on held-out data, every `validate_every` epochs and at the end."""
+        return Decision(loss=math.inf)
+
+    def save(self, progress: "Progress") -> None:
+        """Write a checkpoint."""
+
+    def stop_signal(self) -> int | None:
+        """The number of a signal, once one has arrived."""
+        return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a stage ends, and what is done how often until then.
+
+    Attributes:
+        validate_every: epochs. log_every, save_every: steps.
+        result: which of the validated checkpoints the stage ends in: best (least loss), last.
+    """
+
+    timetable: Timetable
+    validate_every: int
+    log_every: int
+    save_every: int
+    result: str = "best"
+
+
+@dataclass
+class Batches:
+    """The samples of a stage, by optimizer step.
+
+    Attributes:
+        current: the task that epochs are counted in.
+        per_step: batches that are accumulated for an optimizer step.
+    """
+
+    dataset: MixedDataset
+    order: Order
+    current: str
+    per_step: int = 1
+    num_workers: int = 0
+
+    def of_steps(self, start: int, stop: int, *, process: int, pin_memory: bool) -> Iterator[list[Batch]]:
+        """The batches of a process, step by step."""
+        sampler = StepSampler(self.order, start=start, stop=stop, batches_per_step=self.per_step, process=process)
+        batches = self.dataset.batches(sampler, num_workers=self.num_workers, pin_memory=pin_memory)
+        for _ in range(start, stop):
+            yield [next(batches) for _ in range(self.per_step)]
+
+    def change(self, change: Mapping[str, Any], timetable: Timetable) -> None:
+        """Deal by other shares or in other batches from a step on, in epochs as long as that makes them.
+
+        Args:
+            change: one of `Progress.changes`.
+        """
+        batch = change["step"] * self.per_step
+        if "shares" in change:
+            self.order.change_shares(change["shares"], batch=batch)
+        else:
+            self.order.change_samples(change["samples"], batch=batch)
+        timetable.change(change["step"], self.order.steps_per_epoch(self.current, self.per_step))
 
 
 @dataclass
@@ -111,53 +169,15 @@ class Progress:
         return dict(sum((Counter(drawn) for drawn in self.drawn), Counter()))
 
 
-def deal_by(
-    change: Mapping[str, Any], order: Order, timetable: Timetable, *, current: str, batches_per_step: int
-) -> None:
-    """Deal by other shares or in other batches from a step on, in epochs as long as that makes them.
-
-    Args:
-        change: one of `Progress.changes`.
-        current: the task that epochs are counted in.
-    """
-    batch = change["step"] * batches_per_step
-    if "shares" in change:
-        order.change_shares(change["shares"], batch=batch)
-    else:
-        order.change_samples(change["samples"], batch=batch)
-    timetable.change(change["step"], order.steps_per_epoch(current, batches_per_step))
-
-
 @dataclass
 class Trainer:
-    """One stage's optimization.
+    """One stage's optimization."""
 
-    `log(values, step)` receives metrics; `validate(step, epoch)` measures the policy on held-out data; `save(progress)`
-    writes a checkpoint; `stop_signal()` returns a signal number once one has arrived.
-    """
-
-    accelerator: Accelerator
-    policy: Any
-    preprocessor: Any
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    dataset: MixedDataset
-    order: Order
-    recurrence: Recurrence
-    extra_loss: ExtraLoss
-    average: Average
-    config: TrainingConfig
-    timetable: Timetable
-    current: str  # the task that epochs are counted in
-    validate_every: int  # epochs
-    result: str  # of the checkpoints validated, what the stage ends in: best, last
-    num_workers: int
-    log: Callable[[dict[str, Any], int], None]
-    validate: Callable[[int, int], Validated]
-    save: Callable[[Progress], None]
-    stop_signal: Callable[[], int | None]
+    learner: Learner
+    batches: Batches
+    limits: Limits
+    hooks: TrainerHooks
     description: str = "train"
-    augment: Augmentation = no_augmentation
 
     def run(self, progress: Progress) -> Progress:
         """Train from `progress.step` to the end, or to where a validation asks to stop.
@@ -167,88 +187,64 @@ class Trainer:
                 for it and made up for on resuming.
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
-        self.policy.train()
+        self.learner.policy.train()
         window = MetricsWindow(progress.unreported)
         with tqdm(
-            total=self.timetable.steps,
+            total=self.limits.timetable.steps,
             initial=progress.step,
             desc=self.description,
             unit="step",
-            disable=not self.accelerator.is_main_process,
+            disable=not self.learner.accelerator.is_main_process,
         ) as bar:
             if progress.validation_due:
                 self._validate_and_save(progress)
-            for batches in self._batches_by_step(progress):
+            for batches in self._steps(progress):
                 window.start_step()
-                values = self._step(progress.step, batches, window)
+                values = self._learn(progress.step, batches, window)
                 progress.step += 1
                 for batch in batches:
                     progress.count(batch)
                 progress.seconds += window.end_step(values, sum(len(b["task"]) for b in batches))
                 bar.update()
-                if progress.step % self.config.log_every == 0 or progress.step == self.timetable.steps:
+                if progress.step % self.limits.log_every == 0 or progress.step == self.limits.timetable.steps:
                     self._report(progress, window, bar)
                     progress.unreported = {}
                     window = MetricsWindow(progress.unreported)
                 self._validate_and_save(progress)
-                bar.total = self.timetable.steps
+                bar.total = self.limits.timetable.steps
                 window.go_on()
-                signal_number = self.stop_signal()
+                signal_number = self.hooks.stop_signal()
                 if signal_number is not None:
-                    self.save(progress)
+                    self.hooks.save(progress)
                     raise Interrupted(signal_number)
         return progress
 
-    def _batches_by_step(self, progress: Progress) -> Iterator[list[Batch]]:
+    def _steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The batches of every step to come. Once shares change the loader starts anew: it fetches ahead."""
-        per_step = self.config.gradient_accumulation_steps
-        while progress.step < self.timetable.steps and progress.stopped is None:
+        accelerator, timetable = self.learner.accelerator, self.limits.timetable
+        while progress.step < timetable.steps and progress.stopped is None:
             raises = len(progress.raises)
-            sampler = StepSampler(
-                self.order,
-                start=progress.step,
-                stop=self.timetable.steps,
-                batches_per_step=per_step,
-                process=self.accelerator.process_index,
-            )
-            pin_memory = self.accelerator.device.type == "cuda"
-            batches = self.dataset.batches(sampler, num_workers=self.num_workers, pin_memory=pin_memory)
-            for _ in range(progress.step, self.timetable.steps):
-                yield [next(batches) for _ in range(per_step)]
+            pin_memory = accelerator.device.type == "cuda"
+            for batches in self.batches.of_steps(
+                progress.step, timetable.steps, process=accelerator.process_index, pin_memory=pin_memory
+            ):
+                yield batches
                 if progress.stopped is not None or len(progress.raises) > raises:
                     break
 
-    def _step(self, step: int, batches: list[Batch], window: "MetricsWindow") -> dict[str, float]:
-        torch.manual_seed(step_seed(self.order.seed, self.order.stage, step, self.accelerator.process_index))
-        losses = []
-        for number, batch in enumerate(batches):
-            window.mark("data")
-            augment = partial(self.augment, step=step, number=number)
-            prepared = preprocess(batch, self.preprocessor, self.accelerator.device, augment)
-            last = number == len(batches) - 1
-            with self.accelerator.autocast(), _sync(self.accelerator, self.policy, enabled=last):
-                loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
-                self.recurrence.after(batch, outputs)
-                window.mark("forward")
-                self.accelerator.backward(loss / len(batches))
-                window.mark("backward")
-            losses.append(loss.detach())
-        extra = self.extra_loss.add_gradient()
-        trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        grad_norm = self.accelerator.clip_grad_norm_(trainable, self.config.grad_clip_norm)
-        mean_loss = torch.stack(losses).mean().item()
-        if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
-            raise TrainingDiverged(self._explain(step, batches, mean_loss, float(grad_norm)))
-        self.optimizer.step()
-        self.average.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        window.mark("optimizer")
-        return {"loss": mean_loss, "grad_norm": float(grad_norm), **extra}
+    def _learn(self, step: int, batches: list[Batch], window: MetricsWindow) -> dict[str, float]:
+        order = self.batches.order
+        seed = step_seed(order.seed, order.stage, step, self.learner.accelerator.process_index)
+        try:
+            return self.learner.learn(batches, step=step, seed=seed, window=window)
+        except TrainingDiverged as found:
+            raise TrainingDiverged(
+                f"{found} at step {step + 1} must be finite; its samples (task, episode, frame): {self._named(batches)}"
+            ) from None
 
-    def _explain(self, step: int, batches: list[Batch], loss: float, grad_norm: float) -> str:
+    def _named(self, batches: list[Batch], most: int = 8) -> str:
         names = [
-            f"({self.order.tasks[task].name}, {episode}, {frame})"
+            f"({self.batches.order.tasks[task].name}, {episode}, {frame})"
             for batch in batches
             for task, episode, frame in zip(
                 batch["task_position"].tolist(),
@@ -257,22 +253,18 @@ class Trainer:
                 strict=True,
             )
         ]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return (
-            f"loss {loss} and gradient norm {grad_norm} at step {step + 1} must be finite; "
-            f"its samples (task, episode, frame): {', '.join(names[:8])}{more}"
-        )
+        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-    def _report(self, progress: Progress, window: "MetricsWindow", bar: tqdm) -> None:
+    def _report(self, progress: Progress, window: MetricsWindow, bar: tqdm) -> None:
         drawn = sum((Counter(each) for each in gather_object([progress.total_drawn()])), Counter())
         values = {
-            "epoch": self.timetable.epoch(progress.step),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "epoch": self.limits.timetable.epoch(progress.step),
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
             **window.summary(),
             "seconds": round(progress.seconds, 3),
-            "task_frames": {self.order.tasks[place].name: n for place, n in sorted(drawn.items())},
+            "task_frames": {self.batches.order.tasks[place].name: n for place, n in sorted(drawn.items())},
         }
-        self.log(values, progress.step)
+        self.hooks.report(values, progress.step)
         bar.set_postfix_str(
             f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['samples_per_s']:.0f} samples/s; ms "
             + ", ".join(f"{part} {values[f'{part}_ms']:.0f}" for part in STEP_PARTS),
@@ -280,37 +272,31 @@ class Trainer:
         )
 
     def _validate_and_save(self, progress: Progress) -> None:
-        if self.timetable.validates(progress.step, every=self.validate_every):
+        if self.limits.timetable.validates(progress.step, every=self.limits.validate_every):
             progress.validation_due = True
             try:
                 self._validate(progress)
             except Interrupted:
-                self.save(progress)
+                self.hooks.save(progress)
                 raise
             progress.validation_due = False
-            self.save(progress)
-        elif progress.step % self.config.save_every == 0:
-            self.save(progress)
+            self.hooks.save(progress)
+        elif progress.step % self.limits.save_every == 0:
+            self.hooks.save(progress)
 
     def _validate(self, progress: Progress) -> None:
         step = progress.step
-        found = self.validate(step, self.timetable.number(step))
-        self.policy.train()
-        if self.result == "last" or found.loss < progress.best_loss:
+        found = self.hooks.epoch_done(step, self.limits.timetable.number(step))
+        self.learner.policy.train()
+        if self.limits.result == "last" or found.loss < progress.best_loss:
             progress.best_loss, progress.best_step = found.loss, step
         progress.stopped = found.stop
         if found.shares is not None:
             progress.raises.append({"step": step, "shares": found.shares})
             progress.drawn.append({})
-            per_step = self.config.gradient_accumulation_steps
-            deal_by(progress.raises[-1], self.order, self.timetable, current=self.current, batches_per_step=per_step)
+            self.batches.change(progress.raises[-1], self.limits.timetable)
 
 
 def step_seed(*key: int) -> int:
     """A 63-bit seed from integers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _sync(accelerator: Accelerator, policy: Any, *, enabled: bool) -> Any:
-    """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
-    return nullcontext() if enabled else accelerator.no_sync(policy)

@@ -1,0 +1,153 @@
+"""What training changes, one optimizer step at a time: the policy, and all that moves with it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+
+from kuavo_train.config import TrainingConfig
+from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
+from kuavo_train.errors import RunError
+from kuavo_train.training.carried_memory import NoRecurrence, Recurrence
+from kuavo_train.training.ema import Average, NoAverage, average_of
+from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
+from kuavo_train.training.lora import adapted_state, restore_adapted
+from kuavo_train.training.optimizer import build_optimizer
+from kuavo_train.training.step_metrics import MetricsWindow
+
+
+class TrainingDiverged(RunError):
+    """The loss or the gradient is no longer finite; names the step and the samples."""
+
+
+@dataclass
+class Learner:
+    """
+    Attributes:
+        policy: as accelerate has prepared it.
+        recurrence: the memory that goes from one step to the next.
+        extra_loss: what a strategy adds to the tasks' own.
+        average: of the weights, which is what is validated and handed on.
+    """
+
+    accelerator: Accelerator
+    policy: Any
+    preprocessor: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    grad_clip_norm: float
+    recurrence: Recurrence
+    extra_loss: ExtraLoss
+    average: Average
+    augment: Augmentation
+
+    @classmethod
+    def of(
+        cls,
+        policy: Any,
+        preprocessor: Any,
+        config: TrainingConfig,
+        *,
+        accelerator: Accelerator,
+        steps: int,
+        planned: Callable[[int], float] = float,
+        recurrence: Recurrence | None = None,
+        extra_loss: ExtraLoss | None = None,
+        augment: Augmentation = no_augmentation,
+        averaged: bool = True,
+    ) -> Self:
+        """The policy with a new optimizer and schedule.
+
+        Args:
+            steps, planned: as `build_optimizer` takes them.
+            averaged: whether `training.ema` is kept; False leaves it out.
+        """
+        optimizer, scheduler = build_optimizer(policy.parameters(), config, steps=steps, planned=planned)
+        prepared, optimizer = accelerator.prepare(policy, optimizer)
+        return cls(
+            accelerator=accelerator,
+            policy=prepared,
+            preprocessor=preprocessor,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            grad_clip_norm=config.grad_clip_norm,
+            recurrence=recurrence or NoRecurrence(),
+            extra_loss=extra_loss or NoExtraLoss(),
+            average=average_of(policy, config.ema) if averaged else NoAverage(),
+            augment=augment,
+        )
+
+    @property
+    def bare_policy(self) -> Any:
+        """The policy itself, without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.policy)
+
+    def learn(self, batches: Sequence[Batch], *, step: int, seed: int, window: MetricsWindow) -> dict[str, float]:
+        """One optimizer step on the mean loss of `batches`.
+
+        Args:
+            step: from 0; decides what augmentation draws.
+            seed: of noise, flow time and dropout.
+
+        Returns:
+            Loss, norm of the gradient before it was clipped, and what the extra loss reports.
+
+        Raises:
+            TrainingDiverged: loss or gradient is not finite; the weights are as before.
+        """
+        torch.manual_seed(seed)
+        losses = []
+        for number, batch in enumerate(batches):
+            window.mark("data")
+            augment = partial(self.augment, step=step, number=number)
+            prepared = preprocess(batch, self.preprocessor, self.accelerator.device, augment)
+            with self.accelerator.autocast(), self._meeting(last=number == len(batches) - 1):
+                loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
+                extra = self.extra_loss.of_batch(prepared, outputs)
+                self.recurrence.after(batch, outputs)
+                window.mark("forward")
+                self.accelerator.backward((loss if extra is None else loss + extra) / len(batches))
+                window.mark("backward")
+            losses.append(loss.detach())
+        of_strategy = self.extra_loss.add_gradient()
+        grad_norm = self.accelerator.clip_grad_norm_(_trainable(self.policy.parameters()), self.grad_clip_norm)
+        mean_loss = torch.stack(losses).mean().item()
+        if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
+            raise TrainingDiverged(f"loss {mean_loss} and gradient norm {float(grad_norm)}")
+        self.optimizer.step()
+        self.average.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        window.mark("optimizer")
+        return {"loss": mean_loss, "grad_norm": float(grad_norm), **of_strategy}
+
+    def _meeting(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
+        return nullcontext() if last else self.accelerator.no_sync(self.policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs beside the weights of a checkpoint."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "adapted": adapted_state(self.bare_policy),
+            "average": self.average.state_dict(),
+            "memory": self.recurrence.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        restore_adapted(self.bare_policy, state["adapted"])
+        self.average.load_state_dict(state.get("average", {}))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.recurrence.load_state_dict(state["memory"])
+
+
+def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
