@@ -198,7 +198,9 @@ def hydra_entry(function: Callable[[DictConfig, list[str]], int]) -> Callable[[]
     def entry(composed: DictConfig) -> None:
         def run() -> int:
             quieten_libraries()
-            set_hub(resolve(composed))
+            config = resolve(composed)
+            check_folders(config)
+            set_hub(config)
             return function(composed, list(HydraConfig.get().overrides.task))
 
         status = errors_in_one_line(run)
@@ -290,6 +292,13 @@ def quieten_libraries() -> None:
     for name in ("httpx", "lerobot"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)  # LeRobot tells how it scales the learning rate without a name
+
+
+def check_folders(config: RunConfig) -> None:
+    """Raises `ConfigError` where what is to be a folder is a file, or lies below one."""
+    for key, path in (("outputs", config.outputs), ("data.root", config.data.root)):
+        there = next(each for each in (Path(path).absolute(), *Path(path).absolute().parents) if each.exists())
+        require(there.is_dir(), key, f"be a folder, or a place for one ({there} is a file)", path)
 
 
 def set_hub(config: RunConfig) -> None:

@@ -109,6 +109,7 @@ class StageConfig:
         require(self.lr > 0, f"{where} lr", "be positive", self.lr)
         require(self.warmup_steps >= 0, f"{where} warmup_steps", "not be negative", self.warmup_steps)
         require(self.decay_steps >= 1, f"{where} decay_steps", "be at least 1", self.decay_steps)
+        require(bool(self.replay), f"{where} replay", "give the task itself a share", self.replay)
         check_shares(self.replay, f"{where} replay share of task")
         require(self.replay.get(self.name, 0) > 0, f"{where} replay", "give the task itself a share", self.replay)
         if self.episodes is not None:

@@ -130,6 +130,7 @@ def words_for_hydra(words: Sequence[str], folders: ConfigFolders) -> list[str]:
 
 def parsed(word: str) -> Override:
     """Raises `ConfigError` for a word that is no override."""
+    require(not word.startswith("="), "arguments", "be key=value", word)
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:

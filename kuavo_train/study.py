@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
-from kuavo_train.command_line import config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
+from kuavo_train.command_line import check_folders, config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
 from kuavo_train.compose import compose_run
 from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
 from kuavo_train.errors import ConfigError, RunError
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     run, shared, cells = compose_cells(arguments)
     first = cells[0].configs[0]
     quieten_libraries()
+    check_folders(first)
     set_hub(first)
     path = Path(first.outputs) / f"{run}-study" / "study.json"
     with held(path.parent, f"study {run}"):

@@ -99,6 +99,8 @@ def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
 
 
 WRONG_COMMANDS = [
+    (["=3"], "arguments must be key=value, got '=3'"),
+    ([f"data.root={__file__}/data"], f"data.root must be a folder, or a place for one ({__file__} is a file)"),
     (["-m", "seed=0,1"], "-m must give each job a run of its own, got seed varied in one run; add 'run=NAME-${seed}'"),
     (["seed=0", "-m", "training.lr=1e-3,1e-4"], "options such as -m go first"),
     (["training.lr=-1"], "error: training.lr must be positive, got -1.0"),

@@ -224,6 +224,7 @@ def test_every_key_is_set_from_the_command_line_without_a_plus_and_a_mapping_rep
 BAD_OVERRIDES = [  # override, what the message must name
     ("training.lr=-1", r"training.lr must be positive, got -1"),
     ("training.lr=fast", r"training.lr must be a number, got 'fast'"),
+    ("stage.replay={}", r"replay must give the task itself a share, got {}"),
     ("training.lr=inf", r"training.lr must be a finite number, got inf"),
     ("training.betas=[0.9,nan]", r"training.betas must be a finite number, got nan"),
     (

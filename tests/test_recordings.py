@@ -273,6 +273,12 @@ def test_timestamps_that_are_not_even_are_told_and_do_not_matter(opened: Opened,
 # ------------------------------------------------------------------------------------------------------------ values
 
 
+def test_a_column_that_the_tables_lost_is_told_from_one_that_never_was(opened: Opened, root: Path) -> None:
+    edit_table(root / DATA, lambda table: table.drop(columns="action", inplace=True))
+    with pytest.raises(ConfigError, match=r"must have the column action, which meta/info.json lists, .*; copy"):
+        opened()
+
+
 def test_a_clock_that_stands_still_is_refused_by_episode_and_frame(opened: Opened, root: Path) -> None:
     edit_table(root / DATA, lambda table: table.update({"timestamp": np.zeros(len(table), np.float32)}))
     with pytest.raises(

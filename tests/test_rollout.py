@@ -15,6 +15,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RolloutConfig, RunConfig, SimulationConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
+from kuavo_train.evaluation.environment_pool import seen_in
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
@@ -227,7 +228,8 @@ def test_an_environment_that_would_fail_after_training_is_refused_before(
 def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:
     configs = compose_run(small_run("learn=[moving_grasp]", "rollout.episodes=3"))
     with pytest.raises(
-        ConfigError, match=r"stage 1 \(moving_grasp\): environment must name one to roll out in, or rollout"
+        ConfigError,
+        match=r"stage 1 \(moving_grasp\): environment must name one .*, got None with simulation=null",
     ):
         run_stage(configs[0], [configs[0].stage])
     stage = compose_run()[1].stage
@@ -235,3 +237,10 @@ def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[
     assert environment.id == "kuavo_sim:kuavo_sim/Weighing-v0"
     assert environment.settings == {"image_size": 48, "renderer": "rays", "phase_visible": True}
     assert environment.max_steps == 9
+
+
+def test_an_environment_that_observes_numbers_alone_is_told_what_it_must_observe() -> None:
+    with pytest.raises(
+        ValueError, match=r'observations must be {"pixels": .*, "agent_pos": state}, got no mapping, ndarray'
+    ):
+        seen_in(np.zeros(4), {})

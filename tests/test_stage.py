@@ -403,7 +403,7 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
         r"policy.resize_imgs_with_padding must be a list of whole numbers, got \[32",
     ),
     ("policy.mem_weight=heavy", r"policy.mem_weight must be a number, got 'heavy'"),
-    ("policy.type=smolvlaa", r"policy.type must be a policy LeRobot knows, got 'smolvlaa'"),
+    ("policy.type=smolvlaa", r"policy LeRobot knows, got 'smolvlaa' \(act, .*, smolvla_memory"),
     ("policy.n_action_steps=99", r"policy: .*99.*n_action_steps"),
     ("policy.pretrained_path=/nowhere/at/all", r"policy.pretrained_path must be an existing folder or a hub id"),
     (

@@ -211,7 +211,9 @@ def _read_info(root: Path, where: str) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} must have a {INFO_PATH} that can be read, got {said(error)}") from error
+        raise ConfigError(
+            f"{where} must have a {INFO_PATH} that can be read, got {said(error)}; copy the file again"
+        ) from error
     features = info.get("features") if isinstance(info, dict) else None
     if not isinstance(features, dict) or not all(isinstance(about, dict) for about in features.values()):
         raise ConfigError(f"{path} must tell the dataset's features, got {str(features or info)[:80]}")

@@ -235,7 +235,12 @@ def _read_feature(
     stage: StageConfig, key: str, rows: Mapping[str, np.ndarray], recording: Recording, where: str
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Names, and values [N, D] float32 in robot units."""
-    if key not in recording.features or key not in rows:
+    if key in recording.features and key not in rows:
+        raise ConfigError(
+            f"{where}: tables must have the column {key}, which meta/info.json lists, got {', '.join(rows)}; copy the "
+            "files of data/ again, or record or convert it again"
+        )
+    if key not in recording.features:
         raise ConfigError(f"{where} has no feature {key}; it has {', '.join(recording.features)}")
     values = rows[key].reshape(len(rows[key]), -1).astype(np.float32)
     kind = key.removeprefix("observation.")

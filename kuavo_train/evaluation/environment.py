@@ -67,7 +67,8 @@ def environment_of(
         return Environment(stage.environment, instruction, stage.environment_settings, **limit)
     if simulation is None or stage.simulation_task is None:
         rule = "name one to roll out in, or rollout.episodes be 0 for those who have only data"
-        raise ConfigError(f"{where} environment must {rule}, got {stage.environment!r}")
+        none = " with simulation=null, which leaves out kuavo_sim's" if stage.simulation_task is not None else ""
+        raise ConfigError(f"{where} environment must {rule}, got {stage.environment!r}{none}")
     one_of(f"{where} simulation_task", stage.simulation_task, ENVIRONMENT_IDS)
     keep = ("image_size", "renderer", "phase_visible")
     settings = {key: getattr(simulation, key) for key in keep}

@@ -161,10 +161,9 @@ def _check_action(action: np.ndarray, environment: gymnasium.Env) -> None:
 
 def seen_in(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
     """Raises ValueError for an environment that does not observe as LeRobot's do."""
-    pixels = observation.get("pixels")
+    pixels = observation.get("pixels") if isinstance(observation, Mapping) else None
     if not isinstance(pixels, Mapping) or "agent_pos" not in observation:
-        raise ValueError(
-            f'observations must be {{"pixels": {{camera: picture}}, "agent_pos": state}}, got {sorted(observation)}'
-        )
+        got = sorted(observation) if isinstance(observation, Mapping) else f"no mapping, {type(observation).__name__}"
+        raise ValueError(f'observations must be {{"pixels": {{camera: picture}}, "agent_pos": state}}, got {got}')
     pictures = {camera: np.asarray(picture) for camera, picture in pixels.items()}
     return Seen(pictures, np.asarray(observation["agent_pos"], np.float32), dict(info), **more)

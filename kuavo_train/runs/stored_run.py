@@ -87,7 +87,8 @@ class StoredRun:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise RunFolderError(f"{folder} does not exist: give the folder of a run, e.g. run=outputs/<run>")
+            is_not = "is no folder" if folder.exists() else "does not exist"
+            raise RunFolderError(f"{folder} {is_not}: give the folder of a run, e.g. run=outputs/<run>")
         if not (folder / "run.json").is_file():
             raise RunFolderError(
                 f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it"

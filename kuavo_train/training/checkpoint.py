@@ -60,7 +60,8 @@ class Checkpoint:
             found = _sha256(path) if path.is_file() else "no file"
             if found != expected:
                 raise ConfigError(
-                    f"checkpoint file {path} must have sha256 {expected[:12]}…, got {found[:12]}; {FALL_BACK}"
+                    f"checkpoint file {path} must have sha256 {expected[:12]}…, got {found[:12]}; "
+                    "delete the checkpoint folder to fall back to the one before"
                 )
 
 

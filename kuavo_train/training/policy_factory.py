@@ -226,7 +226,9 @@ def _policy_class(kind: str) -> type[PreTrainedPolicy]:
     try:
         return get_policy_class(kind)
     except (ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"policy.type must be a policy LeRobot knows, got {kind!r}: {error}") from error
+        known = PreTrainedConfig.get_known_choices()
+        reason = f": {error}" if kind in known else f" ({', '.join(sorted(known))})"
+        raise ConfigError(f"policy.type must be a policy LeRobot knows, got {kind!r}{reason}") from error
 
 
 def _lerobot_config(

@@ -90,7 +90,8 @@ class DecodedFrames:
                 first = next((i for i, time in enumerate(times) if not self._decodes(path, time)), 0)
                 raise ConfigError(
                     f"{task.name}: video {path} must decode, got an error at frame {int(task.frame[rows[first]])} of "
-                    f"episode {episode}, {times[first]:.2f} s into the file: {said(error).splitlines()[0]}"
+                    f"episode {episode}, {times[first]:.2f} s into the file: "
+                    f"{said(error).splitlines()[0]}; copy the file again, or record or convert it again"
                 ) from error
         else:
             frames = self._read_images(key, rows)
