@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from small_datasets import CAMERAS, write_dataset
 from test_command_line import Here
 
 from kuavo_train.compose import compose_run
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.preflight import Findings, token_counts
 from kuavo_train.stage.stage import examine_stage
 
 Overrides = Callable[..., list[str]]
@@ -163,3 +164,8 @@ def test_machines_are_told_what_the_table_tells(small_run: Overrides) -> None:
     assert said["problems"] == []
     assert [task["name"] for task in said["tasks"]] == ["moving_grasp", "weighing", "placement", "sorting"]
     assert {"parameters", "memory_bytes", "disk_bytes", "training", "notes"} <= said.keys()
+
+
+def test_the_tokens_of_a_policy_whose_config_names_no_tokenizer_are_not_counted() -> None:
+    policy_config = SimpleNamespace(tokenizer_max_length=48)  # as that of π0
+    assert token_counts(policy_config, ["pick the red one"]) == []

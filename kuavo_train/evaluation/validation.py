@@ -20,6 +20,7 @@ from tqdm import tqdm
 from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.predictions import asks
@@ -101,7 +102,7 @@ class Validator:
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
         episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.held_out_episodes]
-        if getattr(policy.config, "num_mem_tokens", 0) > 0:
+        if PolicyTraits.of(policy.config).memory_tokens > 0:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]
 

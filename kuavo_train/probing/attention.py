@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kuavo_train.data.policy_traits import PolicyTraits
+
 
 @dataclass
 class WatchedAttention:
@@ -68,7 +70,7 @@ def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
 
 def places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
     """Kind of token → its places in a prefix of `length` tokens, memory included."""
-    memory = getattr(config, "num_mem_tokens", 0)
+    memory = PolicyTraits.of(config).memory_tokens
     start = memory if memory and config.mem_at_start else 0
     places = {
         "images": list(range(start, start + state_place - language)),

@@ -24,6 +24,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 
 from kuavo_train.data.batch import preprocess
 from kuavo_train.data.dataset import MixedDataset
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Draw
 from kuavo_train.probing.attention import places_in_prefix, watched_attention
 
@@ -70,7 +71,7 @@ class MemoryProbe:
 
     @property
     def has_memory(self) -> bool:
-        return getattr(self.policy.config, "num_mem_tokens", 0) > 0
+        return PolicyTraits.of(self.policy.config).memory_tokens > 0
 
     def queries_of(self, place: int, episode: int) -> Draws:
         """The queries of an episode of the task at `place`, as on the robot."""

@@ -22,6 +22,7 @@ from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.images.plan import Images, size_text
 from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.recording import recorded_fps
 from kuavo_train.data.task import Task
 from kuavo_train.data.task_checks import listed_counts, little_used
@@ -81,7 +82,7 @@ class Findings:
         self, policy_config: PreTrainedConfig, tasks: Sequence[Task], normalization: Normalization
     ) -> None:
         """The policy as it is configured, with or without its weights."""
-        limit = getattr(policy_config, "tokenizer_max_length", None)
+        limit = PolicyTraits.of(policy_config).token_limit
         self.facts["token_limit"] = limit
         for facts, task in zip(self.facts["tasks"], tasks, strict=True):
             lengths = token_counts(policy_config, task.instructions.texts)
@@ -176,9 +177,10 @@ class Findings:
 
 def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int]:
     """Tokens of each instruction as the policy reads it; of a policy without language, none."""
-    if not hasattr(policy_config, "tokenizer_max_length"):
+    traits = PolicyTraits.of(policy_config)
+    if traits.token_limit is None or traits.vlm_name is None:  # π0 brings its tokenizer along, under no name
         return []
-    tokenizer = AutoTokenizer.from_pretrained(policy_config.vlm_model_name)
+    tokenizer = AutoTokenizer.from_pretrained(traits.vlm_name)
     return [len(tokenizer(instruction + "\n").input_ids) for instruction in instructions]
 
 

@@ -19,6 +19,7 @@ from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation,
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task, examine_task
 from kuavo_train.data.workers import room_problems
@@ -242,8 +243,8 @@ def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, strategy: Stra
         "batch_size": config.training.batch_size,
         "processes": processes,
     }
-    depth = getattr(policy.config, "mem_backprop_depth", 0)
-    if depth == 0 or policy.config.num_mem_tokens == 0:
+    depth = PolicyTraits.of(policy.config).memory_depth
+    if depth == 0:
         return SampleOrder(**about)
     stride, jitter = policy.config.n_action_steps, config.training.query_jitter
     try:

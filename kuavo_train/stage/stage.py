@@ -4,7 +4,6 @@ The first two are setup.py's, the loop is the trainer's, the end is conclusion.p
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -21,6 +20,7 @@ from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.evaluation.validation import mean_loss
 from kuavo_train.interruption import Listening, listening
+from kuavo_train.reading import read_json
 from kuavo_train.runs.files import now, write_json
 from kuavo_train.runs.lease import Lease, NoLease, held
 from kuavo_train.runs.run_facts import write_run_facts
@@ -290,7 +290,7 @@ def _fingerprints_before(opened: OpenedStage, resumed: Checkpoint | None) -> lis
     path = opened.folder.path / "parameters.json"
     groups = take_fingerprints(opened.built.policy)
     if resumed is not None:
-        return [ParameterGroup.when_begun(record) for record in json.loads(path.read_text())["groups"]]
+        return [ParameterGroup.when_begun(record) for record in read_json(path, keys=("groups",))["groups"]]
     if opened.accelerator.is_main_process:
         write_json(path, {"groups": [group.as_begun() for group in groups]})
     return groups
@@ -326,7 +326,7 @@ def _tracker(opened: OpenedStage) -> Iterator[Tracker]:
     config = opened.config
     tracker: Tracker = NoTracker()
     if opened.accelerator.is_main_process:
-        created = json.loads((config.run_folder / "run.json").read_text())["created"]
+        created = read_json(config.run_folder / "run.json", keys=("created",))["created"]
         about = f"{created}/{config.run}/{config.stage.folder_name}"
         tracker = make_tracker(config, run_id=sha256(about.encode()).hexdigest()[:16], folder=opened.folder.path)
     try:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 from kuavo_train.config import RunConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import fits, in_words
 from kuavo_train.training.ema import check_average
@@ -130,7 +131,7 @@ def configure_policy(
         normalization=normalization,
         image_shapes=image_shapes,
     )
-    if misnamed := _misnamed("policy.vlm_model_name", getattr(policy_config, "vlm_model_name", None)):
+    if misnamed := _misnamed("policy.vlm_model_name", PolicyTraits.of(policy_config).vlm_name):
         raise ConfigError("\n".join([*_misnamed("policy.pretrained_path", source), *misnamed]))
     _check_vlm_description(policy_config)
     return policy_config
@@ -189,7 +190,7 @@ def _check_frozen_vlm(
     config: RunConfig, policy_config: PreTrainedConfig, frozen: Sequence[str], source: str | Path | None
 ) -> None:
     """Raises `ConfigError` when a part of the VLM is frozen that nobody has trained."""
-    has_vlm = hasattr(policy_config, "vlm_model_name")
+    has_vlm = PolicyTraits.of(policy_config).vlm_name is not None
     own_weights = config.tiny_vlm is None and getattr(policy_config, "load_vlm_weights", True)
     held_fixed = [group for group in VLM_GROUPS if group in frozen]
     if not has_vlm or source is not None or own_weights or not held_fixed or config.allow_random_frozen_vlm:
@@ -283,7 +284,7 @@ def _misnamed(key: str, name: str | Path | None) -> list[str]:
 
 def _check_vlm_description(policy_config: PreTrainedConfig) -> None:
     """Raises `ConfigError` when the vision-language model's config or tokenizer cannot be had."""
-    name = getattr(policy_config, "vlm_model_name", None)
+    name = PolicyTraits.of(policy_config).vlm_name
     if name is None:
         return
     try:
@@ -301,8 +302,8 @@ def _with_weights(
         try:
             return policy_class(config)
         except (OSError, UnfitWeights, *NOT_LOADED) as error:  # of a part with weights of its own
-            if hasattr(config, "vlm_model_name"):
-                raise ConfigError(_not_had("policy.vlm_model_name", config.vlm_model_name, error)) from error
+            if (name := PolicyTraits.of(config).vlm_name) is not None:
+                raise ConfigError(_not_had("policy.vlm_model_name", name, error)) from error
             raise ConfigError(
                 f"policy.pretrained_backbone_weights must be in torchvision's cache (TORCH_HOME) or to be fetched, got "
                 f"{getattr(config, 'pretrained_backbone_weights', None)}: {error}; null begins with new weights"

@@ -37,6 +37,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.images.frames import resized
+from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
@@ -68,6 +69,7 @@ class SmolVLAPolicyWrapper:
         """
         policy.eval()
         self._policy: Any = policy if isinstance(policy, SmolVLAMemoryPolicy) else RobotByRobot(policy)
+        self._traits = PolicyTraits.of(self._policy.config)
         (self._preprocess, self._postprocess), self.known = processors, known
         self.cameras = {camera: tuple(f.shape[1:]) for camera, f in policy.config.image_features.items()}
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
@@ -123,20 +125,20 @@ class SmolVLAPolicyWrapper:
     @property
     def sampling_temperature(self) -> float:
         """Standard deviation of the noise that SmolVLA's actions are denoised from, in [0, 1]; with 0, no noise."""
-        return getattr(self._policy.config, "sampling_temperature", 1.0)
+        return self._policy.config.sampling_temperature if self._traits.has_temperature else 1.0
 
     @sampling_temperature.setter
     def sampling_temperature(self, temperature: float) -> None:
         if not 0 <= temperature <= 1:
             raise ValueError(f"sampling_temperature must be in [0, 1], got {temperature}")
         if temperature != self.sampling_temperature:
-            if not hasattr(self._policy.config, "sampling_temperature"):
+            if not self._traits.has_temperature:
                 raise ValueError(f"sampling_temperature of {self._policy.config.type} must be 1, got {temperature}")
             self._policy.config.sampling_temperature = temperature
 
     @property
     def has_memory(self) -> bool:
-        return bool(getattr(self._policy.config, "num_mem_tokens", 0))
+        return self._traits.memory_tokens > 0
 
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
