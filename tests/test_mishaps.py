@@ -176,6 +176,19 @@ def test_a_fault_of_our_own_keeps_its_traceback_and_is_named_in_the_status(
     assert stage_folder(configs[0]).status == "failed"
 
 
+def test_a_signal_to_the_process_group_does_not_cost_the_commit(
+    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "git").write_text("#!/bin/sh\ncut -d' ' -f5 /proc/self/stat\n")  # tells its process group
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    configs = compose_run(small_run("learn=[moving_grasp]"))
+    assert run(configs) == 0
+    told = json.loads((configs[0].run_folder / "run.json").read_text())["git_commit"]
+    assert told.isdigit()
+    assert int(told) != os.getpgrp()
+
+
 def test_sizes_are_told_in_units_that_show_something() -> None:
     assert [size_text(count) for count in (0, 900, 60 * 2**10, 5 * 2**20, 2**30)] == [
         "0 bytes",

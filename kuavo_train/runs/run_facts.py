@@ -117,7 +117,10 @@ def _git_commit() -> str:
     if not (root / ".git").exists():
         return "unknown"
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        # In a session of its own: a signal to our process group would leave a run without its commit for ever.
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False, start_new_session=True
+        )
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"
