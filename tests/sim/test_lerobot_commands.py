@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.envs import make_env
 from lerobot.envs.configs import EnvConfig
 from lerobot.policies import make_policy, make_pre_post_processors
@@ -23,7 +24,6 @@ from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.lerobot import KuavoSimEnvConfig, KuavoSimRobot, KuavoSimRobotConfig
 from kuavo_sim.robot import BASE_NAMES
 from kuavo_train.evaluation.rollout import Environment, roll_out
-from kuavo_train.runs.trained_run import PreTrainedConfig
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 STEPS = 12
