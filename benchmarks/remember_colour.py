@@ -32,7 +32,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from benchmarks.models import LAYOUTS
 from kuavo_train.config import TrainingConfig
-from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import Normalization
@@ -274,7 +274,7 @@ def _order(settings: Settings, task: Task, policy: SmolVLAMemoryPolicy) -> tuple
     about: dict[str, Any] = {"seed": settings.seed, "stage": 1, "tasks": [task], "shares": {task.name: 1.0}}
     if settings.tokens == 0 or settings.depth == 0:
         return SampleOrder(batch_size=settings.batch_size, **about), NoRecurrence()
-    order = LaneOrder(batch_size=settings.batch_size, depth=settings.depth, stride=1, **about)
+    order = ClipOrder(batch_size=settings.batch_size, depth=settings.depth, stride=1, **about)
     assert policy.model.memory is not None
     return order, CarriedMemory(policy.model.memory.initial(order.stream_count), depth=settings.depth)
 

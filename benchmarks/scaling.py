@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measuring import Table, alternate, milliseconds
 from benchmarks.models import ACTIONS, STATE
-from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import fit_normalization
@@ -61,7 +61,7 @@ class Fetcher:
 
     def __init__(self, tasks: list[Task], batch_size: int):
         shares = {task.name: 1 / len(tasks) for task in tasks}
-        self.order = LaneOrder(
+        self.order = ClipOrder(
             seed=0, stage=1, tasks=tasks, shares=shares, batch_size=batch_size, depth=DEPTH, stride=STRIDE
         )
         self.dataset = MixedDataset(

@@ -18,8 +18,8 @@ from kuavo_train.data.sampler import Draw, Order
 from kuavo_train.data.task import Task
 
 
-class LaneOrder(Order):
-    """Lane-major batches of clips of `depth` queries; a pure function of (seed, stage, batch) and of what changed.
+class ClipOrder(Order):
+    """Batches of whole clips, each of `depth` queries; a pure function of (seed, stage, batch) and of what changed.
 
     Args:
         depth: K, the queries of a clip.
@@ -80,9 +80,9 @@ class LaneOrder(Order):
         streams = [0] * len(self.tasks)
         for batch in sorted({segment.first for segment in self.segments} | {cut.first for cut in self.cuts}):
             segment = next(segment for segment in reversed(self.segments) if segment.first <= batch)
-            lanes = next(cut.turns for cut in reversed(self.cuts) if cut.first <= batch)
-            turns = self.turn(batch) - segment.turn + np.arange(len(segment.quota.pattern) * lanes)
-            tasks_of, _ = segment.quota.deal(turns.reshape(-1, lanes))
+            clips = next(cut.turns for cut in reversed(self.cuts) if cut.first <= batch)
+            turns = self.turn(batch) - segment.turn + np.arange(len(segment.quota.pattern) * clips)
+            tasks_of, _ = segment.quota.deal(turns.reshape(-1, clips))
             needed = [int((tasks_of == place).sum(axis=1).max()) for place in range(len(self.tasks))]
             streams = [max(pair) for pair in zip(streams, needed, strict=True)]
             yield batch, streams
@@ -117,7 +117,7 @@ class LaneOrder(Order):
 class _Replay:
     """The streams as they stand before batch `number`."""
 
-    def __init__(self, order: LaneOrder):
+    def __init__(self, order: ClipOrder):
         self.order, self.number = order, 0
         self.walks = [order.walks(place) for place in range(len(order.tasks))]
         self.left: defaultdict[tuple[int, int], list[int]] = defaultdict(

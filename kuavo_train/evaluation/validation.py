@@ -26,7 +26,7 @@ from kuavo_train.data.task import Task
 from kuavo_train.evaluation.predictions import asks
 from kuavo_train.runs.records import EpisodeScore, HeldOutScores
 
-Lane = list[int]  # rows of one episode, in order
+Walk = list[int]  # rows of one episode, in order
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Validator:
             torch.no_grad(),
             torch.random.fork_rng(devices=_cuda_devices(policy)),
             tqdm(
-                total=sum(len(lane) for place in places for lane in self._lanes(policy, place)),
+                total=sum(len(walk) for place in places for walk in self._walks(policy, place)),
                 desc="validate",
                 unit="query",
                 leave=False,
@@ -97,8 +97,8 @@ class Validator:
             bar.update(len(batch["task"]))
         return self._scores(task, by_episode, time.perf_counter() - began)
 
-    def _lanes(self, policy: Any, place: int) -> list[Lane]:
-        """Queries to make: an episode is one lane where memory recurs, every query its own where it does not."""
+    def _walks(self, policy: Any, place: int) -> list[Walk]:
+        """Queries to make: an episode is one walk where memory recurs, every query its own where it does not."""
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
         episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.held_out_episodes]
@@ -108,12 +108,12 @@ class Validator:
 
     def _queries(self, policy: Any, place: int) -> Iterator[tuple[Batch, Any, Callable[[Any], None]]]:
         """Batches of queries with the memory they start from; `advance` takes the memory they leave."""
-        lanes = self._lanes(policy, place)
-        for first in range(0, len(lanes), self.batch_size):
-            group = lanes[first : first + self.batch_size]
+        walks = self._walks(policy, place)
+        for first in range(0, len(walks), self.batch_size):
+            group = walks[first : first + self.batch_size]
             held: list[Any] = [None]
             for query in range(len(group[0])):
-                rows = [lane[query] for lane in group if query < len(lane)]  # lanes are sorted by length
+                rows = [walk[query] for walk in group if query < len(walk)]  # walks are sorted by length
                 if held[0] is not None:
                     held[0] = held[0].select(torch.arange(len(rows)))
                 batch = self.dataset.__getitems__([Draw(place, row, begins=query == 0) for row in rows])

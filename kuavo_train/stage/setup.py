@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.checkpoint_tasks import KnownTasks
-from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
@@ -248,14 +248,14 @@ def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, strategy: Stra
         return SampleOrder(**about)
     stride, jitter = policy.config.n_action_steps, config.training.query_jitter
     try:
-        return LaneOrder(depth=depth, stride=stride, jitter=jitter, **about)
+        return ClipOrder(depth=depth, stride=stride, jitter=jitter, **about)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def fresh_memory(order: Order, policy: Any, exchange: Exchange = dict) -> Recurrence:
     """Nothing remembered yet in any stream; `exchange` as `CarriedMemory` takes it."""
-    if not isinstance(order, LaneOrder):
+    if not isinstance(order, ClipOrder):
         return NoRecurrence()
     return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip, exchange=exchange)
 

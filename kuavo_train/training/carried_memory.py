@@ -44,7 +44,7 @@ class CarriedMemory:
     Args:
         initial: the memory of as many episodes that have not begun as there are streams.
         depth: K, the queries of a clip; gradients flow through them and no further.
-        exchange: named tensors of this process, [lanes, …] → those of all processes, one after another.
+        exchange: named tensors of this process, [clips, …] → those of all processes, one after another.
     """
 
     def __init__(self, initial: MemoryState, *, depth: int, exchange: Exchange = dict):
@@ -62,7 +62,7 @@ class CarriedMemory:
         self.states = self.states.put(everywhere.pop("streams").tolist(), MemoryState(**everywhere))
 
     def _streams(self, batch: Batch) -> list[int]:
-        """The stream of each lane; a batch is lane-major."""
+        """The stream of each clip; a batch is clip-major."""
         return batch["stream"][:: self.depth].tolist()
 
     def state_dict(self) -> dict[str, torch.Tensor]:

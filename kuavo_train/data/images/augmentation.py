@@ -1,8 +1,8 @@
 """LeRobot's random image transforms of training pictures, fixed within a clip.
 
 A memory is learnt over consecutive queries: were each changed in its own way, light and camera would jump within
-an episode as they never do on a robot. So all K queries of a lane share their parameters; the cameras of a lane
-have their own. Parameters are a pure function of (seed, stage, process, step, batch, lane, camera).
+an episode as they never do on a robot. So all K queries of a clip share their parameters; the cameras of a clip
+have their own. Parameters are a pure function of (seed, stage, process, step, batch, clip, camera).
 """
 
 import zlib
@@ -34,7 +34,7 @@ class ClipAugmentation:
 
     Args:
         cameras: keys of the pictures in a batch, [B, …, 3, H, W] float in [0, 1].
-        queries: K, the consecutive rows of a batch that are one lane's clip.
+        queries: K, the consecutive rows of a batch that are one clip.
 
     Raises:
         ConfigError: a transform that LeRobot does not know, or not with these arguments.
@@ -51,14 +51,14 @@ class ClipAugmentation:
         changed = {}
         with torch.random.fork_rng(devices=[]):
             for place, camera in enumerate(self.cameras):
-                clips = []
-                lanes = batch[camera].split(self.queries)
-                for lane, clip in enumerate(lanes, start=self.process * len(lanes)):
-                    key = [*self.key, step, number, lane, place]
+                augmented = []
+                clips = batch[camera].split(self.queries)
+                for clip, frames in enumerate(clips, start=self.process * len(clips)):
+                    key = [*self.key, step, number, clip, place]
                     # The CPU's generator alone: parameters are drawn there, a GPU's is the policy's.
                     torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-                    clips.append(self.transforms(clip))
-                changed[camera] = torch.cat(clips)
+                    augmented.append(self.transforms(frames))
+                changed[camera] = torch.cat(augmented)
         return {**batch, **changed}
 
 

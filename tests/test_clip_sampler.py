@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kuavo_train.data.clip_sampler import LaneOrder
+from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.sampler import Draw
 from kuavo_train.training.carried_memory import CarriedMemory
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
@@ -37,9 +37,9 @@ TASKS = [task("a", [13, 9, 22, 17, 11]), task("b", [30, 8, 12]), task("c", [10, 
 SHARES = {"a": 0.1, "b": 0.2, "c": 0.7}
 
 
-def lanes(**changes) -> LaneOrder:
+def order_of_clips(**changes) -> ClipOrder:
     settings = {"seed": 0, "stage": 3, "tasks": TASKS, "shares": SHARES, "batch_size": 24, "depth": 3, "stride": STRIDE}
-    return LaneOrder(**{**settings, **changes})
+    return ClipOrder(**{**settings, **changes})
 
 
 def clips(batch: list[Draw], depth: int = 3) -> list[list[Draw]]:
@@ -47,7 +47,7 @@ def clips(batch: list[Draw], depth: int = 3) -> list[list[Draw]]:
 
 
 def test_a_stream_walks_one_episode_after_another_at_the_query_stride() -> None:
-    order = lanes()
+    order = order_of_clips()
     streams: dict[int, list[Draw]] = {}
     for number in range(60):
         for clip in clips(order.batch(number)):
@@ -68,7 +68,7 @@ def test_a_stream_walks_one_episode_after_another_at_the_query_stride() -> None:
 
 
 def test_shares_hold_to_the_clip_at_every_moment() -> None:
-    order = lanes()
+    order = order_of_clips()
     drawn = np.array([draw.task for number in range(50) for draw in order.batch(number)])
     n = np.arange(1, len(drawn) + 1)
     for place, share in enumerate(SHARES.values()):
@@ -78,14 +78,14 @@ def test_shares_hold_to_the_clip_at_every_moment() -> None:
 
 
 def test_no_stream_is_asked_twice_in_a_batch() -> None:
-    order = lanes()
+    order = order_of_clips()
     for number in range(40):
         streams = [clip[0].stream for clip in clips(order.batch(number))]
         assert len(set(streams)) == len(streams)
 
 
 def test_every_frame_comes_once_in_as_many_passes_as_the_stride() -> None:
-    order = lanes()
+    order = order_of_clips()
     walks = order.walks(0)
     rows: list[int] = []
     while len(rows) < len(TASKS[0].train_rows):
@@ -94,30 +94,30 @@ def test_every_frame_comes_once_in_as_many_passes_as_the_stride() -> None:
 
 
 def test_held_out_episodes_are_never_walked() -> None:
-    order = lanes()
+    order = order_of_clips()
     for number in range(80):
         for draw in order.batch(number):
             assert TASKS[draw.task].episode[draw.row] not in TASKS[draw.task].held_out_episodes
 
 
 def test_the_order_is_a_function_of_seed_stage_and_batch() -> None:
-    whole = [lanes().batch(number) for number in range(12)]
-    order = lanes()
+    whole = [order_of_clips().batch(number) for number in range(12)]
+    order = order_of_clips()
     assert order.batch(9) == whole[9]  # as after a resume
     assert order.batch(3) == whole[3]  # and back
-    assert lanes(seed=1).batch(5) != whole[5]
-    assert lanes(stage=4).batch(5) != whole[5]
+    assert order_of_clips(seed=1).batch(5) != whole[5]
+    assert order_of_clips(stage=4).batch(5) != whole[5]
 
 
 def test_an_order_of_one_process_is_that_of_stages_begun_before_it_could_change() -> None:
-    order = lanes()
+    order = order_of_clips()
     drawn = [(draw.task, draw.row, draw.begins) for number in range(60) for draw in order.batch(number)]
     assert sha256(repr(drawn).encode()).hexdigest().startswith("675b74efef7caeea")
 
 
 def test_after_a_change_of_shares_no_walk_is_lost_and_no_stream_asked_twice() -> None:
     later = {"a": 0.5, "b": 0.1, "c": 0.4}
-    order, unchanged = lanes(), lanes()
+    order, unchanged = order_of_clips(), order_of_clips()
     order.batch(20)  # as a loader that has fetched ahead
     order.change_shares(later, batch=10)
     streams: dict[int, list[Draw]] = {}
@@ -142,7 +142,7 @@ def test_after_a_change_of_shares_no_walk_is_lost_and_no_stream_asked_twice() ->
 
 @pytest.mark.parametrize(("batch_size", "processes"), [(12, 2), (6, 4), (24, 1)])
 def test_several_processes_share_the_clips_of_one(batch_size: int, processes: int) -> None:
-    alone, together = lanes(), lanes(batch_size=batch_size, processes=processes)
+    alone, together = order_of_clips(), order_of_clips(batch_size=batch_size, processes=processes)
     for number in (0, 1, 7, 30):
         parts = [together.batch(number, process=rank) for rank in range(processes)]
         assert [draw for part in parts for draw in part] == alone.batch(number)
@@ -152,7 +152,7 @@ def test_several_processes_share_the_clips_of_one(batch_size: int, processes: in
 def test_when_the_number_of_processes_changes_no_walk_is_lost_and_shares_hold(
     sizes: tuple[int, ...], processes: int
 ) -> None:
-    order = lanes(batch_size=sizes[-1] // processes, processes=processes)
+    order = order_of_clips(batch_size=sizes[-1] // processes, processes=processes)
     for place, samples in enumerate(sizes):
         order.change_samples(samples, batch=10 * place)
     streams: dict[int, list[Draw]] = {}
@@ -163,7 +163,7 @@ def test_when_the_number_of_processes_changes_no_walk_is_lost_and_shares_hold(
         asked = [clip[0].stream for clip in clips(batch)]
         assert len(set(asked)) == len(asked)
         assert max(asked) < order.stream_count
-    replay = lanes(batch_size=sizes[-1])
+    replay = order_of_clips(batch_size=sizes[-1])
     for place, samples in enumerate(sizes):
         replay.change_samples(samples, batch=10 * place)
     for number in range(10 * len(sizes) + 20):
@@ -176,12 +176,12 @@ def test_when_the_number_of_processes_changes_no_walk_is_lost_and_shares_hold(
             assert after.begins or after.row == before.row + STRIDE
     for place, share in enumerate(SHARES.values()):
         assert abs(drawn.count(place) - share * len(drawn)) < order.clip
-    began = lanes(batch_size=sizes[0])
+    began = order_of_clips(batch_size=sizes[0])
     assert [began.batch(number) for number in range(10)] == [replay.batch(number) for number in range(10)]
 
 
 def test_jitter_moves_queries_within_their_episode() -> None:
-    steady, moved = (lanes(jitter=jitter) for jitter in (0, 1))
+    steady, moved = (order_of_clips(jitter=jitter) for jitter in (0, 1))
     difference = [
         b.row - a.row for number in range(20) for a, b in zip(steady.batch(number), moved.batch(number), strict=True)
     ]
@@ -197,7 +197,7 @@ def test_jitter_moves_queries_within_their_episode() -> None:
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lanes(**changes)
+        order_of_clips(**changes)
 
 
 def test_a_stream_gets_back_the_memory_it_left_and_no_other() -> None:
