@@ -160,7 +160,7 @@ def _for_hydra(word: str, override: Override, folders: ConfigFolders) -> list[st
         valid = value is None or isinstance(value, dict)
         require(valid, key, f"be {described(key)}, such as {key}.{next(_keys_of(_section(kind)))}=…", value)
     elif isinstance(value, dict) and is_open and kind is not Any:
-        return [f"~{key}", f"+{word}"]
+        return [f"++{key}=null", f"++{word}"]  # in place of what is there, if anything is
     return [f"++{word}"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, resolve
-from kuavo_train.config import CONFIG_FOLDER, LoraConfig, RunConfig, StageConfig
+from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig, LoraConfig, RunConfig, StageConfig
 from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.errors import ConfigError
 from kuavo_train.keys import words_for_hydra
@@ -208,6 +208,7 @@ SETTABLE = [  # override, section, field, what it is then
     ("stage.repo_id=team/weighing", "stage", "repo_id", "team/weighing"),
     ("training.lora.rank=8", "training", "lora", LoraConfig(rank=8)),
     ("policy.num_images=3", "policy", "num_images", 3),
+    ("data.augmentation.tfs={}", "data", "augmentation", AugmentationConfig(tfs={})),
 ]  # fmt: skip
 
 

@@ -442,6 +442,23 @@ def test_a_misspelt_field_of_the_policy_is_refused_before_anything_is_recorded(
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        ("replay", r"strategy_settings.wieght of strategy=replay must not be there.*no settings, got 1"),
+        ("nothing", r"strategy must be the name of a file"),
+    ],
+)
+def test_a_mistake_in_the_strategy_is_refused_before_anything_is_recorded(
+    small_run: Overrides, tmp_path: Path, strategy: str, told: str
+) -> None:
+    words = [item for item in small_run() if item != "simulation=null"]
+    configs = compose_run([*words, f"data.root={tmp_path / 'data'}", "strategy_settings={wieght: 1}"])
+    with pytest.raises(ConfigError, match=told):
+        run([replace(config, strategy=strategy) for config in configs], 0)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_dataset_of_the_users_own_is_not_taken_for_a_recording(small_run: Overrides) -> None:
     configs = compose_run([item for item in small_run() if item != "simulation=null"] + ["simulation.episodes=3"])
     assert configs[0].simulation is not None

@@ -33,6 +33,7 @@ from kuavo_train.stage.remedies import told_in_one_line
 from kuavo_train.stage.setup import OpenedStage, fresh_memory, open_stage, record_missing_data
 from kuavo_train.stage.stage_checkpoints import StageCheckpoints
 from kuavo_train.stage.stage_validation import StageValidation
+from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import StageView
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.learner import Learner
@@ -71,7 +72,8 @@ def _run_stage(
             lease = owned.enter_context(_owning(config, accelerator))
             resumed = checkpoint_to_resume(config, curriculum)
             before = result_before(config, curriculum)
-            policy_config_class(config.policy)  # or its mistake would wait for the recording
+            policy_config_class(config.policy)  # or its mistake would wait for the recording, as the next one's
+            chosen_strategy(config)
             record_missing_data(config, curriculum)
             opened = open_stage(config, curriculum, resumed or before, accelerator, findings)
             findings.raise_problems()

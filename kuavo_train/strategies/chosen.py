@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import draccus
 
 from kuavo_train.config import RunConfig
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, require
 from kuavo_train.metrics.intervals import Scores
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.strategies.ewc import Ewc
@@ -44,6 +45,10 @@ def _named(name: str) -> type[Strategy]:
 
 
 def _settings(kind: type[Strategy], config: RunConfig) -> Any:
+    known = ", ".join(field.name for field in fields(kind.Settings))
+    rule = f"be one of {known}" if known else "not be there, since the strategy has no settings"
+    for name, value in config.strategy_settings.items():  # a dataclass without fields would take any name
+        require(name in known.split(", "), f"strategy_settings.{name} of strategy={config.strategy}", rule, value)
     try:
         return draccus.decode(kind.Settings, config.strategy_settings)
     except draccus.ParsingError as error:
