@@ -9,22 +9,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from kuavo_sim.render import (
-    RENDERERS,
-    ImageSize,
-    RayRenderer,
-    Renderer,
-    depth_picture,
-    height_and_width,
-    make_renderer,
-)
-from kuavo_sim.robot import CAMERAS, DEPTHS, STATE_NAMES, action_limits
-from kuavo_sim.scene import FPS
+from kuavo_sim.picture_size import ImageSize, height_and_width
+from kuavo_sim.render import RENDERERS, RayRenderer, Renderer, depth_picture, make_renderer
+from kuavo_sim.robot import CAMERAS, DEPTHS, FPS, STATE_NAMES, action_limits
 from kuavo_sim.tasks import TASKS
 from kuavo_sim.tasks.task import Task
-
-# Demonstrations use seeds below this, so evaluations that start here never meet a layout that was trained on.
-EVALUATION_SEED_START = 1_000_000_000
 
 _OVERVIEW_SIZE = 256
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import mujoco
 import numpy as np
 
-from kuavo_sim.robot import ARM_SLICE, CLAW_INDEX, HOME, JOINT_NAMES, SIDES, joint_ranges
-from kuavo_sim.scene import FPS, World, rotation
+from kuavo_sim.robot import ARM_SLICE, CLAW_INDEX, FPS, HOME, JOINT_NAMES, SIDES, joint_ranges
+from kuavo_sim.scene import World, rotation
 
 UP = np.array([0.0, 0.0, 1.0])
 DOWN = np.eye(3)  # the hand's orientation when it points straight down, fingers opening sideways

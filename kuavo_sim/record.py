@@ -40,11 +40,10 @@ import kuavo_sim
 from kuavo_sim.arguments import boolean, parse_arguments
 from kuavo_sim.children import STOP_SIGNALS, born_deaf, follow_parent
 from kuavo_sim.cpus import usable_cpus
-from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
+from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import Demonstration, demonstrate
-from kuavo_sim.render import ImageSize, height_and_width
-from kuavo_sim.robot import BASE_NAMES, CAMERAS, DEPTHS, STATE_NAMES
-from kuavo_sim.scene import FPS
+from kuavo_sim.picture_size import ImageSize, height_and_width
+from kuavo_sim.robot import BASE_NAMES, CAMERAS, DEPTHS, FPS, STATE_NAMES
 from kuavo_sim.sheet import contact_sheet
 from kuavo_sim.tasks import TASKS
 
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 _SEEDS_PER_RECORDING = 100_000
-_MAX_SEED = EVALUATION_SEED_START // _SEEDS_PER_RECORDING - 1
+_MAX_SEED = kuavo_sim.EVALUATION_SEED_START // _SEEDS_PER_RECORDING - 1
 _RECORDING, _EPISODES, _SHEET = "recording.json", "kuavo_sim_episodes.jsonl", "contact_sheet.png"
 _STATISTICS = Path("meta/stats.json")
 _NOT_CONTENT = {_RECORDING, _SHEET}

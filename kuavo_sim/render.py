@@ -5,11 +5,13 @@ dataset's recording.json; none of them ever stands in for another.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import mujoco
 import numpy as np
+
+from kuavo_sim.picture_size import ImageSize, height_and_width
 
 RENDERERS = ("rays", "egl", "none")
 
@@ -19,17 +21,6 @@ _BACKGROUND = np.array([168, 186, 204], np.float32)
 _FAR = 6.0  # m; rays end here
 _HIDDEN_GROUP = 3  # geoms that collide but are not drawn
 _LEVELS_PER_M = 100.0
-
-ImageSize = int | Sequence[int]
-"""Of pictures in pixels: the side of square ones, or (height, width)."""
-
-
-def height_and_width(size: ImageSize) -> tuple[int, int]:
-    """Raises ValueError for anything but a number or two."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"image_size must be a number of pixels, or (height, width), got {size!r}")
-    return sides
 
 
 def depth_picture(depth: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ DEPTHS = dict(zip(("depth_h", "depth_l", "depth_r"), CAMERAS, strict=True))  # a
 JOINT_NAMES = {side: tuple(f"zarm_{side[0]}{i}_link" for i in range(1, 8)) for side in SIDES}
 CLAW_NAMES = {side: f"{side}_claw" for side in SIDES}
 STATE_NAMES = (*JOINT_NAMES["left"], CLAW_NAMES["left"], *JOINT_NAMES["right"], CLAW_NAMES["right"])
+FPS = 10  # actions per second
 BASE_NAMES = ("cmd_pos_x", "cmd_pos_y", "cmd_pos_yaw", "ctrl_change_cmd")
 
 # Where the seven joints and the claw of a side stand in state and action.

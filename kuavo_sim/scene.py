@@ -17,6 +17,7 @@ from kuavo_sim.robot import (
     ARM_SLICE,
     CLAW_INDEX,
     FINGER_TRAVEL,
+    FPS,
     HOME,
     JOINT_NAMES,
     SIDES,
@@ -38,7 +39,6 @@ GREY: Colour = (0.55, 0.57, 0.60)
 WOOD: Colour = (0.80, 0.74, 0.64)
 
 TABLE_TOP = 0.82
-FPS = 10
 _SUBSTEP = 0.005  # s
 _SUBSTEPS = round(1 / FPS / _SUBSTEP)
 _JOINT_STEP = 0.35  # rad per control step: targets move at most 3.5 rad/s

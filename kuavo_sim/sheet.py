@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kuavo_sim.expert import Demonstration
-from kuavo_sim.robot import CAMERAS
-from kuavo_sim.scene import FPS
+from kuavo_sim.robot import CAMERAS, FPS
 from kuavo_sim.tasks.task import Task
 
 _COLUMNS = 9

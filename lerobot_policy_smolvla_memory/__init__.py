@@ -1,9 +1,5 @@
-"""SmolVLA with a recurrent memory, as a LeRobot policy: importing this package registers `smolvla_memory`.
+"""SmolVLA with a recurrent memory, as a LeRobot policy: importing this package registers `smolvla_memory`."""
 
-LeRobot's commands import it by themselves, and so find the simulated jobs (`--env.type=kuavo_sim`) as well.
-"""
-
-import kuavo_sim.lerobot  # noqa: F401 - registers the environment
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMemoryConfig
 from lerobot_policy_smolvla_memory.memory import MemoryState
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy

@@ -1,5 +1,6 @@
 """What `pip install` of the built wheel gives, away from the repository."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ENTRY = "lerobot_policy_kuavo_train.py"
 PACKAGES = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
 NO_SOURCE = shutil.ignore_patterns("__pycache__", ".*", "outputs", "*.egg-info", "build", "dist")
 
@@ -50,9 +52,21 @@ def test_wheel_and_source_hold_all_that_is_needed_and_neither_tests_nor_benchmar
     configs = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "configs").rglob("*.yaml")}
     assert ours | configs <= source
     assert ours | {f"kuavo_train/{file}" for file in configs} <= installed
-    assert {name.split("/")[0] for name in installed if ".dist-info" not in name} == set(PACKAGES)
+    assert {name.split("/")[0] for name in installed if ".dist-info" not in name} == {*PACKAGES, ENTRY}
+    assert ENTRY in source
     assert not any(name.startswith(("tests", "benchmarks")) for name in source)
     assert {f"{name}/py.typed" for name in PACKAGES} <= installed
+
+
+def test_lerobot_finds_the_policy_and_the_simulation_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Of the wheel alone: the repository's own editable install is no distribution of that folder."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    name = found.metadata["Name"]
+    assert name.startswith("lerobot_policy_")  # LeRobot then imports the module of that name
+    assert f"{name}.py" == ENTRY
+    entry = (tmp_path / ENTRY).read_text()
+    assert {"import kuavo_sim.lerobot", "import lerobot_policy_smolvla_memory"} <= set(entry.splitlines())
 
 
 def test_every_command_has_a_name_of_its_own_and_can_be_called() -> None:

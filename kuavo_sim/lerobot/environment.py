@@ -13,10 +13,9 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from kuavo_sim import ENVIRONMENT_IDS, TASKS
-from kuavo_sim.render import height_and_width
-from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
-from kuavo_sim.scene import FPS
+from kuavo_sim import ENVIRONMENT_IDS, JOBS
+from kuavo_sim.picture_size import height_and_width
+from kuavo_sim.robot import BASE_NAMES, CAMERAS, FPS, STATE_NAMES
 
 Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 
@@ -30,7 +29,7 @@ class KuavoSimEnvConfig(EnvConfig):
     this job lacks are told to the policy and cut off its actions.
 
     Args:
-        task: one of kuavo_sim's `TASKS`.
+        task: one of kuavo_sim's `JOBS`.
         image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is
             the side of square pictures, or [height, width].
         renderer, phase_visible: of the environment.
@@ -46,8 +45,8 @@ class KuavoSimEnvConfig(EnvConfig):
     episode_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.task not in JOBS:
+            raise ValueError(f"task must be one of {', '.join(JOBS)}, got {self.task!r}")
         policy = _policy_on_the_command_line()
         cameras = policy.image_features if policy is not None else {}
         if self.image_size is None:
@@ -70,6 +69,8 @@ class KuavoSimEnvConfig(EnvConfig):
 
     @property
     def _own_dimensions(self) -> int:
+        from kuavo_sim.tasks import TASKS  # needs MuJoCo, and who only registers this config may have none
+
         return len(STATE_NAMES) + (len(BASE_NAMES) if TASKS[str(self.task)].mobile else 0)
 
     @property

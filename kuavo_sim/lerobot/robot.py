@@ -6,16 +6,18 @@ has taken. When it is over, or the robot is disconnected, the log says what beca
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
-from kuavo_sim.env import EVALUATION_SEED_START, KuavoEnv
+from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.lerobot.environment import KuavoSimEnvConfig
-from kuavo_sim.render import height_and_width
+from kuavo_sim.picture_size import height_and_width
 from kuavo_sim.robot import BASE_NAMES, CAMERAS, STATE_NAMES
-from kuavo_sim.tasks import TASKS
+
+if TYPE_CHECKING:
+    from kuavo_sim.env import KuavoEnv
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class KuavoSimRobotConfig(RobotConfig):
     Real-time chunking sends all that the policy has: the robot takes them, and leaves those beyond its own.
 
     Args:
-        task: one of kuavo_sim's `TASKS`.
+        task: one of kuavo_sim's `JOBS`.
         image_size, action_dim: of the policy; by default those of the one named by `--policy.path`. The size is the
             side of square pictures, or [height, width].
         renderer, phase_visible: of the environment.
@@ -75,6 +77,8 @@ class KuavoSimRobot(Robot):
         return self._env is not None
 
     def connect(self, calibrate: bool = True) -> None:
+        from kuavo_sim.env import KuavoEnv  # needs MuJoCo, and who only registers this robot may have none
+
         config = self.config
         self._env = KuavoEnv(
             config.task,
@@ -90,9 +94,9 @@ class KuavoSimRobot(Robot):
         return {**{_feature(name): float(value) for name, value in positions}, **self._observation["pixels"]}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """A step towards the targets; a base that is told nothing stays, and so does a robot's that has none."""
+        """A step towards the targets; a base without a target stays, and so does a robot's that has none."""
         assert self._env is not None, "connect() comes first"
-        names = STATE_NAMES + (BASE_NAMES if TASKS[self.config.task].mobile else ())
+        names = STATE_NAMES + (BASE_NAMES if self._env.task.mobile else ())
         targets = {_feature(name): float(action.get(_feature(name), 0.0)) for name in names}
         self._observation, _, terminated, truncated, info = self._env.step(np.array(list(targets.values())))
         if not self._over:

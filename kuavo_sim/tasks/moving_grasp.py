@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from kuavo_sim.motions import Command, Script
-from kuavo_sim.robot import HeadCamera
+from kuavo_sim.robot import FPS, HeadCamera
 from kuavo_sim.scene import (
     DARK,
-    FPS,
     GREEN,
     TABLE_TOP,
     Belt,

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kuavo_sim import ENVIRONMENT_IDS, TASKS
+from kuavo_sim import ENVIRONMENT_IDS
+from kuavo_sim.tasks import TASKS
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require

@@ -16,7 +16,7 @@ from kuavo_sim.render import RayRenderer
 from kuavo_sim.robot import CAMERAS
 from kuavo_sim.scene import DARK
 
-TASKS = tuple(kuavo_sim.TASKS)
+TASKS = kuavo_sim.JOBS
 WITH_CUE = ("moving_grasp", "weighing", "sorting")
 
 
@@ -28,6 +28,7 @@ def test_an_environment_passes_gymnasiums_check(task):
 
 
 def test_the_ids_are_those_of_the_documentation():
+    assert list(kuavo_sim.ENVIRONMENT_IDS) == list(kuavo_sim.JOBS) == list(kuavo_sim.tasks.TASKS)
     assert list(kuavo_sim.ENVIRONMENT_IDS.values()) == [
         "kuavo_sim/MovingGrasp-v0",
         "kuavo_sim/Weighing-v0",

@@ -1,6 +1,5 @@
 """LeRobot's own commands on our checkpoints and simulation: they work, and its evaluator finds what we find."""
 
-import importlib
 import json
 import logging
 import sys
@@ -15,11 +14,9 @@ from lerobot.envs import make_env
 from lerobot.envs.configs import EnvConfig
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.scripts import lerobot_eval, lerobot_rollout, lerobot_train
-from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.process import ProcessSignalHandler
 from safetensors.torch import load_file
 
-import lerobot_policy_smolvla_memory  # noqa: F401 - registers policy and environment
 from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.lerobot import KuavoSimEnvConfig, KuavoSimRobot, KuavoSimRobotConfig
 from kuavo_sim.robot import BASE_NAMES
@@ -27,13 +24,6 @@ from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 STEPS = 12
-
-
-def test_lerobots_commands_find_the_policy_and_the_simulation_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(importlib, "import_module", imported.append)
-    register_third_party_plugins()  # what each of them begins with
-    assert "lerobot_policy_smolvla_memory" in imported
 
 
 def command(checkpoint: Path, *more: str) -> list[str]:
