@@ -2,11 +2,14 @@
 
 import io
 import json
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked import PATIENCE, fork
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,7 +18,7 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RolloutConfig, RunConfig, SimulationConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
-from kuavo_train.evaluation.environment_pool import seen_in
+from kuavo_train.evaluation.environment_pool import carry_out_orders, seen_in
 from kuavo_train.evaluation.episodes import Rollouts
 from kuavo_train.evaluation.rollout import Environment, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
@@ -127,6 +130,23 @@ def test_a_process_that_dies_or_hangs_takes_only_its_own_episodes_with_it() -> N
     errors = {episode.seed: episode.error for episode in rollouts.failures}
     assert errors == {0: "the environment's process died", 5: "the environment did not answer within 5 s"}
     assert rollouts.successes == rollouts.trials == 6
+
+
+def test_a_process_whose_parent_is_killed_before_it_reads_the_answer_ends_without_a_traceback(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+
+    def host() -> int:
+        ours.close()
+        carry_out_orders(theirs, COUNTING)
+        return 0
+
+    running = fork(host, tmp_path)
+    theirs.close()
+    ours.send({})
+    assert ours.poll(PATIENCE), running.printed("stderr")
+    ours.close()  # with the answer unread, which resets the connection
+    done = running.wait()
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_environment_that_is_not_there_is_told_for_every_episode() -> None:

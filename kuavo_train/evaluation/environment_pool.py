@@ -8,6 +8,7 @@ Every place holds one environment. What goes wrong in it comes back as a `Failur
 seen; a process that dies or hangs fails at all its places, and is replaced.
 """
 
+import contextlib
 import multiprocessing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class _Process:
     def __init__(self, environment: Environment):
         context = multiprocessing.get_context("spawn")  # not forked: the parent may have threads
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_host, args=(theirs, environment), daemon=True)
+        self._process = context.Process(target=carry_out_orders, args=(theirs, environment), daemon=True)
         with born_deaf():
             self._process.start()
         theirs.close()  # so that its death is the end of the pipe
@@ -124,17 +125,15 @@ class _Process:
         self._process.join()
 
 
-def _host(pipe: Connection, environment: Environment) -> None:
-    """What a process does: carry out orders until the other end of the pipe is closed."""
+def carry_out_orders(pipe: Connection, environment: Environment) -> None:
+    """What a process does until the other end of the pipe is closed, be it by a kill in the middle of an answer."""
     follow_parent()
     let_children_hear()  # an environment may be a program of its own
     places: dict[int, gymnasium.Env] = {}
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
             orders = pipe.recv()
-        except EOFError:
-            return
-        pipe.send({place: _obey(places, place, order, environment) for place, order in orders.items()})
+            pipe.send({place: _obey(places, place, order, environment) for place, order in orders.items()})
 
 
 def _obey(places: dict[int, gymnasium.Env], place: int, order: Begin | Act, environment: Environment) -> Seen | Failure:
