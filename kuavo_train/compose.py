@@ -6,7 +6,7 @@ a file: to configs/tasks, or to a folder of the user's own (config_folders.py).
 
 import math
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
 from kuavo_train.config_folders import ConfigFolders
-from kuavo_train.data.replay import proportional_shares
+from kuavo_train.data.mixture import dealt_out, learns_all_at_once
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
 
@@ -94,18 +94,17 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folders: C
             require(name in by_name, "learn", f"name tasks of {folders} ({', '.join(by_name)})", name)
             require(learn.count(name) == 1, "learn", "name a task once", name)
         require(bool(learn), "learn", "name at least one task, or be null for all", learn)
-        places = enumerate(learn, start=1)
-        configs = [_at_place(by_name[name], place, learn[:place], by_name) for place, name in places]
+        configs = [
+            _at_place(by_name[name], place, set(by_name) - set(learn[:place]))
+            for place, name in enumerate(learn, start=1)
+        ]
     check_curriculum([config.stage for config in configs])
     return configs
 
 
-def _at_place(config: RunConfig, place: int, learnt: Sequence[str], known: Container[str]) -> RunConfig:
+def _at_place(config: RunConfig, place: int, not_learnt: Collection[str]) -> RunConfig:
     """A task's config in the order that `learn` gives; shares of tasks that come later or never go to the others."""
-    replay = config.stage.replay
-    dealt = {name: share for name, share in replay.items() if share > 0 and name in known and name not in learnt}
-    if dealt:
-        replay = proportional_shares({name: share for name, share in replay.items() if name not in dealt})
+    replay, dealt = dealt_out(config.stage.replay, not_learnt)
     return replace(config, stage=replace(config.stage, index=place, replay=replay), dealt=dealt)
 
 
@@ -169,14 +168,16 @@ def _decode[T](into: type[T], plain: Any, where: str = "") -> T:
 
 
 def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """The stages of a run: one per task, or where all tasks are learnt at once, a single one.
+    """The stages of a run: one per task, or where all tasks are learnt at once, a single one."""
+    return [_joint_stage(configs)] if learns_all_at_once(configs[0]) else list(configs)
 
-    The joint stage has the first stage's recipe, as much training as all stages together, and as many passes over each
-    task's frames as the task's own stage makes.
+
+def _joint_stage(configs: Sequence[RunConfig]) -> RunConfig:
+    """The first stage's recipe, as much training as all stages together, and of each task as many passes as its own.
+
+    Its `stage` is a recipe and a place among the run's folders, of no task; what it samples is in `passes`.
     """
     first = configs[0]
-    if first.mixture != "all_tasks":
-        return list(configs)
     max_steps = first.training.max_steps
     training = replace(
         first.training,
@@ -185,7 +186,7 @@ def stages_to_run(configs: Sequence[RunConfig]) -> list[RunConfig]:
     )
     stage = replace(without_data(first.stage), name="joint", index=1, replay={"joint": 1.0})
     passes = {config.stage.name: config.training.epochs for config in configs}
-    return [replace(first, stage=stage, training=training, passes=passes)]
+    return replace(first, stage=stage, training=training, passes=passes)
 
 
 def without_data(stage: StageConfig) -> StageConfig:
@@ -201,7 +202,7 @@ def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunCo
     """The stage that a command line asks for, and the curriculum it belongs to. Raises `ConfigError`."""
     config = resolve(composed)
     for_all = overrides_for_all_tasks(overrides)
-    if config.mixture == "all_tasks":
+    if learns_all_at_once(config):
         chosen = [item for item in overrides if item not in for_all]
         if chosen:
             raise ConfigError(f"strategy=joint has one stage for all tasks: leave out what chooses one, {chosen[0]}")

@@ -363,6 +363,10 @@ class WandbConfig:
         require(bool(self.project.strip()), "wandb.project", "not be empty", self.project)
 
 
+MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",)}
+"""Strategy that is nothing but its samples → what `mixture` must say with it."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything one stage is made of."""
@@ -388,7 +392,7 @@ class RunConfig:
     ewc: EwcConfig | None = None
     merge: MergeConfig | None = None
     strategy_settings: dict[str, Any] = field(default_factory=dict)  # of a strategy without a section of its own
-    passes: dict[str, int] = field(default_factory=dict)  # joint stage: task → passes over its training frames
+    passes: dict[str, int] = field(default_factory=dict)  # with all_tasks: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every task that has a file
     hf_endpoint: str | None = None  # a mirror of the hub, https://…; None: huggingface.co, or $HF_ENDPOINT
@@ -416,26 +420,10 @@ class RunConfig:
     def run_folder(self) -> Path:
         return Path(self.outputs) / self.run
 
-    @property
-    def learns(self) -> list[str]:
-        """The tasks that are new in this stage: its own, or all of them in a joint stage."""
-        return list(self.passes) or [self.stage.name]
-
-    @property
-    def replay(self) -> dict[str, float]:
-        """Share of each task in this stage's samples; a joint stage's follow from the sizes of the datasets."""
-        if self.mixture == "own_task":
-            return {self.stage.name: 1.0}
-        return {task: share for task, share in self.stage.replay.items() if share > 0}
-
     def _check_strategy(self) -> None:
-        joint = self.strategy == "joint"
-        require(
-            joint == (self.mixture == "all_tasks"),
-            "mixture",
-            "be all_tasks" if joint else f"be replay or own_task with strategy={self.strategy}",
-            self.mixture,
-        )
+        joint, allowed = self.strategy == "joint", MIXTURES_OF.get(self.strategy, ("replay", "own_task"))
+        rule = f"be {' or '.join(allowed)} with strategy={self.strategy}"
+        require(self.mixture in allowed, "mixture", rule, self.mixture)
         for key in ("ewc", "merge"):
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, resolve
 from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig, LoraConfig, RunConfig, StageConfig
 from kuavo_train.config_folders import ConfigFolders
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
 from kuavo_train.keys import words_for_hydra
 
@@ -20,6 +21,11 @@ RECIPES = {  # task → epochs, lr, warm-up, decay, replay
     "placement": (30, 2.5e-5, 800, 20000, {"moving_grasp": 0.1, "weighing": 0.2, "placement": 0.7}),
     "sorting": (35, 2e-5, 800, 20000, {"moving_grasp": 0.1, "weighing": 0.1, "placement": 0.2, "sorting": 0.6}),
 }
+
+
+def shares(config: RunConfig) -> dict[str, float]:
+    """Of a stage that learns one task, however many frames it has."""
+    return mixture_of(config).shares({config.stage.name: 1})
 
 
 def choices(group: str) -> list[str]:
@@ -66,7 +72,7 @@ OTHER_GROUPS = [choice for group in ("strategy", "memory", "finetune", "recipe")
 def test_every_group_composes_with_the_robots_profile(choice: str) -> None:
     (config,) = compose_with("task2_weighing", ["profile=robot", choice])
     if config.mixture != "all_tasks":
-        assert sum(config.replay.values()) == pytest.approx(1)
+        assert sum(shares(config).values()) == pytest.approx(1)
 
 
 def test_the_presets_say_what_they_are_named_for() -> None:
@@ -125,7 +131,7 @@ def test_instructions_are_the_exact_texts() -> None:
 
 
 def test_sequential_learns_without_replay() -> None:
-    assert [config.replay for config in compose_run(["strategy=sequential"])] == [{name: 1.0} for name in RECIPES]
+    assert [shares(config) for config in compose_run(["strategy=sequential"])] == [{name: 1.0} for name in RECIPES]
 
 
 def test_a_fifth_task_is_one_more_file(tmp_path: Path) -> None:
@@ -138,14 +144,14 @@ def test_a_fifth_task_is_one_more_file(tmp_path: Path) -> None:
     configs = compose_run(folder=folder)
     assert [config.stage.name for config in configs] == [*RECIPES, "stacking"]
     assert configs[-1].stage.folder_name == "stage5_stacking"
-    assert configs[-1].replay["stacking"] == 0.3
+    assert shares(configs[-1])["stacking"] == 0.3
 
 
 def test_learn_gives_the_order_and_the_places_of_the_stages() -> None:
     configs = compose_run(["learn=[weighing,moving_grasp]"])
     assert [config.stage.folder_name for config in configs] == ["stage1_weighing", "stage2_moving_grasp"]
-    assert configs[0].replay == {"weighing": 1.0}
-    assert configs[0].dealt == {"moving_grasp": 0.2}
+    assert shares(configs[0]) == {"weighing": 1.0}
+    assert mixture_of(configs[0]).dealt == {"moving_grasp": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +163,7 @@ def test_learn_gives_the_order_and_the_places_of_the_stages() -> None:
     ],
 )
 def test_shares_of_tasks_that_are_not_learnt_go_to_the_others_in_proportion(learn: str, replay: dict) -> None:
-    assert compose_run([f"learn={learn}"])[-1].replay == replay
+    assert shares(compose_run([f"learn={learn}"])[-1]) == replay
 
 
 def stage_of(*words: str) -> tuple[RunConfig, list[StageConfig]]:
@@ -175,7 +181,7 @@ def test_a_stage_run_alone_has_its_place_in_the_order_given() -> None:
 
 def test_a_joint_stage_learns_the_tasks_of_learn_without_a_task_being_chosen() -> None:
     config, curriculum = stage_of("strategy=joint", "learn=[placement,weighing]")
-    assert (config.stage.name, config.learns) == ("joint", ["placement", "weighing"])
+    assert (config.stage.name, mixture_of(config).learns) == ("joint", ("placement", "weighing"))
     assert [stage.name for stage in curriculum] == ["placement", "weighing"]
 
 
@@ -285,8 +291,11 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("strategy=ewc ewc=null", r"ewc must have settings with strategy=ewc, got None"),
     ("strategy=merge merge.alphas=[0.5,1.5]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[0.5, 1.5"),
     ("strategy=merge merge.alphas=[]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[\]"),
-    ("strategy=joint mixture=replay", r"mixture must be all_tasks, got 'replay'"),
-    ("mixture=all_tasks", r"mixture must be replay or own_task with strategy=replay, got 'all_tasks'"),
+    ("strategy=joint mixture=replay", r"mixture must be all_tasks with strategy=joint, got 'replay'"),
+    ("mixture=own_task", r"mixture must be replay with strategy=replay, got 'own_task'"),
+    ("strategy=sequential mixture=replay", r"mixture must be own_task with strategy=sequential, got 'replay'"),
+    ("strategy=ewc mixture=all_tasks", r"mixture must be replay or own_task with strategy=ewc, got 'all_tasks'"),
+    ("mixture=all_tasks", r"mixture must be replay with strategy=replay, got 'all_tasks'"),
     ("mixture=soup", r"mixture must be one of replay, own_task, all_tasks, got 'soup'"),
     ("strategy=dreaming", r"strategy must be one of ewc, joint, .*, got 'dreaming'"),
     ("seed=-1", r"seed must not be negative, got -1"),

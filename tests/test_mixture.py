@@ -5,16 +5,17 @@ import pytest
 import torch
 from small_datasets import TASK_NAMES
 
-from kuavo_train.compose import compose_run
+from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.data.mixture import Mixture, mixture_of
 from kuavo_train.data.normalization import Normalization, fit_normalization
 from kuavo_train.data.replay_quota import Quota
 from kuavo_train.data.sampler import Draw, SampleOrder, StepSampler
 from kuavo_train.data.task import Task, open_task
 
-STAGE_SHARES = [config.replay for config in compose_run()]
+STAGE_SHARES = [mixture_of(config).shares({config.stage.name: 1}) for config in compose_run()]
 SKIPPED = {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
 
 
@@ -51,6 +52,23 @@ def test_after_any_number_of_samples_no_task_is_a_whole_sample_off_its_share(sha
         counts = np.cumsum(drawn == task)
         assert np.all(np.abs(counts - float(share) * n) < 1 - 1e-9)
         assert float(share) == pytest.approx(list(shares.values())[task], abs=1e-4)
+
+
+def test_what_is_not_replayed_is_the_new_tasks_by_passes_times_frames() -> None:
+    frames = {"old": 70, "one": 100, "other": 50}
+    assert Mixture({"one": 4, "other": 2}).shares(frames) == {"one": 0.8, "other": 0.2}
+    assert Mixture({"one": 4, "other": 2}, {"old": 0.3}).shares(frames) == {"old": 0.3, "one": 0.56, "other": 0.14}
+    assert Mixture({"one": 4}, {"old": 0.1, "other": 0.2}).shares(frames) == {"old": 0.1, "other": 0.2, "one": 0.7}
+
+
+def test_joint_is_a_mixture_in_which_every_task_is_new() -> None:
+    apart, (together,) = compose_run(), stages_to_run(compose_run(["strategy=joint"]))
+    assert [mixture_of(config).learns for config in apart] == [(name,) for name in TASK_NAMES]
+    assert mixture_of(together).learns == TASK_NAMES
+    assert mixture_of(together).passes == {
+        name: mixture_of(own).passes[name] for own in apart for name in mixture_of(own).learns
+    }
+    assert (mixture_of(together).leading, mixture_of(together).replayed) == (TASK_NAMES[0], {})
 
 
 def test_frames_of_a_task_come_without_replacement_pass_by_pass(tasks: list[Task]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from kuavo_train.compose import compose_run
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
 from kuavo_train.stage.lineage import result_before
 from kuavo_train.stage.preflight import Findings
@@ -23,6 +24,7 @@ def test_preflight_says_whose_replay_shares_went_to_whom() -> None:
     config = compose_run(["learn=[moving_grasp,placement]"])[-1]
     findings = Findings()
     findings.facts["tasks"] = []
-    findings.look_at_plan(config, config.replay, 1, cast(Any, SimpleNamespace(description="", problems=[])))
+    shares = mixture_of(config).shares({"placement": 1})
+    findings.look_at_plan(config, shares, 1, cast(Any, SimpleNamespace(description="", problems=[])))
     told = "(weighing 0.2) go to the others: moving_grasp 0.125, placement 0.875"
     assert [note for note in findings.notes if told in note]

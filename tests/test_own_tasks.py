@@ -56,7 +56,7 @@ def write(path: str, text: str) -> None:
 def test_tasks_dir_takes_the_place_of_the_four() -> None:
     configs = compose_run(["tasks_dir=my tasks"])
     assert [config.stage.folder_name for config in configs] == ["stage1_pick", "stage2_weigh"]
-    assert configs[1].replay == {"pick": 0.25, "weigh": 0.75}
+    assert configs[1].stage.replay == {"pick": 0.25, "weigh": 0.75}
     assert configs[0].stage.root == "outputs/data/pick"  # of the working directory
 
 

@@ -81,10 +81,10 @@ def four_stages(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def test_each_stage_replays_what_its_shares_say(four_stages: list[RunConfig]) -> None:
     for config in four_stages:
         audit = json.loads((stage_folder(config).path / "replay_audit.json").read_text())
-        assert audit["declared"] == config.replay
+        assert audit["declared"] == config.stage.replay
         assert audit["total_frames"] == 20
         assert audit["held_out_frames_drawn"] == 0
-        for name, share in config.replay.items():
+        for name, share in config.stage.replay.items():
             assert abs(audit["drawn"][name]["frames"] - share * 20) < 2  # a clip of two queries
 
 

@@ -149,7 +149,7 @@ def test_the_loss_from_features_is_that_from_pictures(embedded: Embedded) -> Non
 
 def _read(stage: OpenedStage, place: int) -> list[int]:
     task = stage.tasks[place]
-    trained = task.train_episodes if task.name in stage.config.replay else ()
+    trained = task.train_episodes if task.name in stage.config.stage.replay else ()
     return [*trained, *task.held_out_episodes]
 
 

@@ -16,6 +16,7 @@ from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.curriculum import train_all_stages
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.checkpoints import Contestant
 from kuavo_train.evaluation.options import Options
@@ -198,7 +199,7 @@ def test_every_strategy_passes_as_often_over_the_new_tasks_frames(runs: dict[str
     for strategy, configs in runs.items():
         passes: dict[str, float] = {}
         for audit, config in zip(audits(configs), stages_to_run(configs), strict=True):
-            passes |= {task: audit["passes"][task] for task in config.learns}
+            passes |= {task: audit["passes"][task] for task in mixture_of(config).learns}
         for task, epochs in EPOCHS.items():
             assert epochs - 0.06 < passes[task] < epochs * (1 + 16 / 42) + 0.06, (strategy, task)  # whole batches
 
@@ -328,7 +329,7 @@ def test_a_merge_killed_after_its_result_is_concluded_to_the_same(
 def test_strategies_may_be_combined() -> None:
     config = compose_run(["strategy=ewc", "mixture=replay"])[1]
     assert config.ewc is not None
-    assert config.replay == {"moving_grasp": 0.2, "weighing": 0.8}
+    assert mixture_of(config).shares({"weighing": 1}) == {"moving_grasp": 0.2, "weighing": 0.8}
 
 
 def test_a_runs_strategy_and_its_settings_stay(runs: dict[str, list[RunConfig]], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.config_folders import ConfigFolders
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
@@ -20,7 +21,7 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
     """Raises `ConfigError` that names each key in which stage or run was begun otherwise, or an unknown one."""
     folder, stage = stage_folder(config), config.stage
     policy_config_class(config.policy)  # a key that does not exist is no changed setting
-    _check_places(config, [stage] if config.passes else curriculum)
+    _check_places(config, curriculum)
     latest = folder.checkpoints.latest()
     was = folder.settings if folder.status == "finished" or latest is not None else None
     if was is not None:
@@ -36,7 +37,7 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
         if latest is not None and latest.manifest.get("samples") == config.training.batch_size * processes_here():
             found = [each for each in found if each.key != "training.batch_size"]
         does = "is finished" if finished else "was begun"
-        changed = _other_datasets(config, [stage] if not config.passes else curriculum) if finished else []
+        changed = _other_datasets(config, curriculum) if finished else []
         refuse([*found, *changed], f"stage {stage.index} ({stage.name}) {does} in {folder.path} with other settings")
     for path in sorted(config.run_folder.glob("stage*_*")):
         other = StageFolder(path)
@@ -51,21 +52,24 @@ def processes_here() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _other_datasets(config: RunConfig, stages: Sequence[StageConfig]) -> list[str]:
-    """What is to be said of those that lie elsewhere now and are not what the run was trained with."""
+def _other_datasets(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:
+    """What is to be said of the stage's own that lie elsewhere now and are not what the run was trained with."""
     path = config.run_folder / "run.json"
     tasks = read_json(path, keys=("tasks",), remedy=ANOTHER_RUN)["tasks"] if path.is_file() else []
     known = {task["name"]: task["dataset"] for task in tasks}
     return [
         f"the dataset of {stage.name} (was {was['hash'][:12]}… in {was['root']}, is {found[:12]}… in {stage.root})"
-        for stage in stages
+        for stage in curriculum
+        if stage.name in mixture_of(config).learns
         if (was := known.get(stage.name)) and was["root"] != str(Path(stage.root)) and Path(stage.root).is_dir()
         if (found := content_hash(Path(stage.root))) != was["hash"]
     ]
 
 
-def _check_places(config: RunConfig, stages: Sequence[StageConfig]) -> None:
+def _check_places(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
     """Raises `ConfigError` when the run has learnt tasks in another order."""
+    of_others = [stage for stage in curriculum if stage.name not in mixture_of(config).learns]
+    stages = sorted([config.stage, *of_others], key=lambda stage: stage.index)
     expected = {stage.folder_name for stage in stages}
     for path in sorted(config.run_folder.glob("stage*_*")):
         index, _, name = path.name.removeprefix("stage").partition("_")
@@ -94,14 +98,14 @@ def checkpoint_to_resume(config: RunConfig, curriculum: Sequence[StageConfig]) -
 
 
 def stages_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Sequence[StageConfig]:
-    """The stages that learn the tasks before this one's; none before a joint stage."""
-    return curriculum[: [other.name for other in curriculum].index(config.learns[0])]
+    """The stages that learn the tasks before those that are new in this one."""
+    return curriculum[: [other.name for other in curriculum].index(mixture_of(config).learns[0])]
 
 
 def seen_tasks(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:
     """Tasks learnt up to and including this stage."""
     names = [stage.name for stage in curriculum]
-    return names[: names.index(config.learns[-1]) + 1]
+    return names[: names.index(mixture_of(config).learns[-1]) + 1]
 
 
 def result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Checkpoint | None:

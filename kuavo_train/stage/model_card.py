@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from kuavo_train.config import RunConfig
+from kuavo_train.data.mixture import learns_all_at_once
 from kuavo_train.data.task import Task
 from kuavo_train.runs.records import ValidationRecord
 
@@ -52,7 +53,7 @@ def model_card(
     ]
     metrics = [_metrics(by_task[task.name]) for task in learnt]
     claws = "as recorded" if config.data.claw_limits is None else "in [{:g}, {:g}]".format(*config.data.claw_limits)
-    how = "at once" if config.mixture == "all_tasks" else "one after another"
+    how = "at once" if learns_all_at_once(config) else "one after another"
     origin = " The demonstrations are a script's, in simulation (kuavo_sim)." if config.simulation else ""
     lora = training.lora
     adapters = f", adapters of rank {lora.rank} on the action expert, merged into its weights" if lora else ""

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.images.plan import Images, size_text
 from kuavo_train.data.joint_groups import columns_by_group
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.recording import recorded_fps
@@ -129,11 +130,11 @@ class Findings:
         Args:
             shares: task → its part of the stage's samples.
         """
-        training = config.training
+        training, mixture = config.training, mixture_of(config)
         for task in self.facts["tasks"]:
             task["share"] = shares.get(task["name"], 0.0)
-        if config.dealt and config.mixture == "replay":
-            those = ", ".join(f"{name} {share:g}" for name, share in config.dealt.items())
+        if mixture.dealt:
+            those = ", ".join(f"{name} {share:g}" for name, share in mixture.dealt.items())
             now = ", ".join(f"{name} {share:g}" for name, share in shares.items())
             self.notes.append(f"replay shares of tasks not learnt before ({those}) go to the others: {now}")
         self.facts["images"] = images.description
@@ -142,7 +143,7 @@ class Findings:
             "steps": steps,
             "samples_per_step": training.batch_size * training.gradient_accumulation_steps,
             "epochs": training.epochs,
-            "of": config.learns[0],
+            "of": mixture.leading,
             "lr": training.lr,
         }
 

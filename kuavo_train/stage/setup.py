@@ -18,6 +18,7 @@ from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.plan import Images, plan_images
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Order, SampleOrder
@@ -179,7 +180,7 @@ def open_stage(
         return None
     timetable = Timetable(
         epochs=training.epochs,
-        steps_per_epoch=order.steps_per_epoch(config.learns[0], training.gradient_accumulation_steps),
+        steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
         max_steps=training.max_steps,
     )
     encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.evaluation.validation import mean_loss
 from kuavo_train.interruption import Listening, listening
@@ -207,7 +208,7 @@ def _batches(opened: OpenedStage) -> Batches:
     return Batches(
         opened.dataset(opened.order.tasks),
         opened.order,
-        current=config.learns[0],
+        current=mixture_of(config).leading,
         per_step=config.training.gradient_accumulation_steps,
         num_workers=config.data.num_workers,
     )

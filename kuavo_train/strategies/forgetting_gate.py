@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kuavo_train.config import ForgettingConfig
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.replay import raised_shares
 from kuavo_train.errors import ConfigError
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
@@ -110,7 +111,7 @@ class ForgettingGate(Strategy):
     def decide(self, view: StageView, scores: Mapping[str, Scores], *, step: int, epoch: int, over: bool) -> Action:
         gate = self._gate(view.earlier)
         readings = gate.read(scores)
-        action = gate.act(readings, shares=view.shares(), new=view.config.learns[0], over=over)
+        action = gate.act(readings, shares=view.shares(), new=mixture_of(view.config).leading, over=over)
         if view.is_main:
             about = {"stage": view.config.stage.index, "epoch": epoch, "step": step}
             for reading in readings:

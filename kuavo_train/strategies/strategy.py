@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.batch import Batch
+from kuavo_train.data.mixture import mixture_of
 from kuavo_train.metrics.intervals import Scores
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.training.checkpoint import Checkpoint
@@ -86,7 +87,7 @@ class Strategy:
         Args:
             frames: task → its training frames, of the whole curriculum.
         """
-        return config.replay
+        return mixture_of(config).shares(frames)
 
     def check(self, earlier: Sequence[StageFolder]) -> None:
         """Before anything is written: raises `ConfigError` where earlier stages lack what this one needs of them."""
