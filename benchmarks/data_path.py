@@ -79,10 +79,10 @@ def compare(pictures: str, settings: Settings, root: Path) -> Table:
     of_frames, of_features = dataset(CachedFrames(frames)), dataset(CachedFeatures(features), image_features_key)
     variants: dict[str, Callable[[], object]] = {
         "LeRobotDataset": partial(next, lerobot_batches(task, settings.batch_size)),
-        "ours, decoding": lambda: decoding.__getitems__(next(draws)),
-        "ours, frames": lambda: of_frames.__getitems__(next(draws)),
-        "ours, frames, as float": lambda: preprocess(of_frames.__getitems__(next(draws)), dict, CPU),
-        "ours, features": lambda: of_features.__getitems__(next(draws)),
+        "ours, decoding": lambda: decoding.fetch(next(draws)),
+        "ours, frames": lambda: of_frames.fetch(next(draws)),
+        "ours, frames, as float": lambda: preprocess(of_frames.fetch(next(draws)), dict, CPU),
+        "ours, features": lambda: of_features.fetch(next(draws)),
     }
     timings = alternate(variants, rounds=settings.rounds)
     table = speed_rows(timings, reference="LeRobotDataset", samples=settings.batch_size)

@@ -276,7 +276,7 @@ def _order(settings: Settings, task: Task, policy: SmolVLAMemoryPolicy) -> tuple
         return SampleOrder(batch_size=settings.batch_size, **about), NoRecurrence()
     order = ClipOrder(batch_size=settings.batch_size, depth=settings.depth, stride=1, **about)
     assert policy.model.memory is not None
-    return order, CarriedMemory(policy.model.memory.initial(order.stream_count), depth=settings.depth)
+    return order, CarriedMemory(policy.model.memory.initial(order.stream_count))
 
 
 def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, delays: Sequence[int]) -> dict[str, Any]:

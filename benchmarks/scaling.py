@@ -71,7 +71,7 @@ class Fetcher:
         self()
 
     def __call__(self) -> None:
-        self.dataset.__getitems__(self.order.batch(self.number))
+        self.dataset.fetch(self.order.batch(self.number))
         self.number += 1
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kuavo_train.data.batch import Batch, Origin
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.sampler import Draw
 from kuavo_train.training.carried_memory import CarriedMemory
@@ -35,6 +36,14 @@ def task(name: str, lengths: Sequence[int], held_out: int = 1) -> Episodes:
 
 TASKS = [task("a", [13, 9, 22, 17, 11]), task("b", [30, 8, 12]), task("c", [10, 14, 9, 21])]
 SHARES = {"a": 0.1, "b": 0.2, "c": 0.7}
+
+
+def of_streams(streams: Sequence[int], *, clip: int) -> Batch:
+    """A batch of which only the streams are known."""
+    import torch
+
+    nothing = torch.zeros(len(streams))
+    return Batch({}, [""] * len(streams), Origin(nothing, nothing, nothing, torch.tensor(streams)), clip)
 
 
 def order_of_clips(**changes) -> ClipOrder:
@@ -204,17 +213,17 @@ def test_a_stream_gets_back_the_memory_it_left_and_no_other() -> None:
     import torch
 
     memory = RecurrentMemory(2, 8)
-    carried = CarriedMemory(memory.initial(5), depth=2)
-    batch = {"stream": torch.tensor([3, 3, 1, 1])}
+    carried = CarriedMemory(memory.initial(5))
+    batch = of_streams([3, 3, 1, 1], clip=2)
     given = carried.before(batch)
     assert given["queries"] == 2
     written = given["memory"].__class__(torch.stack([torch.full((2, 8), 3.0), torch.full((2, 8), 1.0)]))
     untouched = carried.states.tokens[[0, 2, 4]].clone()
     carried.after(batch, {"memory": written})
     assert torch.equal(carried.states.tokens[3], torch.full((2, 8), 3.0))
-    assert torch.equal(carried.before({"stream": torch.tensor([1, 1])})["memory"].tokens[0], torch.full((2, 8), 1.0))
+    assert torch.equal(carried.before(of_streams([1, 1], clip=2))["memory"].tokens[0], torch.full((2, 8), 1.0))
     assert torch.equal(carried.states.tokens[[0, 2, 4]], untouched)
-    restored = CarriedMemory(memory.initial(5), depth=2)
+    restored = CarriedMemory(memory.initial(5))
     restored.load_state_dict(carried.state_dict())
     assert torch.equal(restored.states.tokens, carried.states.tokens)
 
@@ -225,12 +234,12 @@ def test_every_process_knows_what_the_others_wrote_and_streams_may_be_added() ->
     memory = RecurrentMemory(2, 8)
     other = {"streams": torch.tensor([4]), "tokens": torch.full((1, 2, 8), 4.0)}
     carried = CarriedMemory(
-        memory.initial(5), depth=1, exchange=lambda mine: {key: torch.cat([mine[key], other[key]]) for key in mine}
+        memory.initial(5), exchange=lambda mine: {key: torch.cat([mine[key], other[key]]) for key in mine}
     )
     state = memory.initial(1)
-    carried.after({"stream": torch.tensor([0])}, {"memory": state.__class__(torch.full((1, 2, 8), 7.0))})
+    carried.after(of_streams([0], clip=1), {"memory": state.__class__(torch.full((1, 2, 8), 7.0))})
     assert carried.states.tokens[:, 0, 0].tolist()[0::4] == [7.0, 4.0]
-    grown = CarriedMemory(memory.initial(9), depth=1)
+    grown = CarriedMemory(memory.initial(9))
     grown.load_state_dict(carried.state_dict())
     assert torch.equal(grown.states.tokens[:5], carried.states.tokens)
     assert torch.equal(grown.states.tokens[5:], memory.initial(4).tokens)

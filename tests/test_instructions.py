@@ -165,8 +165,8 @@ def test_every_part_of_a_run_tells_an_episode_the_same(run: Path) -> None:
     assert told_in(first) == [RED, BLUE] * 3
     settings = trained.settings
     replayed = trained.dataset(trained.tasks, trained.policy(trained.checkpoint(trained.stages[-1]))[0].config)
-    batch = replayed.__getitems__([Draw(0, 0), Draw(1, 0), Draw(0, 14), Draw(0, 13)])
-    assert batch["task"] == [RED, second.instruction_at(0), BLUE, RED]
+    batch = replayed.fetch([Draw(0, 0), Draw(1, 0), Draw(0, 14), Draw(0, 13)])
+    assert batch.instructions == [RED, second.instruction_at(0), BLUE, RED]
     facts = json.loads((run / "run.json").read_text())["tasks"]
     assert [task["instructions"] for task in facts] == [[RED, BLUE], TOLD]
     assert settings.stage.instruction == TOLD

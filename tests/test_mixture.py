@@ -133,9 +133,11 @@ def test_the_number_of_workers_does_not_change_the_batches(tasks: list[Task], no
         sampler = StepSampler(order, start=0, stop=3)
         batches.append(list(dataset.batches(sampler, num_workers=workers, pin_memory=False)))
     for alone, parallel in zip(*batches, strict=True):
-        assert torch.equal(alone["frame_index"], parallel["frame_index"])
-        assert torch.equal(alone["action"], parallel["action"])
-        assert torch.equal(alone["observation.images.head_cam_h"], parallel["observation.images.head_cam_h"])
+        assert torch.equal(alone.origin.frame, parallel.origin.frame)
+        assert torch.equal(alone.inputs["action"], parallel.inputs["action"])
+        assert alone.clip == parallel.clip == 1
+        pictures = [each.inputs["observation.images.head_cam_h"] for each in (alone, parallel)]
+        assert torch.equal(*pictures)
 
 
 @pytest.mark.parametrize(("actions", "observations"), [(range(6), (0,)), (range(-1, 5), (-1, 0))])
@@ -157,7 +159,7 @@ def test_a_batch_holds_what_the_dataset_holds(
     frames = [DecodedFrames(each, image_size=None, video_backend="pyav") for each in tasks]
     dataset = MixedDataset(tasks, frames, normalization, actions=actions, observations=observations)
     rows = [0, 5, 12, 13, 14, 30]
-    batch = dataset.__getitems__([Draw(3, row) for row in rows])
+    batch = dataset.fetch([Draw(3, row) for row in rows]).inputs
     for place, row in enumerate(rows):
         item = reference[row]
         assert torch.allclose(batch["observation.state"][place], item["observation.state"])
@@ -175,7 +177,7 @@ def test_an_action_chunk_costs_no_image_but_its_first(tasks: list[Task], normali
         return torch.zeros((len(rows), 3, 8, 8), dtype=torch.uint8)
 
     dataset = MixedDataset(tasks[:2], [pictures] * 2, normalization, actions=range(6))
-    batch = dataset.__getitems__([Draw(0, 3), Draw(1, 20), Draw(0, 9)])
+    batch = dataset.fetch([Draw(0, 3), Draw(1, 20), Draw(0, 9)]).inputs
     assert batch["action"].shape[1] == 6
     assert asked == [(camera, rows) for rows in ([3, 9], [20]) for camera in tasks[0].cameras]
 
@@ -183,7 +185,7 @@ def test_an_action_chunk_costs_no_image_but_its_first(tasks: list[Task], normali
 def test_a_task_without_base_motion_masks_those_dimensions(tasks: list[Task], normalization: Normalization) -> None:
     frames = [DecodedFrames(task, image_size=None, video_backend="pyav") for task in tasks]
     dataset = MixedDataset(tasks, frames, normalization, actions=range(4))
-    batch = dataset.__getitems__([Draw(0, 3), Draw(3, 3)])
+    batch = dataset.fetch([Draw(0, 3), Draw(3, 3)]).inputs
     assert batch["action"].shape == (2, 4, 20)
     assert batch["action_dim_is_pad"].tolist() == [[False] * 16 + [True] * 4, [False] * 20]
     names = normalization.space.action_names

@@ -67,9 +67,9 @@ def test_a_walk_carries_the_memory_that_the_robot_carries(folder: Path) -> None:
         draws = probe.queries_of(0, episode)
         probe.policy.reset()
         for query, draw in enumerate(draws):
-            batch = probe.preprocessor(
-                {k: v for k, v in probe.dataset.__getitems__([draw]).items() if k.startswith(("observation", "task"))}
-            )
+            seen = probe.dataset.fetch([draw])
+            observation = {key: value for key, value in seen.inputs.items() if key.startswith("observation")}
+            batch = probe.preprocessor({**observation, "task": seen.instructions})
             batch["observation.images.camera"] = batch["observation.images.camera"].float() / 255
             probe.policy.predict_action_chunk(batch)
             carried = probe.policy.get_memory().tokens[0]

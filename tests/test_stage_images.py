@@ -129,7 +129,7 @@ def test_the_loss_from_features_is_that_from_pictures(embedded: Embedded) -> Non
         dataset = stage.dataset(stage.tasks)
         draws = [Draw(place, row) for place in range(4) for row in (0, 20, 41, 69)]
         draws = [draw for draw in draws if stage.tasks[draw.task].episode[draw.row] in _read(stage, draw.task)]
-        batches.append(preprocess(dataset.__getitems__(draws), stage.built.preprocessor, torch.device("cpu")))
+        batches.append(preprocess(dataset.fetch(draws), stage.built.preprocessor, torch.device("cpu")))
     policy = stage.built.policy.eval()
     features, pictures = batches
     assert not any(key.startswith("observation.images.") for key in features)

@@ -1,33 +1,75 @@
 """What a batch is, and how it comes to the policy."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from lerobot.processor import PolicyProcessorPipeline
+from torch import Tensor
 
-Batch = dict[str, Any]
-
-
-BOOKKEEPING = ("task_position", "episode_index", "frame_index", "stream")
-
-
+# Keys that a policy may read beside LeRobot's observations and actions.
+ACTION_IS_PAD = "action_is_pad"
+ACTION_DIM_IS_PAD = "action_dim_is_pad"
+QUERY_IS_PAD = "query_is_pad"  # such a row leaves the memory as it is
 MEMORY_RESET = "observation.memory_reset"
+
+Prepared = dict[str, Any]
+"""What LeRobot's preprocessor gives and a policy takes: tensors, and texts that the policy does not read."""
+
+
+class Origin(NamedTuple):
+    """Where the samples of a batch come from, [B] each.
+
+    Attributes:
+        task: its place in the dataset's tasks.
+        stream: of walks, that the memory is carried along.
+    """
+
+    task: Tensor
+    episode: Tensor
+    frame: Tensor
+    stream: Tensor
+
+
+class Batch(NamedTuple):
+    """B samples. A tuple and no dataclass, since PyTorch's loader pins the tensors of a tuple.
+
+    Attributes:
+        inputs: what the policy reads, under LeRobot's keys, and what it learns to answer.
+        instructions: B texts.
+        clip: K, so many consecutive samples are the consecutive queries of one episode.
+    """
+
+    inputs: dict[str, Tensor]
+    instructions: Sequence[str]
+    origin: Origin
+    clip: int = 1
+
+    @property
+    def size(self) -> int:
+        return len(self.instructions)
+
+    @property
+    def streams(self) -> list[int]:
+        """The stream of each clip."""
+        return self.origin.stream[:: self.clip].tolist()
 
 
 def preprocess(
-    batch: Batch, preprocessor: Any, device: torch.device, change: Callable[[Batch], Batch] = lambda batch: batch
-) -> Batch:
-    """What is not bookkeeping through LeRobot's preprocessor: tokens, device, normalization.
+    batch: Batch,
+    preprocessor: PolicyProcessorPipeline,
+    device: torch.device,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Prepared:
+    """The inputs through LeRobot's preprocessor: tokens, device, normalization.
 
     Args:
         device: where pictures become floats in [0, 1]; as bytes they are a quarter on the way there.
         change: what is done to the batch then, before pictures are normalized.
     """
     with_floats = {
-        key: value.to(device, non_blocking=True).float() / 255
-        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-        else value
-        for key, value in batch.items()
-        if key not in BOOKKEEPING
+        key: value.to(device, non_blocking=True).float() / 255 if value.dtype == torch.uint8 else value
+        for key, value in batch.inputs.items()
     }
-    return preprocessor(change(with_floats))
+    changed = change(batch._replace(inputs=with_floats))
+    return preprocessor({**changed.inputs, "task": list(changed.instructions)})

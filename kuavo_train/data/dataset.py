@@ -9,7 +9,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import DataLoader, Dataset
 
 from kuavo_sim.children import born_deaf
-from kuavo_train.data.batch import MEMORY_RESET, Batch
+from kuavo_train.data.batch import ACTION_DIM_IS_PAD, ACTION_IS_PAD, MEMORY_RESET, Batch, Origin
 from kuavo_train.data.images.source import ImageSource
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw, StepSampler
@@ -49,16 +49,19 @@ class MixedDataset(Dataset):
         return sum(len(task.train_rows) for task in self.tasks)
 
     def __getitem__(self, draw: Draw) -> Batch:
-        return self.__getitems__([draw])
+        return self.fetch([draw])
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
-        """One batch of B samples with chunks of C actions, observations of T frames:
+        """What PyTorch's loader asks for."""
+        return self.fetch(draws)
+
+    def fetch(self, draws: Sequence[Draw], *, clip: int = 1) -> Batch:
+        """One batch of B samples with chunks of C actions, observations of T frames. Its inputs:
 
         observation.images.*: [B, T, 3, H, W] uint8, or under `image_key` what stands for it; observation.state:
         [B, T, S], both without the axis of time where T is 1; action: [B, C, A]; action_is_pad: [B, C], True beyond
         the episode; action_dim_is_pad: [B, A], True where the task lacks the dimension; observation.memory_reset:
-        [B], True where a memory starts anew; task: B instructions; task_position, episode_index, frame_index,
-        stream: [B]. Beyond the episode its first or last frame is repeated.
+        [B], True where a memory starts anew. Beyond the episode its first or last frame is repeated.
         """
         places, rows, streams, begins = np.array(draws, dtype=np.int64).T
         size, seen, chunk_size = len(places), len(self.observations), len(self.actions)
@@ -86,26 +89,28 @@ class MixedDataset(Dataset):
                     images[key] = torch.empty((size, seen, *given.shape[1:]), dtype=given.dtype)
                 images[key][torch.from_numpy(mine)] = given.unflatten(0, looks.shape)
         whole = state[:, 0] if seen == 1 else state
-        return {
+        inputs = {
             **{key: given[:, 0] if seen == 1 else given for key, given in images.items()},
             OBS_STATE: torch.from_numpy(whole),
             ACTION: torch.from_numpy(action),
-            "action_is_pad": torch.from_numpy(is_pad),
-            "action_dim_is_pad": torch.from_numpy(dim_is_pad),
-            "task": [self.tasks[place].instruction_at(row) for place, row in zip(places, rows, strict=True)],
-            "task_position": torch.from_numpy(places.copy()),
-            "episode_index": torch.from_numpy(episodes),
-            "frame_index": torch.from_numpy(frame_numbers),
-            "stream": torch.from_numpy(streams.copy()),
+            ACTION_IS_PAD: torch.from_numpy(is_pad),
+            ACTION_DIM_IS_PAD: torch.from_numpy(dim_is_pad),
             MEMORY_RESET: torch.from_numpy(begins.astype(bool)),
         }
+        instructions = [self.tasks[place].instruction_at(row) for place, row in zip(places, rows, strict=True)]
+        origin = Origin(*map(torch.from_numpy, (places.copy(), episodes, frame_numbers, streams.copy())))
+        return Batch(inputs, instructions, origin, clip)
 
     def batches(self, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
         """In the sampler's order, whatever the number of workers."""
+
+        def in_clips(batch: Batch) -> Batch:
+            return batch._replace(clip=sampler.order.clip)
+
         loader = DataLoader(
             self,
             batch_sampler=sampler,
-            collate_fn=lambda batch: batch,
+            collate_fn=in_clips,  # type: ignore[arg-type]  # it is given the whole batch, not a list of samples
             num_workers=num_workers,
             pin_memory=pin_memory,
             prefetch_factor=PREFETCHED if num_workers else None,

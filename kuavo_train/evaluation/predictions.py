@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kuavo_train.data.batch import Batch
+from kuavo_train.data.batch import Prepared
 
 Key = Sequence[int]
 """Of a row: task, episode, frame."""
@@ -30,7 +30,7 @@ class Answers:
     memory: Any = None
 
 
-Asks = Callable[[Batch, Sequence[Key], Any], Answers]
+Asks = Callable[[Prepared, Sequence[Key], Any], Answers]
 """(preprocessed rows, their keys, the memory before the query) → answers."""
 
 
@@ -46,7 +46,7 @@ class FlowAnswers:
     policy: Any
     draws: int
 
-    def __call__(self, rows: Batch, keys: Sequence[Key], memory: Any) -> Answers:
+    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: Any) -> Answers:
         encoded, memory = self.policy.encode(rows, memory)
         noise = self._noise(keys)
         times = torch.tensor([stratified_time(draw, self.draws) for draw in range(self.draws)])
@@ -71,7 +71,7 @@ class OwnAnswers:
     policy: Any
     draws: int
 
-    def __call__(self, rows: Batch, keys: Sequence[Key], memory: Any) -> Answers:
+    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: Any) -> Answers:
         self.policy.reset()  # a history of observations, left by a rollout, would be taken for this one's
         losses, actions = [], []
         for place, key in enumerate(keys):

@@ -17,7 +17,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from tqdm import tqdm
 
-from kuavo_train.data.batch import Batch, preprocess
+from kuavo_train.data.batch import ACTION_DIM_IS_PAD, ACTION_IS_PAD, Batch, preprocess
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
@@ -76,17 +76,17 @@ class Validator:
         now = self.dataset.actions.tolist().index(0)
         for batch, memory, advance in self._queries(policy, place):
             prepared = preprocess(batch, self.preprocessor, device)
-            frames = zip(batch["episode_index"].tolist(), batch["frame_index"].tolist(), strict=True)
+            episodes, frames = batch.origin.episode.tolist(), batch.origin.frame.tolist()
             with self.autocast():
-                answers = ask(prepared, [(key, *frame) for frame in frames], memory)
+                answers = ask(prepared, [(key, *frame) for frame in zip(episodes, frames, strict=True)], memory)
             advance(answers.memory)
             losses, predicted = answers.losses.float().cpu().numpy(), answers.actions.float()
             steps = slice(now, now + predicted.shape[1])
             target = prepared[ACTION][:, steps].float()
-            valid = ~(prepared["action_is_pad"][:, steps, None] | prepared["action_dim_is_pad"][:, None, :])
+            valid = ~(prepared[ACTION_IS_PAD][:, steps, None] | prepared[ACTION_DIM_IS_PAD][:, None, :])
             error = (predicted - target).abs()
             constant_error = (constant.to(target.device) - target).abs()
-            for item, episode in enumerate(batch["episode_index"].tolist()):
+            for item, episode in enumerate(episodes):
                 by_episode[episode].append(
                     {
                         "loss": losses[item],
@@ -94,7 +94,7 @@ class Validator:
                         "constant": _column_means(constant_error[item], valid[item]),
                     }
                 )
-            bar.update(len(batch["task"]))
+            bar.update(batch.size)
         return self._scores(task, by_episode, time.perf_counter() - began)
 
     def _walks(self, policy: Any, place: int) -> list[Walk]:
@@ -116,7 +116,7 @@ class Validator:
                 rows = [walk[query] for walk in group if query < len(walk)]  # walks are sorted by length
                 if held[0] is not None:
                     held[0] = held[0].select(torch.arange(len(rows)))
-                batch = self.dataset.__getitems__([Draw(place, row, begins=query == 0) for row in rows])
+                batch = self.dataset.fetch([Draw(place, row, begins=query == 0) for row in rows])
                 yield batch, held[0], lambda memory, held=held: held.__setitem__(0, memory)  # type: ignore[misc]
 
     def _constant_prediction(self, task: Task) -> torch.Tensor:

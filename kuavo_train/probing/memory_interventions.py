@@ -49,8 +49,8 @@ def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[
 
     def donated(place: int, batch: Batch) -> Any:
         task, stride = probe.dataset.tasks[place], probe.policy.config.n_action_steps
-        rows = [task.held_out_episodes.index(episode) for episode in batch["episode_index"].tolist()]
-        query = int(batch["frame_index"][0]) // stride  # all rows of a batch are at the same query
+        rows = [task.held_out_episodes.index(episode) for episode in batch.origin.episode.tolist()]
+        query = int(batch.origin.frame[0]) // stride  # all rows of a batch are at the same query
         return _states(walks[place])[query].select([donors[task.name][row] for row in rows])
 
     validators = {

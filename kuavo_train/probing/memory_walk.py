@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 
-from kuavo_train.data.batch import preprocess
+from kuavo_train.data.batch import ACTION_DIM_IS_PAD, ACTION_IS_PAD, MEMORY_RESET, QUERY_IS_PAD, Prepared, preprocess
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Draw
 from kuavo_train.probing.attention import places_in_prefix, watched_attention
 
-QUERY_IS_PAD = "query_is_pad"  # the policy's own key: such a row leaves the memory as it is
 Draws = Sequence[Draw]
 
 
@@ -91,7 +90,7 @@ class MemoryProbe:
                 batch = self._prepared([draws[min(query, len(draws) - 1)] for draws in episodes])
                 ended = [query >= len(draws) for draws in episodes]
                 batch[QUERY_IS_PAD] = torch.tensor(ended, device=state.device)
-                batch["observation.memory_reset"] &= ~batch[QUERY_IS_PAD]
+                batch[MEMORY_RESET] &= ~batch[QUERY_IS_PAD]
                 _, outputs = self.policy.forward(batch, reduction="none", memory=state)
                 state = outputs["memory"]
                 states.append(state)
@@ -154,13 +153,13 @@ class MemoryProbe:
     def target(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         """The demonstrated chunks [E, C, A], normalized, and which entries count: of the task, inside the episode."""
         batch = self._prepared(draws)
-        padded = batch["action_is_pad"][:, :, None] | batch["action_dim_is_pad"][:, None, :]
+        padded = batch[ACTION_IS_PAD][:, :, None] | batch[ACTION_DIM_IS_PAD][:, None, :]
         return batch[ACTION].float().cpu().numpy(), ~padded.cpu().numpy()
 
-    def _prepared(self, draws: Draws, instruction: str | None = None) -> dict[str, Any]:
-        batch = self.dataset.__getitems__(list(draws))
+    def _prepared(self, draws: Draws, instruction: str | None = None) -> Prepared:
+        batch = self.dataset.fetch(draws)
         if instruction is not None:
-            batch["task"] = [instruction] * len(draws)
+            batch = batch._replace(instructions=[instruction] * batch.size)
         return preprocess(batch, self.preprocessor, next(self.policy.parameters()).device)
 
 

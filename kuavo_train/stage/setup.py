@@ -200,7 +200,7 @@ def open_stage(
         environment = (environments or {}).get(task.name)
         if environment is not None and task.name in own:
             findings.notes += filter(None, [attempt(check_environment, environment, task, trained_sizes)])
-    augment = attempt(_augmentation, config, order, accelerator.process_index)
+    augment = attempt(_augmentation, config, accelerator.process_index)
     if findings.problems or environments is None or augment is None:
         return None
     return OpenedStage(
@@ -258,7 +258,7 @@ def fresh_memory(order: Order, policy: Any, exchange: Exchange = dict) -> Recurr
     """Nothing remembered yet in any stream; `exchange` as `CarriedMemory` takes it."""
     if not isinstance(order, ClipOrder):
         return NoRecurrence()
-    return CarriedMemory(policy.model.memory.initial(order.stream_count), depth=order.clip, exchange=exchange)
+    return CarriedMemory(policy.model.memory.initial(order.stream_count), exchange=exchange)
 
 
 def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
@@ -289,13 +289,12 @@ def _episodes_read(
     }
 
 
-def _augmentation(config: RunConfig, order: Order, process: int) -> Augmentation:
+def _augmentation(config: RunConfig, process: int) -> Augmentation:
     if config.data.augmentation is None:
         return no_augmentation
     return ClipAugmentation(
         config.data.augmentation,
         cameras=config.data.cameras,
-        queries=order.clip,
         seed=config.seed,
         stage=config.stage.index,
         process=process,

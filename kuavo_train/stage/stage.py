@@ -352,7 +352,7 @@ def _view(
         for number in range(batches):
             for process in range(order.processes):
                 for draws in batched(order.batch(number, process=process), order.clip):
-                    yield dataset.__getitems__(draws)
+                    yield dataset.fetch(draws, clip=order.clip)
 
     def new_forward() -> Callable[[Batch], Tensor]:
         policy, recurrence = learner.bare_policy, fresh_memory(order, learner.bare_policy)

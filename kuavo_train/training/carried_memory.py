@@ -43,27 +43,22 @@ class CarriedMemory:
 
     Args:
         initial: the memory of as many episodes that have not begun as there are streams.
-        depth: K, the queries of a clip; gradients flow through them and no further.
         exchange: named tensors of this process, [clips, …] → those of all processes, one after another.
     """
 
-    def __init__(self, initial: MemoryState, *, depth: int, exchange: Exchange = dict):
-        self.depth, self.exchange = depth, exchange
+    def __init__(self, initial: MemoryState, *, exchange: Exchange = dict):
+        self.exchange = exchange
         self.states = initial.detach().clone()
 
     def before(self, batch: Batch) -> dict[str, Any]:
-        return {"memory": self.states.select(self._streams(batch)), "queries": self.depth}
+        return {"memory": self.states.select(batch.streams), "queries": batch.clip}
 
     def after(self, batch: Batch, outputs: dict[str, Any]) -> None:
         written = outputs["memory"].detach()
         tensors = {name: getattr(written, name) for name in written.shapes}
-        streams = torch.tensor(self._streams(batch), device=written.device)
+        streams = torch.tensor(batch.streams, device=written.device)
         everywhere = self.exchange({"streams": streams, **tensors})
         self.states = self.states.put(everywhere.pop("streams").tolist(), MemoryState(**everywhere))
-
-    def _streams(self, batch: Batch) -> list[int]:
-        """The stream of each clip; a batch is clip-major."""
-        return batch["stream"][:: self.depth].tolist()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.states, name).cpu() for name in self.states.shapes}

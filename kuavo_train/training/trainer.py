@@ -140,11 +140,11 @@ class Progress:
 
     def count(self, batch: Batch) -> None:
         """Add the samples of a batch that was really drawn."""
-        places, drawn = batch["task_position"], self.drawn[-1]
+        places, drawn = batch.origin.task, self.drawn[-1]
         for place in places.unique().tolist():
             mine = places == place
             drawn[place] = drawn.get(place, 0) + int(mine.sum())
-            episodes = set(self.drawn_episodes.get(place, [])) | set(batch["episode_index"][mine].tolist())
+            episodes = set(self.drawn_episodes.get(place, [])) | set(batch.origin.episode[mine].tolist())
             self.drawn_episodes[place] = sorted(episodes)
 
     def joined(self, others: Sequence["Progress"]) -> "Progress":
@@ -204,7 +204,7 @@ class Trainer:
                 progress.step += 1
                 for batch in batches:
                     progress.count(batch)
-                progress.seconds += window.end_step(values, sum(len(b["task"]) for b in batches))
+                progress.seconds += window.end_step(values, sum(batch.size for batch in batches))
                 bar.update()
                 if progress.step % self.limits.log_every == 0 or progress.step == self.limits.timetable.steps:
                     self._report(progress, window, bar)
@@ -246,12 +246,7 @@ class Trainer:
         names = [
             f"({self.batches.order.tasks[task].name}, {episode}, {frame})"
             for batch in batches
-            for task, episode, frame in zip(
-                batch["task_position"].tolist(),
-                batch["episode_index"].tolist(),
-                batch["frame_index"].tolist(),
-                strict=True,
-            )
+            for task, episode, frame, _ in zip(*(of_all.tolist() for of_all in batch.origin), strict=True)
         ]
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -34,16 +34,13 @@ class ClipAugmentation:
 
     Args:
         cameras: keys of the pictures in a batch, [B, …, 3, H, W] float in [0, 1].
-        queries: K, the consecutive rows of a batch that are one clip.
 
     Raises:
         ConfigError: a transform that LeRobot does not know, or not with these arguments.
     """
 
-    def __init__(
-        self, config: AugmentationConfig, *, cameras: Sequence[str], queries: int, seed: int, stage: int, process: int
-    ):
-        self.cameras, self.queries = list(cameras), queries
+    def __init__(self, config: AugmentationConfig, *, cameras: Sequence[str], seed: int, stage: int, process: int):
+        self.cameras = list(cameras)
         self.key, self.process = [STREAM, seed, stage, 0], process
         self.transforms = _transforms(config)
 
@@ -52,14 +49,14 @@ class ClipAugmentation:
         with torch.random.fork_rng(devices=[]):
             for place, camera in enumerate(self.cameras):
                 augmented = []
-                clips = batch[camera].split(self.queries)
+                clips = batch.inputs[camera].split(batch.clip)
                 for clip, frames in enumerate(clips, start=self.process * len(clips)):
                     key = [*self.key, step, number, clip, place]
                     # The CPU's generator alone: parameters are drawn there, a GPU's is the policy's.
                     torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
                     augmented.append(self.transforms(frames))
                 changed[camera] = torch.cat(augmented)
-        return {**batch, **changed}
+        return batch._replace(inputs={**batch.inputs, **changed})
 
 
 def _transforms(config: AugmentationConfig) -> ImageTransforms:
