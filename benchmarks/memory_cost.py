@@ -1,6 +1,6 @@
 """What memory costs: a training step with it against one without.
 
-A step is forward, backward and AdamW on the same random batch; rows are lanes of K consecutive queries. At the large
+A step is forward, backward and AdamW on the same random batch; rows are clips of K consecutive queries. At the large
 sizes the vision encoder's output is given, as the feature cache gives it: with pictures, everything is small beside
 the encoder. Measured are every number of tokens in the end layout, and every layout with the first of them.
 """

@@ -3,7 +3,7 @@
 A prefix is encoded block by block. The tokens of a block see each other and every block before, never one behind,
 so keys and values of a block stay as they are when another is appended:
 
-    context   images and language: all K queries of a lane at once
+    context   images and language: all K queries of a clip at once
     state     one token
     memory    M tokens, query after query (or, at the start, in one block with the context)
 
@@ -57,12 +57,12 @@ class Encoded:
         )
 
     def query(self, number: int, queries: int) -> "Encoded":
-        """The rows of query `number` of every lane."""
+        """The rows of query `number` of every clip."""
         return self._map(lambda tensors: tensors[0][number::queries], [self])
 
     @classmethod
     def interleave(cls, queries: "Sequence[Encoded]") -> "Encoded":
-        """One per query, of all lanes → the rows of all queries, lane-major."""
+        """One per query, of all clips → the rows of all queries, clip-major."""
         return queries[0] if len(queries) == 1 else cls._map(lane_major, queries)
 
     @staticmethod
@@ -284,7 +284,7 @@ class Encoding:
         return self.forward.append(state, _unbiased(state), before)
 
     def query(self, number: int, tokens: Tensor) -> Tensor:
-        """Memory tokens [lanes, M, H] through the model in query `number`: their output [lanes, M, H]."""
+        """Memory tokens [clips, M, H] through the model in query `number`: their output [clips, M, H]."""
         assert self.memory is not None
         forward, bias = self.forward, self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:

@@ -13,7 +13,7 @@ ACTION_IS_PAD = "action_is_pad"
 ACTION_DIM_IS_PAD = "action_dim_is_pad"
 """[B, A] bool: action dimensions that this row's task does not have."""
 QUERY_IS_PAD = "query_is_pad"
-"""[B] bool: rows that fill up a lane; no loss, and the memory stays as it is."""
+"""[B] bool: rows that fill up a clip; no loss, and the memory stays as it is."""
 MEMORY_RESET = "observation.memory_reset"
 """[B] bool: the memory starts anew before this row's query."""
 

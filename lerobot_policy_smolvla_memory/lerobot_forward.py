@@ -125,7 +125,7 @@ class CachedPrefix:
 
     @classmethod
     def interleave(cls, queries: "Sequence[CachedPrefix]") -> "CachedPrefix":
-        """One per query, of all lanes → the rows of all queries, lane-major."""
+        """One per query, of all clips → the rows of all queries, clip-major."""
         return cls._rebuilt(queries, lane_major)
 
     @classmethod
@@ -227,7 +227,7 @@ class LeRobotEncoding:
         self.encoded: list[CachedPrefix] = []
 
     def query(self, number: int, tokens: Tensor) -> Tensor:
-        """Memory tokens [lanes, M, H] through the model in query `number`: their output [lanes, M, H]."""
+        """Memory tokens [clips, M, H] through the model in query `number`: their output [clips, M, H]."""
         assert self.memory is not None
         bias, places = self.memory.key_bias, slice(0, tokens.shape[1])
         prefix = PrefixTokens.of(self.prefix.query(number, self.queries), length=self.forward.prefix_length)

@@ -6,7 +6,7 @@ One policy query goes through three passes, in training and on the robot alike:
     memory    the memory tokens through the same layers; their output is the next memory
     actions   the action expert, attending to the keys and values of both
 
-In the end layout the first pass does not depend on memory. The prefixes of all K queries of a lane are then
+In the end layout the first pass does not depend on memory. The prefixes of all K queries of a clip are then
 encoded as one batch, only the M memory tokens recur, and the expert again takes all queries at once. In the
 start and both layouts images and language see the memory, so that the first two passes are one and recur.
 How the passes are computed is backbone.py's, or lerobot_forward.py's with `fast_forward: false`. Letters as in
@@ -178,14 +178,14 @@ class MemoryFlowMatching(VLAFlowMatching):
         """The vision-language model over the prefixes of K consecutive queries, memory handed on in between.
 
         Args:
-            prefix: B = lanes × K rows, lane-major.
-            memory: of the lanes, before their first query; None begins with the initial one.
+            prefix: B = clips × K rows, clip-major.
+            memory: of the clips, before their first query; None begins with the initial one.
             queries: K.
             reset: [B] bool, rows before whose query the memory starts anew.
             skip: [B] bool, rows after whose query the memory is as it was before.
 
         Returns:
-            What the expert attends to for every row, and the lanes' memory after the last query. Both carry
+            What the expert attends to for every row, and the clips' memory after the last query. Both carry
             gradients, through all K queries.
         """
         encoding = self.backbone.begin(prefix, queries, self.memory)
@@ -244,27 +244,27 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         memory: MemoryState | None = None,
         queries: int = 1,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Flow-matching loss of K consecutive queries per lane, with gradients through the memory.
+        """Flow-matching loss of K consecutive queries per clip, with gradients through the memory.
 
         Args:
-            batch: B = lanes × K rows, lane-major. Beside SmolVLA's keys it may hold
+            batch: B = clips × K rows, clip-major. Beside SmolVLA's keys it may hold
                 `action_is_pad` [B, T]: steps beyond the episode, out of the loss;
                 `action_dim_is_pad` [B, A]: dimensions the task lacks, zero in the input and out of the loss;
-                `query_is_pad` [B]: rows that only fill up a lane, out of the loss and not remembered;
+                `query_is_pad` [B]: rows that only fill up a clip, out of the loss and not remembered;
                 `observation.memory_reset` [B]: rows before whose query the memory starts anew;
                 `observation.image_features.*` [B, N, H]: of `embed_camera`, in place of a camera's pictures.
             noise: [B × D, T, max_action_dim], time: [B × D] in (0, 1], D draws of a row next to each other. When
                 None, `flow_draws` per row are drawn from the global generator.
             reduction: "mean" over all valid entries, or "none": [B], the mean over each row's valid entries.
-            memory: of the lanes, before their first query. None begins with the initial one.
+            memory: of the clips, before their first query. None begins with the initial one.
             queries: K.
 
         Returns:
-            The loss, and a dict with `loss` (detached, not moved to the CPU) and `memory`: the lanes' memory
+            The loss, and a dict with `loss` (detached, not moved to the CPU) and `memory`: the clips' memory
             after their last query, detached; None without memory.
 
         Raises:
-            ValueError: rows that do not divide into lanes, or a memory of another number of lanes.
+            ValueError: rows that do not divide into clips, or a memory of another number of clips.
         """
         self._let_memory_grow()
         batch = self._prepare_batch(batch)
@@ -293,14 +293,14 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
         Args:
             batch: as in `forward`, without actions.
-            memory: of the lanes, before their first query. None begins with the initial one.
+            memory: of the clips, before their first query. None begins with the initial one.
             queries: K.
 
         Returns:
-            The encoded rows, and the lanes' memory after their last query; None without memory.
+            The encoded rows, and the clips' memory after their last query; None without memory.
 
         Raises:
-            ValueError: rows that do not divide into lanes, a memory of another number of lanes or on another
+            ValueError: rows that do not divide into clips, a memory of another number of clips or on another
                 device, or cameras of which some come as pictures and some as features.
         """
         self._check_memory(memory, self._lanes(batch, queries), batch[OBS_STATE].device)
@@ -364,7 +364,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     def _lanes(self, batch: dict[str, Tensor], queries: int) -> int:
         rows = len(batch[OBS_STATE])
         if queries < 1 or rows % queries:
-            raise ValueError(f"{rows} rows of a batch do not divide into lanes of {queries} queries each")
+            raise ValueError(f"{rows} rows of a batch do not divide into clips of {queries} queries each")
         return rows // queries
 
     def _absent_dimensions(self, batch: dict[str, Tensor]) -> Tensor | None:
@@ -545,13 +545,13 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         if memory.shapes != expected:
             raise ValueError(f"the memory must be of shapes {expected}, got {memory.shapes}")
 
-    def _check_memory(self, memory: MemoryState | None, lanes: int, device: torch.device) -> None:
+    def _check_memory(self, memory: MemoryState | None, clips: int, device: torch.device) -> None:
         if memory is None:
             return
         self._check_shape(memory)
-        if memory.batch_size != lanes:
+        if memory.batch_size != clips:
             raise ValueError(
-                f"the carried memory is of {memory.batch_size} elements, the batch of {lanes}; "
+                f"the carried memory is of {memory.batch_size} elements, the batch of {clips}; "
                 "call reset() when the number of environments changes"
             )
         if memory.device != device:

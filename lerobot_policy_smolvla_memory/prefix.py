@@ -1,6 +1,6 @@
 """What one policy query shows the vision-language model, as embeddings.
 
-Letters, in all modules of the network: B rows of a batch = lanes × K queries (lane-major: lane 0 query 0, lane 0
+Letters, in all modules of the network: B rows of a batch = clips × K queries (clip-major: clip 0 query 0, clip 0
 query 1, …), P tokens of images and language, L tokens of the whole prefix, M memory tokens, H hidden size,
 T chunk length, A action dimensions, G key-value heads, D head dimension.
 """
@@ -28,10 +28,10 @@ class Prefix:
     state: Tensor
 
     def query(self, number: int, queries: int) -> Self:
-        """The rows of query `number` of every lane."""
+        """The rows of query `number` of every clip."""
         return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
 
 
 def lane_major(queries: Sequence[Tensor]) -> Tensor:
-    """K tensors [lanes, …] → [lanes × K, …]."""
+    """K tensors [clips, …] → [clips × K, …]."""
     return torch.stack(list(queries), dim=1).flatten(0, 1)

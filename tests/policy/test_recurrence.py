@@ -53,7 +53,7 @@ def rows_of(noise, first):
 @every_layout
 def test_lanes_never_mix(make_policy, make_batch, make_noise, layout):
     policy = make_policy(**LAYOUTS[layout])
-    reached = gradient_of_loss(policy, make_batch(6), make_noise(6), row=4, queries=3)  # lane 1, query 1
+    reached = gradient_of_loss(policy, make_batch(6), make_noise(6), row=4, queries=3)  # clip 1, query 1
     assert (reached[:3] == 0).all()
     together, output = policy(make_batch(6), **make_noise(6), queries=3, reduction="none")
     second = {key: value[3:] for key, value in make_batch(6).items()}
@@ -145,7 +145,7 @@ def test_the_last_layer_and_the_final_norm_learn_when_the_vlm_does(make_policy, 
 
 def test_rows_that_are_no_lanes_and_a_foreign_memory_are_refused(make_policy, make_batch):
     policy = make_policy()
-    with pytest.raises(ValueError, match="3 rows of a batch do not divide into lanes of 2 queries"):
+    with pytest.raises(ValueError, match="3 rows of a batch do not divide into clips of 2 queries"):
         policy(make_batch(3), queries=2)
     with pytest.raises(ValueError, match="memory is of 3 elements, the batch of 2"):
         policy(make_batch(4), queries=2, memory=policy.model.memory.initial(3))
