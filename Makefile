@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench docs constraints clean
+.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench docs pictures constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -91,6 +91,9 @@ docs: .venv/.docs  ## build the documentation as a site, outputs/site (a dead li
 .venv/.docs: .venv/.ready
 	.venv/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
+
+pictures: .venv/.ready  ## draw the pictures of the documentation: docs/make_pictures.py says which (ARGS="report=…")
+	$(PY) docs/make_pictures.py $(ARGS)
 
 clean:  ## remove caches and build leftovers; keeps .venv, outputs/ and all data
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
