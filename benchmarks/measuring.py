@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -173,8 +174,13 @@ def _page(results: Mapping[str, Any]) -> str:
         for title, table in results[name]["tables"].items():
             versions = ", ".join(f"{library} {number}" for library, number in table["versions"].items())
             where = f"{table['machine']}, load {table['load']}; {versions}"
-            parts += [f"### {title}", as_markdown(table["rows"]), f"`{table['command']}` on {where}."]
+            parts += [f"### {title}", as_markdown(table["rows"]), fill(f"`{table['command']}` on {where}.")]
     return "\n\n".join(parts) + "\n"
+
+
+def fill(sentence: str) -> str:
+    """Wrapped as all documents are."""
+    return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -27,19 +28,26 @@ name_of = pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.r
 
 
 @cache
-def generated() -> ModuleType:
-    """docs/generated.py, which is in no package."""
+def script(name: str) -> ModuleType:
+    """One of docs/, which is no package."""
     sys.path.insert(0, str(DOCS))
-    return import_module("generated")
+    return import_module(name)
 
 
-def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are neither code nor table nor link nor picture, with their numbers."""
+def lines(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are neither code nor of a table, with their numbers."""
     code = False
     for number, line in enumerate(page.read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
             code = not code
-        elif not code and not line.startswith(("    ", "|", "![", "#", "<!--", "--8<--", ":::", ">")):
+        elif not code and not line.startswith(("    ", "|")):
+            yield number, line
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are neither code nor table nor link nor picture, with their numbers."""
+    for number, line in lines(page):
+        if not line.startswith(("![", "#", "<!--", "--8<--", ":::", ">")):
             yield number, line
 
 
@@ -57,10 +65,14 @@ def test_a_link_leads_to_a_page_that_is_there(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
 
 
-@name_of
-def test_lines_wrap(page: Path) -> None:
+def test_lines_of_every_committed_document_wrap() -> None:
+    listed = subprocess.check_output(["git", "ls-files", "*.md"], cwd=REPOSITORY, text=True, start_new_session=True)
+    committed = {REPOSITORY / name for name in listed.splitlines()}
     assert [
-        number for number, line in prose(page) if len(line) > LONGEST_LINE and "](" not in line and " " in line.strip()
+        f"{page.relative_to(REPOSITORY)}:{number}"
+        for page in sorted({*DOCUMENTS, *committed})
+        for number, line in lines(page)
+        if len(line) > LONGEST_LINE
     ] == []
 
 
@@ -92,6 +104,13 @@ def test_the_readme_fits_on_a_screen_or_two_and_its_pictures_are_small() -> None
         assert picture.stat().st_size < 300_000, picture
 
 
+def test_one_command_makes_every_picture_and_a_page_shows_each() -> None:
+    pictures = {picture.name for picture in (DOCS / "pictures").iterdir()}
+    assert set(script("make_pictures").PICTURES) == pictures
+    text = "".join(page.read_text() for page in DOCUMENTS)
+    assert [name for name in pictures if f"pictures/{name})" not in text] == []
+
+
 def test_the_architecture_shows_the_layout_that_is_there() -> None:
     page = (DOCS / "explanation" / "architecture.md").read_text()
     layout = page.split("## The layout")[1].split("Imports go downward")[0]
@@ -100,7 +119,7 @@ def test_the_architecture_shows_the_layout_that_is_there() -> None:
     for module in (REPOSITORY / "kuavo_train").glob("*.py"):
         assert module.name == "__init__.py" or module.name in layout, module.name
     for package in (REPOSITORY / "kuavo_train").glob("*/__init__.py"):
-        assert f"      {package.parent.name}/" in layout, package.parent.name
+        assert f"\n| `{package.parent.name}/` |" in layout, package.parent.name
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
 
 
@@ -112,18 +131,18 @@ def test_every_make_target_that_a_page_calls_is_there() -> None:
 
 
 def test_the_configuration_reference_holds_every_key_with_a_word_about_it() -> None:
-    keys = [key for section in generated().sections() for key in section.keys]
+    keys = [key for section in script("generated").sections() for key in section.keys]
     assert [key.name for key in keys if not key.help] == []
     names = {key.name for key in keys}
     assert {"seed", "stage.replay", "training.lora.rank", "forgetting.budget", "data.root"} <= names
-    page = generated().on_page_markdown((DOCS / "reference" / "configuration.md").read_text())
+    page = script("generated").on_page_markdown((DOCS / "reference" / "configuration.md").read_text())
     assert "<!-- generated" not in page
     for row in ("| `training.batch_size` | `int` | `64` | no |", "| `policy.num_mem_tokens` | `int` | `4` |"):
         assert row in page
 
 
 def test_the_reference_of_commands_holds_the_help_of_each() -> None:
-    page = generated().on_page_markdown((DOCS / "reference" / "commands.md").read_text())
+    page = script("generated").on_page_markdown((DOCS / "reference" / "commands.md").read_text())
     for command in (REPOSITORY / "kuavo_train").glob("*.py"):
         text = command.read_text()
         if '__name__ == "__main__"' in text:
