@@ -120,8 +120,8 @@ def commands() -> str:
     for name in COMMANDS:
         module = name.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
         docstring = ast.get_docstring(ast.parse((REPOSITORY / name).read_text())) or ""
-        told = usage(import_module(OPTIONS[module]).Options, docstring) if module in OPTIONS else docstring
-        parts.append(f"## python -m {module}\n\n```text\n{told}\n```")
+        text = usage(import_module(OPTIONS[module]).Options, docstring) if module in OPTIONS else docstring
+        parts.append(f"## python -m {module}\n\n```text\n{text}\n```")
     return "\n\n".join(parts)
 
 
@@ -165,8 +165,8 @@ def _sections(schema: type, where: str, values: Any, yaml_helps: dict[str, str])
             text = helps.get(field.name) or yaml_helps.get(name, "")
             keys.append(Key(name, _kind(schema, field), _default(field, value), _cell(text)))
     # A dataclass that says nothing of itself has its signature for a docstring.
-    told = inspect.getdoc(schema) or ""
-    yield Section(where.rstrip("."), "" if told.startswith(f"{schema.__name__}(") else told, keys)
+    text = inspect.getdoc(schema) or ""
+    yield Section(where.rstrip("."), "" if text.startswith(f"{schema.__name__}(") else text, keys)
     for each, name, value in inner:
         yield from _sections(each, name, value, yaml_helps)
 

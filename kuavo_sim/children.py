@@ -1,8 +1,7 @@
 """Processes that work for another: loader workers, simulators, recorders.
 
-A signal that asks for the end goes to the whole process group (`timeout`, docker, SLURM, Ctrl-C). What it means is for
-the parent to decide: it finishes its step, and the children have to live for that. They end with the parent, or
-when it says so.
+A signal to stop goes to the whole process group (`timeout`, docker, SLURM, Ctrl-C). The parent decides what follows:
+it finishes its step, and needs its children for that. They end with the parent, or when it stops them.
 """
 
 import multiprocessing
@@ -37,9 +36,9 @@ def follow_parent() -> None:
     parent = started_by.pid
 
     def watch() -> None:
-        told = None
-        while os.getppid() == parent and (told is None or told.si_pid != parent):
-            told = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        received = None
+        while os.getppid() == parent and (received is None or received.si_pid != parent):
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         os._exit(1)
 
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()

@@ -127,7 +127,7 @@ class NoRenderer:
 def make_renderer(name: str, model: mujoco.MjModel, size: ImageSize) -> Renderer:
     """The renderer called `name`.
 
-    Raises ValueError for an unknown name and RuntimeError where EGL is asked for and cannot be had.
+    Raises ValueError for an unknown name and RuntimeError where EGL is chosen and not available.
     """
     makers: dict[str, Callable[[mujoco.MjModel, ImageSize], Renderer]] = dict(
         zip(RENDERERS, (RayRenderer, EglRenderer, NoRenderer), strict=True)

@@ -186,7 +186,7 @@ class World:
         self._hand_ids = {side: self.model.body(f"{side}_hand").id for side in SIDES}
 
         offset = np.zeros(14) if arm_offset is None else arm_offset
-        self.target = np.zeros(20 if mobile else 16)  # where the actuators are told to be
+        self.target = np.zeros(20 if mobile else 16)  # of the actuators
         self.target[ARM_SLICE["left"]] = HOME["left"] + offset[:7]
         self.target[ARM_SLICE["right"]] = HOME["right"] + offset[7:]
         for side in SIDES:

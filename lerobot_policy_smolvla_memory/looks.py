@@ -1,18 +1,18 @@
-"""When a memory advances under real-time chunking, where a policy is asked whenever its queue runs low.
+"""When a memory advances under real-time chunking, which queries the policy whenever its queue runs low.
 
-In training the memory advances once every `n_action_steps`. LeRobot's real-time chunking asks as often as the robot's
-clock and its `queue_threshold` make it, and hands over what is left of the last plan: so it can be told how many steps
-of it have been carried out.
+In training the memory advances once every `n_action_steps`. Real-time chunking queries at a rate of its own, set by the
+robot's clock and `queue_threshold`. It hands over what is left of the last plan, which shows how many steps of the plan
+were carried out.
 """
 
 from torch import Tensor
 
 
 class Looks:
-    """Tells of each look at the world whether the memory advances with it.
+    """Decides for each query whether the memory advances with it.
 
-    It does with the first of an episode, and with the first after every `n_action_steps` carried out: asked more often,
-    the policy plans anew from the memory that it has; asked more seldom, it advances with every look.
+    It does with the first of an episode, and with the first after every `n_action_steps` carried out. Between them the
+    policy plans anew from the memory that it has. Where queries are farther apart, it advances with every one.
     """
 
     def __init__(self, n_action_steps: int):
@@ -26,7 +26,7 @@ class Looks:
             left_over: [T, A] or [B, T, A], what has not been carried out of the plan before; None where there is none.
         """
         executed = None if self._plan is None or left_over is None else self._place_in_plan(left_over)
-        if executed is None:  # a first look, or none of the plan is left
+        if executed is None:  # a first query, or none of the plan is left
             self._executed = 0
             return True
         self._executed += executed
@@ -36,7 +36,7 @@ class Looks:
         return True
 
     def plan(self, actions: Tensor) -> None:
-        """[B, T, A] what comes of the look."""
+        """[B, T, A] what the query returned."""
         self._plan = actions
 
     def _place_in_plan(self, left_over: Tensor) -> int | None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 INITIAL_STD = 0.02
 INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then lasts about three queries
-SLOT_STD = 0.3  # tells the tokens apart when their contents are alike, without drowning the contents (RMS 1)
+SLOT_STD = 0.3  # keeps tokens of like content distinct without drowning the contents (RMS 1)
 CACHE_KEY_SIZE = 64
 RMS_EPS = 1e-6
 

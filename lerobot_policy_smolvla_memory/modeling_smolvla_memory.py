@@ -585,7 +585,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         settle(self, self.parameter_groups(), self._stored, may_stay_narrow=VLM_GROUPS)
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Hold the vision-language model and the expert in `dtype`, to ask for actions and no more: it rounds weights.
+        """Hold the vision-language model and the expert in `dtype`, for inference alone: it rounds weights.
 
         The memory, the projections of state and actions and the denoising stay float32.
         """

@@ -30,7 +30,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMe
 class TravellingTokenizerStep(TokenizerProcessorStep):
     """LeRobot's tokenizer step, which keeps the tokenizer itself instead of the name of the place it came from.
 
-    A pipeline opens its steps without telling them where it lies, so the tokenizer's files are the step's state:
+    A pipeline opens its steps without its own path, so the tokenizer's files are the step's state:
     file name → [bytes] uint8.
     """
 

@@ -2,8 +2,8 @@
 
     <checkpoint>/vlm/      config, tokenizer and processor as transformers saves them; the weights are in the checkpoint
 
-LeRobot stores the model's name alone, and asks the hub, or a folder of the machine where the checkpoint was
-written, for the rest.
+LeRobot stores the model's name alone. It loads the rest from the hub, or from a folder of the machine where the
+checkpoint was written.
 """
 
 import json

@@ -25,8 +25,8 @@ Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 class KuavoSimEnvConfig(EnvConfig):
     """One of kuavo_sim's jobs.
 
-    A policy that has learnt several has the dimensions of them all, arms first as in Kuavo's recordings; those that
-    this job lacks are told to the policy and cut off its actions.
+    A policy that has learnt several has the dimensions of them all, arms first as in Kuavo's recordings. Those that
+    this job lacks are marked in the policy's input and cut off its actions.
 
     Args:
         task: one of kuavo_sim's `JOBS`.
@@ -91,7 +91,7 @@ class KuavoSimEnvConfig(EnvConfig):
         own = self._own_dimensions
         absent = [dimension >= own for dimension in range(self.action_dim or own)]
         return (
-            PolicyProcessorPipeline(steps=[TellAbsentDimensions(absent)]),
+            PolicyProcessorPipeline(steps=[MarkAbsentDimensions(absent)]),
             PolicyProcessorPipeline(steps=[KeepOwnDimensions(own)]),
         )
 
@@ -103,7 +103,7 @@ def _policy_on_the_command_line() -> PreTrainedConfig | None:
 
 
 @dataclass
-class TellAbsentDimensions(ComplementaryDataProcessorStep):
+class MarkAbsentDimensions(ComplementaryDataProcessorStep):
     """Adds which dimensions the job lacks, under the key that policies of several jobs read: [B, A] bool."""
 
     absent: list[bool]

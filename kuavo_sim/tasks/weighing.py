@@ -1,7 +1,7 @@
 """Task 2: a parcel comes on a belt, is weighed, and goes into the container whose colour the scale's lamp showed.
 
 Cue: the lamp is red or blue only while the parcel lies on the scale; once it is lifted, the lamp is dark and nothing
-else tells where it belongs. A second thing is hidden too: whether the parcel has been weighed yet. The white "done"
+else shows where it belongs. A second thing is hidden too: whether the parcel has been weighed yet. The white "done"
 light shows that by default; `phase_visible=False` keeps it dark.
 """
 

@@ -1,4 +1,4 @@
-"""Under real-time chunking a memory advances at the rate it was trained with, however often the policy is asked."""
+"""Under real-time chunking a memory advances at the rate it was trained with, however often the policy is queried."""
 
 import pytest
 import torch
@@ -9,22 +9,22 @@ PLAN = 50  # steps
 
 
 def advances(every: int, executed: list[int]) -> list[bool]:
-    """Whether the memory advances at the first look and after each of these numbers of steps carried out."""
-    looks, generator, told, left = Looks(every), torch.Generator().manual_seed(0), [], None
+    """Whether the memory advances at the first query and after each of these numbers of steps carried out."""
+    looks, generator, advanced, left = Looks(every), torch.Generator().manual_seed(0), [], None
     for steps in (0, *executed):
-        told.append(looks.advances(left if left is None else left[:, steps:][0]))
+        advanced.append(looks.advances(left if left is None else left[:, steps:][0]))
         left = torch.randn(1, PLAN, 20, generator=generator)
         looks.plan(left)
-    return told
+    return advanced
 
 
 @pytest.mark.parametrize(
     ("executed", "expected"),
     [
         ([8, 8, 8], [True, True, True, True]),  # as in training
-        ([4, 4, 4, 4], [True, False, True, False, True]),  # asked twice as often
+        ([4, 4, 4, 4], [True, False, True, False, True]),  # queried twice as often
         ([5, 5, 5, 5, 5, 5, 5, 5], [True, False, True, False, True, True, False, True, True]),  # 40 steps, 5 advances
-        ([20, 20, 20], [True, True, True, True]),  # asked too seldom: with every look
+        ([20, 20, 20], [True, True, True, True]),  # queried too seldom: with every query
         ([0, 0, 8], [True, False, False, True]),  # nothing was carried out in between
     ],
 )
@@ -32,7 +32,7 @@ def test_it_advances_once_for_every_n_action_steps_carried_out(executed: list[in
     assert advances(8, executed) == expected
 
 
-def test_it_advances_where_nothing_tells_how_much_was_carried_out() -> None:
+def test_it_advances_where_nothing_shows_how_much_was_carried_out() -> None:
     looks = Looks(8)
     assert looks.advances(None)
     looks.plan(torch.ones(1, PLAN, 20))
