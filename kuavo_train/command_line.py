@@ -54,7 +54,7 @@ def parse[T](options: type[T], words: Sequence[str], *, help: str | None) -> T:
 
     Raises:
         ConfigError: naming key, rule and value; of a key that does not exist the nearest.
-        SystemExit: --help was asked for, and shown.
+        SystemExit: --help was given, and is shown.
     """
     if {"-h", "--help", "help"} & set(words):
         print(usage(options, help or ""))
@@ -273,7 +273,7 @@ def _hydra_raises() -> Iterator[None]:
 
 
 def errors_in_one_line(function: Callable[[], int]) -> int:
-    """The exit status of `function`; what the user can correct is told in a line instead of a traceback."""
+    """The exit status of `function`; an error that the user can correct is one line instead of a traceback."""
     try:
         return function()
     except ConfigError as error:
@@ -291,7 +291,7 @@ def quieten_libraries() -> None:
     """A line on stdout for every request to the hub, and for every video file that is opened to be written."""
     for name in ("httpx", "lerobot"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger().setLevel(logging.WARNING)  # LeRobot tells how it scales the learning rate without a name
+    logging.getLogger().setLevel(logging.WARNING)  # LeRobot logs how it scales the learning rate without a name
 
 
 def check_folders(config: RunConfig) -> None:
@@ -302,7 +302,7 @@ def check_folders(config: RunConfig) -> None:
 
 
 def set_hub(config: RunConfig) -> None:
-    """Where the hub is asked, and whether. The hub's library reads both once, when it is imported, which is later."""
+    """Where the hub is, and whether it is used. Its library reads both once, when it is imported, which is later."""
     if config.hf_endpoint is not None:
         os.environ["HF_ENDPOINT"] = config.hf_endpoint
     if config.offline:

@@ -199,7 +199,7 @@ def without_data(stage: StageConfig) -> StageConfig:
 
 
 def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:
-    """The stage that a command line asks for, and the curriculum it belongs to. Raises `ConfigError`."""
+    """The stage that a command line names, and the curriculum it belongs to. Raises `ConfigError`."""
     config = resolve(composed)
     for_all = overrides_for_all_tasks(overrides)
     if learns_all_at_once(config):

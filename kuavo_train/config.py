@@ -73,7 +73,7 @@ class StageConfig:
 
     name: str  # of the task: folders, reports and replay shares call it so
     index: int  # place in the order of learning, from 1
-    instruction: list[str] | str  # one sentence; several, one of which each episode is told; or `dataset`: its own
+    instruction: list[str] | str  # one sentence; several, of which each episode gets one; or `dataset`: its own
     epochs: int  # passes over this task's training frames
     lr: float  # learning rate at the end of the warm-up
     warmup_steps: int  # optimizer steps from 0 to lr
@@ -396,7 +396,7 @@ class RunConfig:
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every task that has a file
     hf_endpoint: str | None = None  # a mirror of the hub, https://…; None: huggingface.co, or $HF_ENDPOINT
-    offline: bool = False  # never ask the hub: everything is in local folders or in its cache
+    offline: bool = False  # never use the hub: everything is in local folders or in its cache
     licence: str = "apache-2.0"  # of the trained weights, in their model card
     allow_random_frozen_vlm: bool = False
     data_only: bool = False  # record missing demonstrations and stop

@@ -37,7 +37,7 @@ class TaskFile:
 
     @classmethod
     def read(cls, path: Path) -> "TaskFile":
-        """Raises `ConfigError` for a file that is no task's, or does not tell its place."""
+        """Raises `ConfigError` for a file that is no task's, or lacks its place."""
         usable = re.fullmatch(r"[\w.-]+", path.stem) is not None and path.stem != FIRST_TASK
         require(usable, str(path), f"be named by letters, digits and . _ -, and not {FIRST_TASK}", path.stem)
         try:

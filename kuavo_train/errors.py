@@ -1,4 +1,4 @@
-"""What a user is told: the errors of this project, and how a rule is checked.
+"""The errors of this project, as a user reads them, and how a rule is checked.
 
 Imports nothing of the project, so that anything may import it.
 """
@@ -20,7 +20,7 @@ class RunError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end. No `Exception`: what catches those would take it for a fault of the work it ends."""
+    """A signal ended the work. No `Exception`: what catches those would take it for a fault of the work it ends."""
 
     def __init__(self, number: int):
         super().__init__(f"signal {number}")
@@ -33,7 +33,7 @@ class Interrupted(BaseException):
 
 
 class Problems(list[str]):
-    """What is wrong, told all at once instead of the first thing only."""
+    """All that is wrong, reported at once instead of the first thing only."""
 
     def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
         """The function's result; None when it raised `ConfigError`, which then is among the problems."""

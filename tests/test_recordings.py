@@ -91,8 +91,8 @@ def test_a_table_that_was_cut_off_is_named(opened: Opened, root: Path, file: str
     [
         ({"fps": None}, r"info.json must give fps, the frames per second, as a number above 0, got None"),
         ({"fps": "10"}, r"must give fps, .* got '10'"),
-        ({"features": None}, r"info.json must tell the dataset's features, got"),
-        ({"features": {"action": None}}, r"info.json must tell the dataset's features, got"),
+        ({"features": None}, r"info.json must hold the dataset's features, got"),
+        ({"features": {"action": None}}, r"info.json must hold the dataset's features, got"),
         ({"features": {HEAD: {"dtype": "video"}}}, r"shape of .*head_cam_h in meta/info.json must be .*, got None"),
         ({"data_path": "data/{episode_chunk}.parquet"}, r"must give data_path with chunk_index, file_index and"),
         ({"total_episodes": 7}, r"each of the 7 episodes that meta/info.json counts once, got episodes 5, 6 not"),
@@ -282,7 +282,7 @@ def test_a_column_that_the_tables_lost_is_told_from_one_that_never_was(opened: O
 def test_a_clock_that_stands_still_is_refused_by_episode_and_frame(opened: Opened, root: Path) -> None:
     edit_table(root / DATA, lambda table: table.update({"timestamp": np.zeros(len(table), np.float32)}))
     with pytest.raises(
-        ConfigError, match=r"timestamps of episode 0 must tell the 1.30 s from its frame 0 to frame 13, got 0 and"
+        ConfigError, match=r"timestamps of episode 0 must span the 1.30 s from its frame 0 to frame 13, got 0 and"
     ):
         opened()
 

@@ -19,7 +19,7 @@ class KnownTask:
     """A task the policy has learnt; names are in the order of the task's own dataset.
 
     Attributes:
-        instructions: all that it was told to do; the first stands for the task.
+        instructions: all that it was trained with; the first stands for the task.
     """
 
     name: str

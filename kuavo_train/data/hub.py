@@ -63,7 +63,7 @@ def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origi
     """Fetch `files` of a dataset, names or patterns, into `root`; all that is fetched there is of one commit.
 
     Raises:
-        ConfigError: says what was asked, what the hub answered, and what to do.
+        ConfigError: says what was requested, what the hub answered, and what to do.
     """
     try:
         commit = origin.commit or _commit(origin)
@@ -84,7 +84,7 @@ def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origi
 def _commit(origin: Origin) -> str:
     revision = origin.revision or get_safe_version(origin.repo_id, CODEBASE_VERSION)
     commit = HfApi().repo_info(origin.repo_id, repo_type="dataset", revision=revision).sha
-    assert commit is not None, "the hub tells the commit of every revision"
+    assert commit is not None, "the hub names the commit of every revision"
     return commit
 
 
@@ -114,7 +114,7 @@ def remedy(error: BaseException) -> str:
     if any(getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for each in chain):
         return "free room on the disk"
     if constants.HF_HUB_OFFLINE or any_is(OfflineModeIsEnabled):
-        return "set offline=false (HF_HUB_OFFLINE=0) to ask the hub, or copy it here"
+        return "set offline=false (HF_HUB_OFFLINE=0) to use the hub, or copy it here"
     if any_is(CompatibilityError):
         return f"convert it, or set revision to one of the format {CODEBASE_VERSION}"
     if any("tagged with a codebase version" in str(each) for each in chain):

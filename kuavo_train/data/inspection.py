@@ -21,7 +21,7 @@ MOMENTS = 6
 JUMP_OF_RANGE, JUMP_SPEED = 0.2, 5.0
 """A step between two frames is a jump when it is more than this part of the joint's own range and faster, in rad/s."""
 SAID_JUMPS = 5
-"""Jumps whose places are told; all are counted."""
+"""Jumps whose places are listed; all are counted."""
 STILL = 1e-3
 """A dimension stands still while it changes by no more than this between two frames, in rad, m or claw units."""
 

@@ -1,4 +1,4 @@
-"""What a task is told in its episodes: one sentence, one drawn from several, or what the dataset itself says."""
+"""The instructions of a task's episodes: one sentence, one drawn from several, or what the dataset itself says."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from kuavo_train.errors import ConfigError
 class Instructions:
     """
     Attributes:
-        texts: all that the task is told, in one line each; the first stands for the task where one has to.
-        of_row: [N] place in `texts` of what is told at each row.
+        texts: all instructions of the task, in one line each; the first stands for the task where one has to.
+        of_row: [N] place in `texts` of each row's instruction.
         recorded: what the dataset says → in how many of the episodes in use.
-        own: whether `texts` are the dataset's, each told where the dataset says it.
+        own: whether `texts` are the dataset's, each where the dataset has it.
     """
 
     texts: tuple[str, ...]
@@ -32,7 +32,7 @@ class Instructions:
         return cls((text,), np.zeros(rows, dtype=np.int64), {})
 
     def told(self, episode: np.ndarray, used: Sequence[int]) -> dict[str, int]:
-        """What is told → in how many of the episodes `used`; `episode` [N] is that of each row."""
+        """Instruction → in how many of the episodes `used`; `episode` [N] is that of each row."""
         places = {number: np.unique(self.of_row[episode == number]) for number in used}
         return {text: sum(place in found for found in places.values()) for place, text in enumerate(self.texts)}
 
@@ -53,7 +53,7 @@ def task_instructions(
         task_index: [N] of the dataset's rows; None where it has none.
         episode: [N] of each row.
         used: episodes that are trained on or held out.
-        key: (seed, task) of the draw: an episode is told the same at every stage.
+        key: (seed, task) of the draw: an episode has the same at every stage.
 
     Raises:
         ConfigError: `dataset`, but the dataset does not say what was to be done in an episode in use.

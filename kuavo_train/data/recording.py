@@ -1,8 +1,8 @@
 """A LeRobot v3 dataset as its files hold it, read where it lies.
 
-`LeRobotDataset` asks the hub as soon as one file of a folder is missing, wants the videos of cameras that nobody uses,
-and copies tables and pictures as Arrow into the home folder before the first row. Here the files that are used are read
-by pyarrow, each of them named when it is missing or damaged; nothing is fetched and nothing copied.
+`LeRobotDataset` turns to the hub as soon as one file of a folder is missing, wants the videos of cameras that nobody
+uses, and copies tables and pictures as Arrow into the home folder before the first row. Here the files that are used
+are read by pyarrow, each of them named when it is missing or damaged; nothing is fetched and nothing copied.
 """
 
 import json
@@ -155,7 +155,7 @@ class Recording:
         if values is None or not np.issubdtype(values.dtype, kind):
             got = "no such column" if values is None else f"values like {values[0]}"
             raise ConfigError(
-                f"{self.root / EPISODES_DIR} must tell where each episode lies, in {name}, got {got}; convert the "
+                f"{self.root / EPISODES_DIR} must hold where each episode lies, in {name}, got {got}; convert the "
                 "recording again"
             )
         return values
@@ -216,7 +216,7 @@ def _read_info(root: Path, where: str) -> dict[str, Any]:
         ) from error
     features = info.get("features") if isinstance(info, dict) else None
     if not isinstance(features, dict) or not all(isinstance(about, dict) for about in features.values()):
-        raise ConfigError(f"{path} must tell the dataset's features, got {str(features or info)[:80]}")
+        raise ConfigError(f"{path} must hold the dataset's features, got {str(features or info)[:80]}")
     version = info.get("codebase_version")
     if str(version).split(".")[0] != CODEBASE_VERSION.split(".")[0]:
         raise ConfigError(

@@ -69,7 +69,7 @@ class Task:
 
     @property
     def instruction(self) -> str:
-        """The one that stands for the task; `instruction_at` is what an episode is told."""
+        """The one that stands for the task; `instruction_at` is that of an episode."""
         return self.instructions.texts[0]
 
     def instruction_at(self, row: int) -> str:

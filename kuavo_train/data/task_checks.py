@@ -28,7 +28,7 @@ _AGAIN = "record or convert it again, or use the others, episodes: [first, last]
 
 
 def check_rows(recording: Recording, rows: Mapping[str, np.ndarray], where: str) -> None:
-    """Bounds of the episodes, and the rows' own numbers, must tell the same.
+    """Bounds of the episodes, and the rows' own numbers, must agree.
 
     Args:
         rows: episode_index, frame_index and index of all rows, [N] each.
@@ -62,7 +62,7 @@ def _refuse_rows(where: str, key: str, found: np.ndarray, expected: np.ndarray, 
 
 
 def _refuse(where: str, wrong: np.ndarray, told: Callable[[int], str]) -> None:
-    """Raise `ConfigError` where episodes are `wrong` [E], with what is told of the first."""
+    """Raise `ConfigError` where episodes are `wrong` [E], with the rule for the first."""
     episodes = np.flatnonzero(wrong)
     if len(episodes):
         others = f" (and {episode_list(episodes[1:])})" if len(episodes) > 1 else ""
@@ -70,7 +70,7 @@ def _refuse(where: str, wrong: np.ndarray, told: Callable[[int], str]) -> None:
 
 
 def check_clock(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequence[int], where: str) -> None:
-    """Timestamps may be uneven, which `clock_notes` tells, but not those of another clock, or of one that stands still.
+    """Timestamps may be uneven, as `clock_notes` reports, but not those of another clock, or of one that stands still.
 
     Raises:
         ConfigError: names the first episode in use that does not last as long as its frames, give or take a half.
@@ -85,7 +85,7 @@ def check_clock(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequ
     if len(wrong):
         e, others = wrong[0], f" (and {episode_list(episodes[wrong[1:]])})" if len(wrong) > 1 else ""
         raise ConfigError(
-            f"{where}: timestamps of episode {episodes[e]} must tell the {expected[e]:.2f} s from its frame "
+            f"{where}: timestamps of episode {episodes[e]} must span the {expected[e]:.2f} s from its frame "
             f"{frame[first[e]]} to frame {frame[last[e]]}, got {times[first[e]]:g} and {times[last[e]]:g} s{others}; "
             f"{_AGAIN}"
         )
@@ -165,7 +165,7 @@ def _claimed_twice(files: np.ndarray, segments: np.ndarray, half: float) -> dict
 
 
 def _durations(root: Path, videos: Sequence[str]) -> dict[str, float]:
-    """Seconds of each video, as its header tells; infinite where it does not, or where it does not open at all.
+    """Seconds of each video, by its header; infinite where it does not, or where it does not open at all.
 
     Decoding the last frame, as preflight does next, then says more of such a file than its header could.
     """
@@ -278,7 +278,7 @@ def little_used(
     Args:
         kind: state or action.
         values: [N, D] of the frames that are trained on.
-        resting: names of what is never told to move: it trembles, and that is right.
+        resting: names of what no action moves: it trembles, and that is right.
     """
     notes, ranges = [], np.ptp(values, axis=0)
     ranges[[name in resting for name in names]] = 0

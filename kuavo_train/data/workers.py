@@ -1,6 +1,6 @@
 """The loader's workers: what they need of shared memory, and deaths that nobody has to wait for.
 
-A worker puts its batches into shared memory (/dev/shm), of which a container has 64 MiB unless told otherwise. Where
+A worker puts its batches into shared memory (/dev/shm), of which a container has 64 MiB by default. Where
 one does not fit, torch's worker prints a traceback and goes on, and the trainer waits for the batch for ever.
 """
 

@@ -149,7 +149,7 @@ def fill(
     """Fill what is missing of this process's share of `episodes`.
 
     Args:
-        source: asked for at most `PIECE` rows at a time, by several threads.
+        source: read at most `PIECE` rows at a time, by several threads.
         convert: from what the source gives to what is stored; called by this thread alone.
 
     Raises:

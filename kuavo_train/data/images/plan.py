@@ -1,6 +1,6 @@
 """What a stage's images come from: embeddings by a frozen encoder, frames in a memory map, or decoding.
 
-The rule, applied in this order and told in the stage's table:
+The rule, applied in this order and shown in the stage's table:
 
     embeddings   the image encoder is frozen, data.augmentation is null, data.feature_cache is true, and they
                  take no more than data.feature_cache_limit_gib
