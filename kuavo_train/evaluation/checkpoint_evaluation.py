@@ -1,6 +1,6 @@
-"""Checkpoints play the same layouts: what `python -m kuavo_train.evaluate` does once it knows what it was asked.
+"""Checkpoints play the same layouts: what `python -m kuavo_train.evaluate` does once its arguments are read.
 
-A row is one way to ask a checkpoint: as it is, at another horizon, or without something it has.
+A row is one variant of a checkpoint: as it is, at another horizon, or without something it has.
 """
 
 import sys
@@ -79,7 +79,7 @@ def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], 
 
 
 def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) -> list[int]:
-    """Episodes of one dataset on which no checkpoint was trained, so that all are asked the same."""
+    """Episodes of one dataset on which no checkpoint was trained, so that all get the same."""
     unseen = set.intersection(*(c.unseen(task) for c, task in zip(contestants, opened, strict=True)))
     require(bool(unseen), f"data of {opened[0].name}", "hold episodes that no checkpoint was trained on", "none")
     return sorted(unseen)
@@ -129,7 +129,7 @@ def _play(
             rollouts = roll_out(
                 policy, environment, seeds, parallel=options.parallel, workers=options.workers, traces=filmed
             )
-        except ValueError as error:  # what the policy is shown, or told, does not fit it
+        except ValueError as error:  # an observation or instruction does not fit the policy
             raise ConfigError(f"{row.name} on {task} in {environment.name}: {error}") from error
         if rollouts.failures:
             print(rollouts.summary, file=sys.stderr)

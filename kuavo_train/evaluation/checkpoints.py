@@ -109,7 +109,7 @@ class Contestant:
         return opened
 
     def unseen(self, task: Task) -> set[int]:
-        """Episodes of a dataset that it was not trained on, as far as its run tells."""
+        """Episodes of a dataset that it was not trained on, as far as its run records."""
         stored = () if self.run is None else self.run.stored.tasks
         for entry in stored:
             if (entry.name, entry.dataset.hash) == (task.name, task.content_hash):
@@ -122,7 +122,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to ask a checkpoint. `against` names the row that it is compared with."""
+    """One variant of a checkpoint. `against` names the row that it is compared with."""
 
     name: str
     checkpoint: str
@@ -136,7 +136,7 @@ class Row:
         return self.name == self.checkpoint
 
     def of(self, policy: SmolVLAPolicyWrapper) -> Ablatable:
-        """The checkpoint's policy, asked in this way."""
+        """The checkpoint's policy as this variant."""
         policy.n_action_steps, policy.sampling_temperature = self.n_action_steps, self.sampling_temperature
         return policy if self.ablation is None else Ablated(policy, self.ablation)
 
@@ -146,7 +146,7 @@ class Row:
 
 
 def rows_of(name: str, policy: SmolVLAPolicyWrapper, options: Options, first: str) -> Iterator[Row]:
-    """The checkpoint as it is, at every other horizon and temperature asked for, and without each thing it has."""
+    """The checkpoint as it is, at every other horizon and temperature given, and without each thing it has."""
     as_it_is = Row(name, name, None if name == first else first, policy.n_action_steps, policy.sampling_temperature)
     yield as_it_is
     changed = replace(as_it_is, against=name)

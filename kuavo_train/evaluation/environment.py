@@ -15,7 +15,7 @@ class Environment:
     """
     Attributes:
         id: gymnasium's, with the module that registers it: "kuavo_sim:kuavo_sim/Weighing-v0".
-        task: instruction or name of a learnt task, as the policy is told.
+        task: instruction or name of a learnt task, as the policy gets it.
         settings: of the environment itself, as for `gymnasium.make`.
         max_steps: the time limit of an episode; None leaves it to the environment.
     """
@@ -56,7 +56,7 @@ def environment_of(
     """Where a task is rolled out: the environment it names, or kuavo_sim as its demonstrations were recorded.
 
     Args:
-        instruction: what the policy is told there.
+        instruction: what the policy gets there.
 
     Raises:
         ConfigError: there is none.

@@ -1,4 +1,4 @@
-"""A user's environment tried once before training: what would fail in the rollouts at a stage's end is told now."""
+"""A user's environment tried once before training: what would fail in the rollouts at a stage's end fails now."""
 
 from collections.abc import Iterator, Mapping
 
@@ -41,7 +41,7 @@ def check_environment(environment: Environment, task: Task, cameras: Mapping[str
     assert isinstance(acted, Seen), "a failure is a problem"
     if "is_success" in seen.info or "is_success" in acted.info:
         return None
-    return f"{task.name}: environment {environment.id} tells no is_success yet; episodes without it count as failed"
+    return f"{task.name}: environment {environment.id} reports no is_success yet; episodes without it count as failed"
 
 
 def _misfits(seen: Seen, task: Task, cameras: Mapping[str, tuple[int, int]]) -> Iterator[str]:

@@ -27,7 +27,7 @@ class Episode:
     """How an episode went. With an `error` it was not played to its end, and is no trial.
 
     Attributes:
-        progress: share of the sub-goals reached, in [0, 1]; where the environment tells none, 1 for success.
+        progress: share of the sub-goals reached, in [0, 1]; where the environment reports none, 1 for success.
         reward: the sum over its steps.
         subgoals: sub-goal → the step that reached it, None where none did.
         cue, choice: what was demanded, what the policy acted on; None where there is no such thing.

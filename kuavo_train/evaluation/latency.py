@@ -30,7 +30,7 @@ def time_queries(policy: Policy, environment: Environment, seed: int) -> dict[st
     """
     try:
         robot = _Robot(environment, seed)
-    except Exception:  # whatever an environment raises, it has been told of where it was played
+    except Exception:  # whatever an environment raises, it was reported where it was played
         return None
     policy.reset()
     queries, actions = [], []

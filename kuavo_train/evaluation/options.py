@@ -1,4 +1,4 @@
-"""What `python -m kuavo_train.evaluate` is asked."""
+"""The arguments of `python -m kuavo_train.evaluate`."""
 
 import re
 from dataclasses import dataclass, fields

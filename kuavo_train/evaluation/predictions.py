@@ -35,7 +35,7 @@ Asks = Callable[[Prepared, Sequence[Key], Any], Answers]
 
 
 def asks(policy: Any, draws: int) -> Asks:
-    """How this policy is asked: SmolVLA with noise and time of our choice, any other by its own loss."""
+    """How this policy is queried: SmolVLA with noise and time of our choice, any other by its own loss."""
     return FlowAnswers(policy, draws) if hasattr(policy, "flow_loss") else OwnAnswers(policy, draws)
 
 

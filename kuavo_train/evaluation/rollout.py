@@ -5,11 +5,11 @@
     rollouts.successes, rollouts.trials
 
 The policy is what a robot process would hold (`SmolVLAPolicyWrapper`): the same processors, the same queues, and its
-memory reset where an episode begins. It is asked for several robots at once. An episode is a function of the
+memory reset where an episode begins. One query serves several robots. An episode is a function of the
 checkpoint, the environment and its seed, wherever in the batch it is played, up to the rounding of batched arithmetic.
 
-Environments observe `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [S]}`, LeRobot's convention, and tell success
-as `info["is_success"]`. What else kuavo_sim tells is taken where it is there: sub-goals, progress, cue, choice.
+Environments observe `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [S]}`, LeRobot's convention, and report success
+as `info["is_success"]`. What else kuavo_sim reports is taken where it is there: sub-goals, progress, cue, choice.
 """
 
 import io

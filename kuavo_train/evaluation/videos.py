@@ -1,4 +1,4 @@
-"""Episodes as small videos: what the robot saw and was told, how far it got, what it had to remember and what it held.
+"""Episodes as small videos: what the robot saw, its instruction and progress, what it had to remember and what it held.
 
     for rank, episode in picked(rollouts.played, 3):
         write_video(folder / f"{rank}.mp4", episode, Caption("memory, weighing", instruction, fps=10))
@@ -106,7 +106,7 @@ class _Sheet:
             yield ended
 
     def _at(self, step: int) -> Image.Image:
-        """After `step` steps; what the last one led to is told, but was not pictured."""
+        """After `step` steps; what the last one led to is reported, but was not pictured."""
         sheet = Image.new("RGB", self.size, "white")
         draw = ImageDraw.Draw(sheet)
         self._header(draw)

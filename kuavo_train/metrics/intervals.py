@@ -75,7 +75,7 @@ def hierarchical_bootstrap(
 ) -> Interval:
     """Interval of a statistic's mean over training seeds: what other seeds *and* other episodes would have given.
 
-    Every run of a strategy is asked the same held-out episodes, so seeds and episodes are crossed: seeds are drawn
+    Every run of a strategy has the same held-out episodes, so seeds and episodes are crossed: seeds are drawn
     with replacement, and episodes once for all of them (Owen, "The pigeonhole bootstrap", 2007). Drawing episodes anew
     for each seed would count one hard episode as bad luck that the seeds average out.
 
@@ -153,7 +153,7 @@ class PairedOutcomes:
     def difference(self, *, level: float = 0.95) -> Interval:
         """Rate of the second less that of the first, with Newcombe's interval (1998, "Improved confidence intervals for
         the difference between binomial proportions based on paired data", method 10): from both Wilson intervals
-        and the correlation. Unlike a bootstrap it stays honest where no trial, or every one, tells the two apart.
+        and the correlation. Unlike a bootstrap it stays honest where no trial, or every one, differs between the two.
         """
         first_below, first, first_above = _arms(self.both + self.only_first, self.n, level)
         second_below, second, second_above = _arms(self.both + self.only_second, self.n, level)
@@ -183,7 +183,7 @@ class PairedOutcomes:
 
     @property
     def p_value(self) -> float:
-        """McNemar's test, exact and two-sided: how likely trials that tell the two apart are to be split so unevenly
+        """McNemar's test, exact and two-sided: how likely trials that differ between the two are split so unevenly
         when each falls either way with probability one half; 1 when there is none.
         """
         apart, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)

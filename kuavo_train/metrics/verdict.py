@@ -52,7 +52,7 @@ class RetentionLimits:
             f"{whole_percent(self.well_retained_change)} is '{WELL_RETAINED}', at most "
             f"{whole_percent(self.slight_change)} '{SLIGHT_DEGRADATION}', more '{SIGNIFICANT_FORGETTING}'. So a task "
             "is called forgotten only when the data show it; where the upper end would give another verdict, both are "
-            "told, and the verdict is not settled."
+            "shown, and the verdict is not settled."
         )
 
 

@@ -1,4 +1,4 @@
-"""Does the policy listen to language? A task's held-out frames, asked again with another task's instruction.
+"""Does the policy listen to language? A task's held-out frames again, with another task's instruction.
 
 Observation, memory, noise and weights are the same both times, so a difference of the predicted actions comes from
 the words alone. Two yardsticks stand beside it: how far the actions move when only the noise is another (the policy's

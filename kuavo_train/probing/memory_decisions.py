@@ -1,6 +1,6 @@
 """Questions about the memory of a trained policy, and their answers as numbers.
 
-A question is asked where a cue that can no longer be seen decides what to do. The answer is judged by whose
+A question stands where a cue that can no longer be seen decides what to do. The answer is judged by whose
 demonstrated action it is nearest to, among those of all cues in the same layout.
 
 Letters: E episodes, Q queries, M memory tokens, C chunk length, A action dimensions.
@@ -25,7 +25,7 @@ class Question:
     """The decision of one episode.
 
     Attributes:
-        query: the one asked, the last that begins at or before the decision: `decision_frame` is among the actions
+        query: the decisive one, the last that begins at or before the decision: `decision_frame` is among the actions
             that it executes. frame: the one it is made at.
         cue_seen: the last query, before this one, whose observation depends on the cue.
         identical: whether this query's pictures and state are the same whatever the cue.

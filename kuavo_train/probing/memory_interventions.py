@@ -25,7 +25,7 @@ INTERVENTIONS = ("on", "reset", "swapped")
 
 @dataclass(frozen=True)
 class InterveningValidator(Validator):
-    """Asks every query with the memory that `memory_of(place, batch)` gives, in place of its own."""
+    """Runs every query with the memory that `memory_of(place, batch)` gives, in place of its own."""
 
     memory_of: Callable[[int, Batch], Any] = lambda place, batch: None
 

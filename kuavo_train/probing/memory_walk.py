@@ -101,7 +101,7 @@ class MemoryProbe:
         """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it.
 
         Args:
-            instruction: what the policy is told to do, in place of the task's own.
+            instruction: what the policy reads, in place of the task's own.
         """
         self.policy.eval()
         batch = self._prepared([draw._replace(begins=False) for draw in draws], instruction)
@@ -114,10 +114,10 @@ class MemoryProbe:
     def intervened(
         self, walk: Walk, questions: Sequence[int], cue_seen: Sequence[int], donors: Sequence[int]
     ) -> dict[str, Any]:
-        """Intervention → the memory [E] that each episode's question is asked with.
+        """Intervention → the memory [E] of each episode's question.
 
         Args:
-            questions: of each episode, the query that is asked.
+            questions: of each episode, the decisive query.
             cue_seen: of each episode, the last query that sees the cue, before `questions`.
             donors: of each episode, the place of another that gives its memory.
         """

@@ -22,7 +22,7 @@ from kuavo_train.runs.trained_run import TrainedRun
 
 
 def instruction_swap(run: TrainedRun) -> Json:
-    """The final policy on held-out frames of every task it has learnt, told to do another of them.
+    """The final policy on held-out frames of every task it has learnt, with the instruction of another.
 
     Raises:
         NothingToProbe: the policy reads no instruction.
@@ -75,7 +75,7 @@ def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Js
 
 
 def _probe(run: TrainedRun, stage: StoredStage) -> MemoryProbe:
-    """The policy that the stage hands on, with the data to ask it about."""
+    """The policy that the stage hands on, with the data to probe it on."""
     policy, preprocessor = run.policy(run.checkpoint(stage))
     return MemoryProbe(policy, run.dataset(run.tasks, policy.config), preprocessor)
 
@@ -94,7 +94,7 @@ def run_probe(name: str, folder: Path, **settings: Any) -> Path:
         settings: the probe's own, such as `steps` of recovery.
 
     Raises:
-        RunFolderError, ConfigError: the run or what it was trained on cannot be opened, or has nothing to ask.
+        RunFolderError, ConfigError: the run or what it was trained on cannot be opened, or has nothing to probe.
     """
     run = TrainedRun.open(folder)
     if not run.stored.finished:

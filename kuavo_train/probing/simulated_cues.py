@@ -1,6 +1,6 @@
 """What kuavo_sim recorded beside a dataset about its memory cues, and the question that follows from it.
 
-The right answer to the *other* cue in the very same layout comes from kuavo_sim's expert, who is asked to do the
+The right answer to the *other* cue in the very same layout comes from kuavo_sim's expert, which does the
 recorded episode again with that cue; up to the decision both demonstrations are the same.
 """
 
@@ -32,7 +32,7 @@ def has_cues(task: Task) -> bool:
 def question_of(
     task: Task, normalization: Normalization, cues: dict[int, dict[str, Any]], episode: int, stride: int
 ) -> Question:
-    """What is asked of an episode: the first query whose executed actions depend on the cue.
+    """The question of an episode: the first query whose executed actions depend on the cue.
 
     Raises:
         ConfigError: the simulation does not repeat the recorded episode.

@@ -9,11 +9,11 @@ from kuavo_train.runs.trained_run import TrainedRun
 
 
 class NothingToProbe(ConfigError):
-    """The run has nothing that the probe could ask about."""
+    """The run has nothing that the probe could measure."""
 
 
 def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Json:
-    """The fields of a `Validator` that asks as every validation of the run did."""
+    """The fields of a `Validator` that validates as the run did."""
     settings = run.settings.validation
     return {
         "dataset": dataset,

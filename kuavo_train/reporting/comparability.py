@@ -1,4 +1,4 @@
-"""Whether runs were asked the same questions: only then do their losses compare."""
+"""Whether runs were validated on the same questions: only then do their losses compare."""
 
 from collections.abc import Sequence
 from typing import Any

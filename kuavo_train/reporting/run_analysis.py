@@ -124,7 +124,7 @@ def _numbers(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None) -
 
 
 def _instruction(task: TaskRecord) -> str | None:
-    """What the task is told; of several, the first and how many there are beside it."""
+    """The task's instruction; of several, the first and how many there are beside it."""
     more = len(task.instructions) - 1
     return f"{task.instruction} (and {more} other instructions)" if more > 0 else task.instruction
 

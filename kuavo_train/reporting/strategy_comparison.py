@@ -162,8 +162,8 @@ class Arm:
 def compare(runs: Sequence[StoredRun], limits: RetentionLimits | None = None) -> Comparison:
     """
     Raises:
-        RunFolderError: fewer than two runs, two runs that were not asked the same questions, or two of one strategy
-            and seed.
+        RunFolderError: fewer than two runs, two runs that were not validated on the same questions, or two of one
+            strategy and seed.
     """
     limits = limits or RetentionLimits()
     if len(runs) < 2:
@@ -217,7 +217,7 @@ def _stages(run: StoredRun) -> tuple[int, ...]:
 
 
 def _asked(runs: Sequence[StoredRun], measure: Measure, resamples: int) -> dict[str, Asked]:
-    """Task → what all runs were asked about it; a task that they did not all play in closed loop is not in it."""
+    """Task → the episodes that all runs have; a task that they did not all perform in closed loop is not in it."""
     asked = {}
     for task in runs[0].tasks:
         if measure in CLOSED_LOOP:
