@@ -1,4 +1,4 @@
-"""Somebody asks a command to stop: Ctrl-C, a scheduler's SIGTERM or its warning SIGUSR1, a terminal that is closed.
+"""What stops a command: Ctrl-C, a scheduler's SIGTERM or its warning SIGUSR1, a terminal that is closed.
 
 A command that has not begun a stage ends at once (`end_on_signals`). A stage listens: what must be whole, such as a
 step, is finished, and what can be done again, such as a validation, is given up. The exit status is 128 + the signal's

@@ -6,7 +6,7 @@
 
 Takes the run's held-out episodes of the task, or all of `data`, a dataset that was never trained on. Writes
 memory.json, memory_trace.png and, where the task has cues, memory_cue.png to `output` (default:
-<stage folder>/memory_<task>). What is asked of the memory is told in `kuavo_train.probing.memory_walk`.
+<stage folder>/memory_<task>). `kuavo_train.probing.memory_walk` says what is measured.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a run has written is read again: a file that is damaged is told in a line, with what to do."""
+"""What a run has written is read again: a damaged file is an error of one line, with what to do."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -3,10 +3,10 @@
     with held(folder, "stage 2 (weighing) of run embedded"):
         ...
 
-Who comes second is refused and told who is there. The file of a process that died is taken over: on this machine the
-process is looked for, and elsewhere, on a shared file system, the file is old by that file system's own clock. Files
-are numbered, and the last one counts, so that of several that take over at once one wins: only one can create the next
-number, and only as long as the file it judged is still there.
+Who comes second is refused; the error names who is there. The file of a process that died is taken over: on this
+machine the process is looked for, and elsewhere, on a shared file system, the file is old by that file system's own
+clock. Files are numbered, and the last one counts, so that of several that take over at once one wins: only one can
+create the next number, and only as long as the file it judged is still there.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class Lease:
 
     def refresh_until(self, released: threading.Event) -> None:
         while not released.wait(REFRESH_S):
-            with contextlib.suppress(OSError):  # lost, which `confirm` tells, or out of reach for a while
+            with contextlib.suppress(OSError):  # lost, which `confirm` reports, or out of reach for a while
                 os.utime(self.path)
 
 

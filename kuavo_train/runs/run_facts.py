@@ -112,7 +112,7 @@ def _hash(content: Any) -> str:
 
 
 def _git_commit() -> str:
-    """Of the code, where it lies in its own repository (not installed, in another's) and git is there to ask."""
+    """Of the code, where it lies in its own repository (not installed, in another's) and git is there."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"

@@ -1,4 +1,4 @@
-"""Which settings a stage answers for: what it was begun with against what is asked of it now, key by key.
+"""Which settings a stage answers for: what it was begun with against what it is called with now, key by key.
 
 A stage's config.yaml is what its files mean. A key that differs later is obeyed where it cannot change the result
 (`FREE`) or is only measured with (`MEASURED`, while the stage is not finished), and refused by name otherwise.
@@ -14,7 +14,7 @@ from kuavo_train.errors import ConfigError
 PLACES = "where files lie; what lies there is hashed or compared"
 FOLLOWED = "training's keys follow it, and are compared"
 SPEED = "how fast, by how many, or where it is computed; results agree but for rounding"
-WATCHING = "what is told and kept on the way"
+WATCHING = "what is reported and kept on the way"
 ENTRY = "how the run is entered, or a check on the way in"
 FREE = {  # key, or group of keys → why it cannot change the result
     "run": PLACES,

@@ -1,4 +1,4 @@
-"""A trained run opened again, for whoever asks questions of it: its tasks, its checkpoints, its settings.
+"""A trained run opened again, for probes and evaluations: its tasks, its checkpoints, its settings.
 
 run = TrainedRun.open(Path("outputs/embedded"))
 task = run.task("weighing")                              # the very data and split it was trained with
@@ -170,7 +170,7 @@ def moved(path: str, was: str, now: Path) -> str:
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    """A policy and its preprocessor from a `pretrained_model` folder, ready to be asked.
+    """A policy and its preprocessor from a `pretrained_model` folder, ready for queries.
 
     Raises:
         ConfigError: the weights cannot be loaded.

@@ -1,1 +1,1 @@
-"""One stage, told as a story: opened, looked at, trained, concluded."""
+"""One stage as a story: opened, looked at, trained, concluded."""

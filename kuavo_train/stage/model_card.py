@@ -12,7 +12,7 @@ from kuavo_train.runs.records import ValidationRecord
 
 FILE_NAME = "README.md"
 LISTED = 20
-"""Instructions of a task that are told one by one."""
+"""Instructions of a task that are listed one by one."""
 
 
 def model_card(

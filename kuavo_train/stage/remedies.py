@@ -1,4 +1,4 @@
-"""What a user can mend, told in a line: a full disk, too little memory, a lost worker. All else is a fault of ours.
+"""What a user can mend, as one line: a full disk, too little memory, a lost worker. All else is a fault of ours.
 
 with told_in_one_line(config):
     …

@@ -26,7 +26,7 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class StageView:
-    """What a strategy sees of the stage in which it is asked. All processes ask it, in the same order.
+    """What a strategy sees of its stage. All processes call its hooks, in the same order.
 
     Attributes:
         policy: with the weights of now, frozen as the stage freezes it.

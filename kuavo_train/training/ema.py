@@ -18,7 +18,7 @@ from kuavo_train.training.parameter_groups import trainable_parameters
 
 
 class Average(Protocol):
-    """Of the weights that train. Draws nothing at random and changes no weight but where it is told to."""
+    """Of the weights that train. Draws nothing at random and changes no weight but where it says so."""
 
     def update(self) -> None:
         """A step was taken."""
@@ -96,7 +96,7 @@ class MovingAverage:
             parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """To be asked for outside of `applied`, and stored before the next step."""
+        """To be taken outside of `applied`, and stored before the next step."""
         trained = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return {"steps": self.steps, "averages": dict(self.averages), "trained": trained}
 

@@ -69,12 +69,12 @@ def adapters_merged(policy: nn.Module) -> Iterator[None]:
 
 
 def adapted_state(policy: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Adapted layer → its weight and its adapter's, apart, which merged weights no longer tell."""
+    """Adapted layer → its weight and its adapter's, apart, which merged weights no longer show."""
     return {name: layer.state_dict() for name, layer in _adapted_layers(policy).items()}
 
 
 def restore_adapted(policy: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give the adapted layers what `adapted_state` told.
+    """Give the adapted layers what `adapted_state` returned.
 
     Raises:
         ConfigError: other layers were adapted, or with another rank.

@@ -70,7 +70,7 @@ def policy_defaults(kind: str) -> dict[str, Any]:
 
 
 def policy_config_class(policy: Mapping[str, Any]) -> type[PreTrainedConfig]:
-    """The class of the policy's LeRobot config, which has every field that is given; asked before data is opened.
+    """The class of the policy's LeRobot config, which has every field that is given; looked up before data is opened.
 
     Raises:
         ConfigError: a policy that LeRobot does not know, or a field that it does not have, with the nearest ones, or a
@@ -158,7 +158,7 @@ def build_policy(
         raise ConfigError(misnamed[0])
     _check_frozen_vlm(config, policy_config, frozen, source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StoredNarrower)  # preflight tells it, of what learns in this stage
+        warnings.simplefilter("ignore", StoredNarrower)  # preflight reports it, of what learns in this stage
         policy: Any = _with_weights(_policy_class(policy_config.type), policy_config, source)
     if hasattr(policy_config, "pretrained_backbone_weights"):
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first

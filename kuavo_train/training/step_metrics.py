@@ -33,7 +33,7 @@ class MetricsWindow:
 
     def mark(self, part: str) -> None:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # a GPU works on long after it was told to, and the next part would pay for it
+            torch.cuda.synchronize()  # a GPU works on long after the call, and the next part would pay for it
         now = time.perf_counter()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.marked
         self.marked = now

@@ -1,4 +1,4 @@
-"""What a stage records while it runs: JSON lines always, Weights & Biases when asked for."""
+"""What a stage records while it runs: JSON lines always, Weights & Biases by choice."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -63,12 +63,12 @@ class WandbTracker:
 
 
 def make_tracker(config: RunConfig, *, run_id: str, folder: Path) -> Tracker:
-    """What `tracking` asks for. Errors as `WandbTracker`."""
+    """The trackers that `tracking` names. Errors as `WandbTracker`."""
     return NoTracker() if config.tracking == "off" else WandbTracker(config, run_id=run_id, folder=folder)
 
 
 def check_tracking(config: RunConfig) -> None:
-    """Raises `ConfigError` where nobody is logged in; asks no network."""
+    """Raises `ConfigError` where nobody is logged in; uses no network."""
     if config.tracking != "online":
         return
     import wandb

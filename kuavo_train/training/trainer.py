@@ -5,7 +5,7 @@ order of samples, given the changes on record of shares and of samples per batch
 optimizer, scheduler, the step and those changes, and continues bit-identically; what validation draws cannot touch it.
 
 How tasks are learnt one after another without losing the earlier ones is decided elsewhere: by the order (which
-samples), by an extra loss, and by what a validation asks for.
+samples), by an extra loss, and by what a validation decides.
 """
 
 import math
@@ -180,7 +180,7 @@ class Trainer:
     description: str = "train"
 
     def run(self, progress: Progress) -> Progress:
-        """Train from `progress.step` to the end, or to where a validation asks to stop.
+        """Train from `progress.step` to the end, or to where a validation stops it.
 
         Raises:
             Interrupted: a signal arrived; a checkpoint of the current step is written first. A validation is given up

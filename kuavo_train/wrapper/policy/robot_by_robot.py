@@ -1,7 +1,7 @@
 """Any policy of LeRobot's for several robots at once, each with a plan, a history and randomness of its own.
 
 LeRobot's policies keep one queue for their whole batch: robots that begin their episodes at different times would carry
-out each other's plans. Here every robot is asked for alone.
+out each other's plans. Here every robot has queries of its own.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ Batch = dict[str, Any]
 
 
 class RobotByRobot:
-    """Asked like `SmolVLAMemoryPolicy`, but for `seeds`, one of each robot, in place of noise. It remembers nothing."""
+    """Queried like `SmolVLAMemoryPolicy`, with `seeds`, one of each robot, in place of noise. It remembers nothing."""
 
     def __init__(self, policy: Any):
         self.policy, self.config = policy, policy.config
@@ -59,7 +59,7 @@ class RobotByRobot:
         """
         if self.frames > 1:
             raise ValueError(
-                f"policy {self.config.type} looks at {self.frames} frames in a row: it can be asked for single "
+                f"policy {self.config.type} looks at {self.frames} frames in a row: it can be queried for single "
                 "actions, not for what it plans at one frame"
             )
         self._look(batch, len(seeds))

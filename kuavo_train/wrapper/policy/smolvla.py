@@ -197,7 +197,7 @@ class SmolVLAPolicyWrapper:
                 `task`, an instruction or the name of a learnt task, which stands for the first of its instructions.
                 For B robots, all with a leading B, and B tasks or one for all. S are the dimensions of the task's
                 dataset. An `instruction`, where there is one, is read in place of the task's by all robots; an empty
-                one tells the policy nothing.
+                one is no input to the policy.
 
         Returns:
             [A] float32 in robot units, A the dimensions of the task. For B robots [B, A], or a list of B such arrays
