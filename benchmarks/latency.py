@@ -29,7 +29,7 @@ class Settings:
 
 
 class Query:
-    """A policy asked for actions. `vision` runs the encoder alone; `follows` all the rest, with its output given."""
+    """A policy that predicts actions. `vision` runs the encoder alone; `follows` all the rest, with its output."""
 
     def __init__(self, policy: Any, batch: dict[str, Tensor], noise: Tensor):
         self.policy, self.batch, self.noise = policy.eval(), batch, noise
@@ -83,7 +83,7 @@ def compare(name: str, precisions: tuple[str, ...], folder: Path, *, rounds: int
             policy.model.vlm_with_expert.to(PRECISIONS[precision])  # ours: as the wrapper's dtype=bfloat16
         queries = {who: Query(policy, batch, noise) for who, policy in policies.items()}
         errors: dict[str, float | None] = {who: relative_error(query.actions, truth) for who, query in queries.items()}
-        errors["ours, memory"] = None  # what it remembers changes what is asked: its actions are others
+        errors["ours, memory"] = None  # its memory changes the query: its actions are others
         parts: dict[str, dict[str, Callable[[], object]]] = {
             "whole query": dict(queries),
             "vision encoder": {"LeRobot": queries["LeRobot"].vision},  # and ours: it is the same

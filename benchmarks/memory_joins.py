@@ -1,7 +1,7 @@
 """How much a memory disturbs a policy that was trained without one: growth of its held-out loss before the first step.
 
 Every seed draws the memory anew; the policy, the held-out frames and the noise of the validation are the same. `run` is
-the folder of a finished run without memory; what is asked about is what its last stage ended in, on the tasks learnt.
+the folder of a finished run without memory; its last stage's result is validated on the tasks learnt.
 """
 
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ def run(settings: Settings) -> list[Table]:
     trained = TrainedRun.open(Path(settings.run))
     if not trained.stored.finished or trained.settings.policy.get("num_mem_tokens") != 0:
         raise SystemExit(f"run must be a finished run of SmolVLA with 0 memory tokens, got {settings.run}")
-    ask = HeldOutLoss(trained)
-    alone = ask()
+    loss_of = HeldOutLoss(trained)
+    alone = loss_of()
     rows = []
     for layout in settings.layout:
         for tokens in settings.tokens:
             row: dict[str, object] = {"": f"{layout}, {tokens} tokens"}
             for weight in settings.weight:
                 growths = [
-                    ask(seed=seed, **joining(layout, tokens, weight)) / alone - 1
+                    loss_of(seed=seed, **joining(layout, tokens, weight)) / alone - 1
                     for seed in tqdm(settings.seed, f"{row['']}, weight {weight:g}", leave=False, unit="seed")
                 ]
                 least, most = min(growths), max(growths)

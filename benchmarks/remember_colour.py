@@ -9,7 +9,7 @@ that of the colour (one of four corners of a square); before, it is 0. One frame
 that belongs to the layout, not to the colour: at the decision the four episodes of a layout are identical, the
 denoising noise included, so that without memory exactly one of the four can be right.
 
-Trained with delays of 1 and 2 queries at first, then of 1 to 10; asked with held-out layouts, delays of 1 to 10 and
+Trained with delays of 1 and 2 queries at first, then of 1 to 10; evaluated on held-out layouts, delays of 1 to 10 and
 of 11 to 20. All of it goes through the project's own order of clips, carried memory, policy and trainer.
 """
 
@@ -58,7 +58,7 @@ COLOURS = ((210, 40, 40), (40, 180, 60), (50, 70, 220), (220, 200, 40))
 TARGETS = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]], dtype=np.float32)  # action of each colour
 PICTURE_NOISE = 12  # of 255, standard deviation
 SHORT_DELAY = 2  # queries
-ASK_EVERY = 25  # steps
+EVALUATE_EVERY = 25  # steps
 FROZEN = ["vision", "connector", "vlm_text"]
 
 
@@ -67,7 +67,7 @@ class Settings:
     """One run. `depth` 0 is the classic recipe, `tokens` 0 the twin without memory.
 
     twin_steps: of training without memory, before it is switched on and the run begins.
-    stop_at: training ends once this share of the held-out decisions is right, asked every `ASK_EVERY` steps.
+    stop_at: training ends once this share of the held-out decisions is right, evaluated every `EVALUATE_EVERY` steps.
     frozen_vlm: the (random) vision-language model learns nothing, as in later stages; else all of it learns.
     """
 
@@ -243,17 +243,17 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
     learner = Learner.of(policy, preprocessor, training, accelerator=Accelerator(cpu=True), steps=settings.steps)
     progress = Progress()
 
-    class Asked(TrainerHooks):
+    class Evaluated(TrainerHooks):
         def __init__(self, delays: Sequence[int]):
             self.delays = delays
 
         def epoch_done(self, step: int, epoch: int) -> Decision:
             if settings.stop_at is None:
                 return Decision(loss=0.0)
-            asked = decide(settings, policy, preprocessor, self.delays)
-            return Decision(loss=0.0, stop="learnt" if asked["on"] >= settings.stop_at * asked["n"] else None)
+            found = decide(settings, policy, preprocessor, self.delays)
+            return Decision(loss=0.0, stop="learnt" if found["on"] >= settings.stop_at * found["n"] else None)
 
-    every = settings.steps if settings.stop_at is None else ASK_EVERY
+    every = settings.steps if settings.stop_at is None else EVALUATE_EVERY
     began = time.process_time()
     for longest, until in ((SHORT_DELAY, settings.short_steps), (settings.longest_delay, settings.steps)):
         delays = range(1, min(longest, settings.longest_delay) + 1)
@@ -264,7 +264,7 @@ def train(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any, f
             learner,
             Batches(data.dataset(), order, current=data.task.name),
             Limits(timetable, validate_every=1, log_every=settings.steps, save_every=settings.steps, result="last"),
-            Asked(delays),
+            Evaluated(delays),
             description=_name(settings),
         ).run(progress)
     return policy, preprocessor, time.process_time() - began, progress.step
@@ -299,7 +299,7 @@ def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, d
     result: dict[str, Any] = {"n": len(last)}
     memories = probe.intervened(walk, last, [0] * len(last), donors)
     for intervention, memory in memories.items():
-        predicted = probe.ask(questions, memory, noise)
+        predicted = probe.predict(questions, memory, noise)
         chosen = nearest(predicted, references, np.ones(predicted.shape, bool))
         expected = colours[donors] if intervention == "swapped" else colours
         result[intervention] = int((chosen == expected).sum())
@@ -313,7 +313,7 @@ def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, d
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Train and ask: a record for the JSON file."""
+    """Train and evaluate: a record for the JSON file."""
     policy, preprocessor, seconds, steps = train(settings, folder)
     longest = settings.longest_delay
     return {

@@ -89,7 +89,7 @@ def _task(number: int, frames: int) -> Task:
     starts = np.arange(0, frames, EPISODE)
     bounds = np.stack([starts, np.minimum(starts + EPISODE, frames)], axis=1)
     rows = np.arange(frames)
-    unused: Any = SimpleNamespace()  # what only decoding asks for
+    unused: Any = SimpleNamespace()  # what only decoding needs
     return Task(
         name=f"task{number}",
         index=number + 1,

@@ -78,9 +78,9 @@ def parse[T](options: type[T], words: Sequence[str], *, help: str | None) -> T:
 
 def usage(options: type, help: str) -> str:
     """What --help shows: the command's docstring, then every key with its type, its meaning and its default."""
-    rows = [(f"{key}={argument.type_name}", argument.told) for key, argument in _arguments(options).items()]
+    rows = [(f"{key}={argument.type_name}", argument.described) for key, argument in _arguments(options).items()]
     width = max(len(row[0]) for row in rows)
-    lines = [f"  {key.ljust(width)}  {told}".rstrip() for key, told in rows]
+    lines = [f"  {key.ljust(width)}  {described}".rstrip() for key, described in rows]
     return "\n".join([help.strip(), "", "Arguments:", "", *lines])
 
 
@@ -108,7 +108,7 @@ class _Argument:
         return f"{name},…" if several else name
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         if self.default is MISSING:
             return f"{self.meaning} (must be given)"
         if self.within is not None or self.default in (None, ()):

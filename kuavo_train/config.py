@@ -38,10 +38,10 @@ def said(error: BaseException, limit: int = 1500) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    told = [(type(each).__name__, str(each).strip()[:limit]) for each in chain]
-    texts = [f"{name}: {text}" for name, text in told if text]
+    errors_named = [(type(each).__name__, str(each).strip()[:limit]) for each in chain]
+    texts = [f"{name}: {text}" for name, text in errors_named if text]
     if not texts:
-        return " from ".join(name for name, _ in told)
+        return " from ".join(name for name, _ in errors_named)
     last = texts[-1].partition(": ")[2]
     return texts[0] if last in texts[0] else f"{texts[0]} (from {texts[-1]})"
 

@@ -2,7 +2,7 @@
 # Makes .venv with everything in it; `make setup` calls it, and so does any target whose .venv is missing or older than
 # pyproject.toml, setup.py or constraints.txt. PYTHON names another interpreter than those on the PATH.
 #
-# .venv/.installing holds the number of the process at work: while that lives, nobody else begins; left behind, it tells
+# .venv/.installing holds the number of the process at work: while that lives, nobody else begins; left behind, it shows
 # that the set-up was interrupted. .venv/.ready is what make goes by.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -108,7 +108,7 @@ elif [ -z "$uv" ]; then
     fi
 fi
 
-# uv links packages from its cache; where that is on another disk it has to copy, and warns unless told so.
+# uv links packages from its cache; where that is on another disk it has to copy, and warns unless that is set.
 if [ -n "$uv" ]; then
     cache=$("$uv" cache dir)
     mkdir -p "$cache"

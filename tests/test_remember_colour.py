@@ -98,12 +98,12 @@ def test_the_shares_of_attention_are_all_there(folder: Path, layout: str) -> Non
     draws = probe.queries_of(0, 0)
     noise = seeded_noise(probe.policy, [[0]])
     walk = probe.walk([draws])
-    answer = probe.ask(draws[1:2], walk.before([1]), noise)
+    answer = probe.predict(draws[1:2], walk.before([1]), noise)
     shares = probe.attention(draws[1:2], walk.before([1]), noise)
     assert list(shares) == ["memory", "images", "language", "state", "actions"]
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
     assert min(shares.values()) > 0
-    assert np.array_equal(answer, probe.ask(draws[1:2], walk.before([1]), noise))  # watching leaves nothing behind
+    assert np.array_equal(answer, probe.predict(draws[1:2], walk.before([1]), noise))  # watching leaves nothing behind
 
 
 def test_nearest_looks_at_valid_entries_only() -> None:

@@ -76,7 +76,7 @@ class ClipOrder(Order):
         return next(streams for first, streams in reversed(self._streams) if first <= number)
 
     def _streams_by_batch(self) -> Iterator[tuple[int, list[int]]]:
-        """From which batch on how many: as many as a task may have clips in a batch, so that none is asked twice."""
+        """From which batch on how many: as many as a task may have clips in a batch, so that none is taken twice."""
         streams = [0] * len(self.tasks)
         for batch in sorted({segment.first for segment in self.segments} | {cut.first for cut in self.cuts}):
             segment = next(segment for segment in reversed(self.segments) if segment.first <= batch)

@@ -52,7 +52,7 @@ class MixedDataset(Dataset):
         return self.fetch([draw])
 
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
-        """What PyTorch's loader asks for."""
+        """What PyTorch's loader calls."""
         return self.fetch(draws)
 
     def fetch(self, draws: Sequence[Draw], *, clip: int = 1) -> Batch:

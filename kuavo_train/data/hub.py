@@ -52,10 +52,10 @@ def origin_of(root: Path, repo_id: str | None, revision: str | None, where: str)
         fetched = Origin(**json.loads((root / RECORD).read_text()))
     except (OSError, ValueError, TypeError):
         return Origin(repo_id, revision)
-    for key, asked in (("repo_id", repo_id), ("revision", revision)):
+    for key, wanted in (("repo_id", repo_id), ("revision", revision)):
         there = getattr(fetched, key)
         rule = f"be {there!r}, what was fetched there (move it away, or give another stage.root)"
-        require(asked in (there, fetched.commit), f"{where}: {key}", rule, asked)
+        require(wanted in (there, fetched.commit), f"{where}: {key}", rule, wanted)
     return fetched
 
 
@@ -74,9 +74,9 @@ def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origi
             origin.repo_id, repo_type="dataset", revision=commit, local_dir=root, allow_patterns=list(files)
         )
     except Exception as error:  # whatever the hub's library, LeRobot and the disk raise
-        asked = origin.repo_id if origin.revision is None else f"{origin.repo_id} at revision {origin.revision}"
+        wanted = origin.repo_id if origin.revision is None else f"{origin.repo_id} at revision {origin.revision}"
         raise ConfigError(
-            f"{where} must be there or be had from the hub as {asked}, got {one_line(error)}; {remedy(error)}"
+            f"{where} must be there or be had from the hub as {wanted}, got {one_line(error)}; {remedy(error)}"
         ) from error
     return fetched
 

@@ -126,7 +126,7 @@ def overview(task: Task) -> str:
         f"{task.name}: {len(episodes)} episodes of {seconds.min():.1f} to {seconds.max():.1f} s, median "
         f"{np.median(seconds):.1f} s, {task.recording.fps} Hz",
         f"the dataset says {listed_counts(instructions.recorded, 'episode') or 'nothing of what is done'}",
-        f"the policy is told {listed_counts(instructions.told(task.episode, episodes), 'episode')}",
+        f"the policy reads {listed_counts(instructions.told(task.episode, episodes), 'episode')}",
         *_table("state", states),
         *_table("action", actions),
         f"jumps, steps of more than {JUMP_OF_RANGE:.0%} of a joint's range and {JUMP_SPEED:g} rad/s: "

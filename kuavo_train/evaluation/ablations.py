@@ -25,7 +25,7 @@ class Ablatable(Policy, Protocol):
     def forget(self) -> None: ...
 
 
-def _tell_nothing(_policy: Ablatable, observation: Observation) -> Observation:
+def _no_instruction(_policy: Ablatable, observation: Observation) -> Observation:
     return {**observation, "instruction": ""}
 
 
@@ -40,7 +40,7 @@ def _show_one_camera(_policy: Ablatable, observation: Observation) -> Observatio
 
 
 ABLATIONS: dict[str, tuple[str, Callable[[Ablatable, Observation], Observation]]] = {
-    "language": ("told nothing", _tell_nothing),
+    "language": ("no instruction", _no_instruction),
     "memory": ("memory forgotten before every look", _forget),
     "cameras": ("all cameras but the first black", _show_one_camera),
 }

@@ -62,19 +62,19 @@ def _on_demonstrations(contestants: Sequence[Contestant], tasks: Sequence[str], 
     for contestant in contestants:
         policy = contestant.policy(options)
         for row in rows_of(contestant.name, policy, options, contestants[0].name):
-            asked, walked[row.name], told = row.of(policy), {}, []
+            evaluated, walked[row.name], of_tasks = row.of(policy), {}, []
             for name in tasks:
                 task = opened[contestant.name, name]
                 frames = DecodedFrames(task, image_size=None, video_backend=VIDEO_BACKEND)
                 chosen = episodes[name][: options.n_episodes]
                 try:
-                    errors = walk(asked, task, chosen, frames, parallel=options.parallel)
+                    errors = walk(evaluated, task, chosen, frames, parallel=options.parallel)
                 except ValueError as error:  # what the policy is shown does not fit it
                     raise ConfigError(f"{row.name} on {name}: {error}") from error
                 walked[row.name][name] = errors
                 reference = None if row.against is None else walked[row.against][name]
-                told.append({"task": name, **judge_errors(errors, task.action_names, reference)})
-            rows.append({**row.record(), "tasks": told})
+                of_tasks.append({"task": name, **judge_errors(errors, task.action_names, reference)})
+            rows.append({**row.record(), "tasks": of_tasks})
     return {"data": str(options.data), "rows": rows}
 
 
@@ -93,14 +93,14 @@ def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], opti
     for contestant in contestants:
         policy = contestant.policy(options)
         for row in rows_of(contestant.name, policy, options, contestants[0].name):
-            asked, memory = row.of(policy), PeakMemory()
+            evaluated, memory = row.of(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
-            rollouts, videos = _play(asked, environments, seeds, row, options, fps=contestant.known.fps)
-            cost = time_queries(asked, environments[tasks[0]], seeds[0])
+            rollouts, videos = _play(evaluated, environments, seeds, row, options, fps=contestant.known.fps)
+            cost = time_queries(evaluated, environments[tasks[0]], seeds[0])
             played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
             reference = None if row.against is None else played[row.against]
-            told = _told(rollouts, played[row.name], reference)
-            rows.append({**row.record(), **told, "videos": videos, "cost": cost, **memory.record()})
+            closed_loop = _summary_of(rollouts, played[row.name], reference)
+            rows.append({**row.record(), **closed_loop, "videos": videos, "cost": cost, **memory.record()})
     return {"episodes": len(seeds), "seeds": [seeds[0], seeds[-1]], "rows": rows}
 
 
@@ -157,7 +157,7 @@ def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: flo
     return films
 
 
-def _told(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Json:
+def _summary_of(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Json:
     """The numbers of a row: task by task, and over all of them."""
     tasks = []
     for name, rolled in rollouts.items():

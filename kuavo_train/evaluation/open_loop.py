@@ -62,8 +62,8 @@ def _walk_together(policy: Ablatable, task: Task, episodes: Sequence[int], frame
         at = {episode: min(number, len(rows) - 1) for episode, rows in queries.items()}
         look = {camera: np.stack([of[e][at[e]] for e in episodes]) for camera, of in pictures.items()}
         state = np.stack([task.state[queries[e][at[e]]] for e in episodes])
-        told = [task.instruction_at(queries[e][at[e]]) for e in episodes]
-        chunks = policy.predict_chunk({**look, OBS_STATE: state, "task": told})
+        instructions = [task.instruction_at(queries[e][at[e]]) for e in episodes]
+        chunks = policy.predict_chunk({**look, OBS_STATE: state, "task": instructions})
         for episode, chunk in zip(episodes, chunks, strict=True):
             if number < len(queries[episode]):
                 row = queries[episode][number]

@@ -73,9 +73,9 @@ def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Questio
     seen = [question.cue_seen for question in questions]
     have_donor = np.array([donor is not None for donor in donors])
     places = [place if donor is None else donor for place, donor in enumerate(donors)]
-    asked = [question.query for question in questions]
-    for name, memory in probe.intervened(walk, asked, seen, places).items():
-        predicted = probe.ask(draws, memory, noise)
+    at_query = [question.query for question in questions]
+    for name, memory in probe.intervened(walk, at_query, seen, places).items():
+        predicted = probe.predict(draws, memory, noise)
         chosen = nearest(predicted, references, valid)
         expected = cues[places] if name == "swapped" else cues
         counted = have_donor if name == "swapped" else np.ones(len(cues), bool)
@@ -125,11 +125,11 @@ def probe_over_time(
     curve = []
     first, last = -max(query for _, query in about), 3
     for offset in range(first, last):
-        known, asked = (_memories(*pair, offset) for pair in ((fit, fit_about), (walk, about)))
-        if min(len(known[1]), len(asked[1])) < FEWEST_EPISODES or len(np.unique(known[1])) < 2:
+        known, read_at = (_memories(*pair, offset) for pair in ((fit, fit_about), (walk, about)))
+        if min(len(known[1]), len(read_at[1])) < FEWEST_EPISODES or len(np.unique(known[1])) < 2:
             continue
-        read = linear_probe(known[0], known[1], asked[0])
-        curve.append({"queries_from_decision": offset, **_accuracy(read == asked[1])})
+        read = linear_probe(known[0], known[1], read_at[0])
+        curve.append({"queries_from_decision": offset, **_accuracy(read == read_at[1])})
     return curve
 
 

@@ -59,27 +59,27 @@ def report(options: Options) -> Json:
     task, data, episodes = options.task, options.data, options.episodes
     known = run.task(task)
     numbers: Sequence[int]
-    asked, numbers = known, known.held_out_episodes
+    examined, numbers = known, known.held_out_episodes
     if data is not None:
-        asked = open_task(
+        examined = open_task(
             replace(run.recipe(task), root=str(data), episodes=None), replace(run.settings.data, held_out_episodes=1)
         )
-        numbers = tuple(range(len(asked.bounds)))
-        require(asked.content_hash != known.content_hash, "data", "be another dataset than the run's own", str(data))
+        numbers = tuple(range(len(examined.bounds)))
+        require(examined.content_hash != known.content_hash, "data", "be another dataset than the run's own", str(data))
     if episodes is not None:
         require(1 <= episodes <= len(numbers), "episodes", f"be in [1, {len(numbers)}], those there are", episodes)
         numbers = numbers[:episodes]
-    run.normalization.check_covers(asked)
+    run.normalization.check_covers(examined)
     policy, preprocessor = load_policy(folder, torch.device("cpu"))
-    dataset = run.dataset([asked, known], policy.config)
+    dataset = run.dataset([examined, known], policy.config)
     probe = MemoryProbe(policy, dataset, preprocessor)
-    cues = cues_of(asked)
+    cues = cues_of(examined)
     found: Json = {
         "run": run.stored.record.run,
         "checkpoint": checkpoint_name(folder),
         "stage": next(stage.name for stage in run.stages if stage.folder.name == stage_folder.name),
         "task": task,
-        "data": str(asked.root),
+        "data": str(examined.root),
         "episodes": list(numbers),
         "memory": {
             key: getattr(policy.config, key, None)
@@ -92,7 +92,7 @@ def report(options: Options) -> Json:
     questions = []
     if any(cues.get(episode, {}).get("cue") is not None for episode in numbers):
         stride = policy.config.n_action_steps
-        questions = [question_of(asked, run.normalization, cues, episode, stride) for episode in numbers]
+        questions = [question_of(examined, run.normalization, cues, episode, stride) for episode in numbers]
         found["decision"] = answer_questions(probe, walk, questions)
         if probe.has_memory:
             fitted = list(known.train_episodes[:CURVE_EPISODES])

@@ -97,7 +97,7 @@ class MemoryProbe:
         return Walk(episodes, states)
 
     @torch.no_grad()
-    def ask(self, draws: Draws, memory: Any, noise: torch.Tensor, instruction: str | None = None) -> np.ndarray:
+    def predict(self, draws: Draws, memory: Any, noise: torch.Tensor, instruction: str | None = None) -> np.ndarray:
         """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it.
 
         Args:

@@ -125,7 +125,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SharedEpisodes:
     """Episodes of a task that all runs are scored on, and [1 + N, E] places in them: all once, then N resamples."""
 
     episodes: Sequence[int]
@@ -170,16 +170,16 @@ def compare(runs: Sequence[StoredRun], limits: RetentionLimits | None = None) ->
         raise RunFolderError(f"a comparison needs at least two runs, got {', '.join(str(run.folder) for run in runs)}")
     check_comparable(runs)
     _check_seeds(runs)
-    asked = {measure: _asked(runs, measure, limits.resamples) for measure in MEASURES}
-    arms = _arms(runs, asked)
+    shared = {measure: _shared_episodes(runs, measure, limits.resamples) for measure in MEASURES}
+    arms = _arms(runs, shared)
     reference = arms[0]
     joint = next((arm for arm in arms if arm.strategy == JOINT and not arm.partial), None)
-    combine = _Combined({m: min((len(a.episodes) for a in of.values()), default=0) for m, of in asked.items()}, limits)
+    combine = _Combined({m: min((len(a.episodes) for a in of.values()), default=0) for m, of in shared.items()}, limits)
     return Comparison(
         reference=reference.strategy,
         seeds=sorted({_seed(run) for run in runs}),
-        held_out_episodes={task: len(of.episodes) for task, of in asked["loss"].items()},
-        layouts={task: len(of.episodes) for task, of in asked["success"].items()},
+        held_out_episodes={task: len(of.episodes) for task, of in shared["loss"].items()},
+        layouts={task: len(of.episodes) for task, of in shared["success"].items()},
         tasks={task.name: task.index for task in runs[0].tasks},
         limits=limits,
         strategies=[_strategy(arm, reference, joint, combine) for arm in arms],
@@ -216,9 +216,9 @@ def _stages(run: StoredRun) -> tuple[int, ...]:
     return tuple(stage.index for stage in run.finished)
 
 
-def _asked(runs: Sequence[StoredRun], measure: Measure, resamples: int) -> dict[str, Asked]:
+def _shared_episodes(runs: Sequence[StoredRun], measure: Measure, resamples: int) -> dict[str, SharedEpisodes]:
     """Task → the episodes that all runs have; a task that they did not all perform in closed loop is not in it."""
-    asked = {}
+    shared = {}
     for task in runs[0].tasks:
         if measure in CLOSED_LOOP:
             episodes = _layouts(runs, task.name)
@@ -230,8 +230,8 @@ def _asked(runs: Sequence[StoredRun], measure: Measure, resamples: int) -> dict[
         if episodes:
             size, drawing = len(episodes), np.random.default_rng([0, zlib.crc32(task.name.encode())])
             drawn = drawing.integers(0, size, size=(resamples, size))
-            asked[task.name] = Asked(episodes, np.concatenate([np.arange(size)[None], drawn]))
-    return asked
+            shared[task.name] = SharedEpisodes(episodes, np.concatenate([np.arange(size)[None], drawn]))
+    return shared
 
 
 def _layouts(runs: Sequence[StoredRun], task: str) -> list[int]:
@@ -241,7 +241,7 @@ def _layouts(runs: Sequence[StoredRun], task: str) -> list[int]:
     return sorted(set.intersection(*played)) if played else []
 
 
-def _arms(runs: Sequence[StoredRun], asked: Mapping[Measure, Mapping[str, Asked]]) -> list[Arm]:
+def _arms(runs: Sequence[StoredRun], shared: Mapping[Measure, Mapping[str, SharedEpisodes]]) -> list[Arm]:
     """The strategies: the one that others are compared with first, joint training last."""
     names = list(dict.fromkeys(map(_strategy_of, runs)))
     names.sort(key=lambda name: (name == JOINT, name != REFERENCE))
@@ -253,7 +253,7 @@ def _arms(runs: Sequence[StoredRun], asked: Mapping[Measure, Mapping[str, Asked]
         matrices: dict[Measure, dict[int, PerformanceMatrix]] = {measure: {} for measure in MEASURES}
         for measure in MEASURES:
             for seed, run in kept.items():
-                matrix = performance_matrix(run, measure, _resampled_by(run, asked))
+                matrix = performance_matrix(run, measure, _resampled_by(run, shared))
                 if matrix is not None:
                     matrices[measure][seed] = matrix
         arms.append(Arm(name, kept, [run for run in mine if run not in kept.values()], matrices))
@@ -261,11 +261,11 @@ def _arms(runs: Sequence[StoredRun], asked: Mapping[Measure, Mapping[str, Asked]
 
 
 def _resampled_by(
-    run: StoredRun, asked: Mapping[Measure, Mapping[str, Asked]]
+    run: StoredRun, shared: Mapping[Measure, Mapping[str, SharedEpisodes]]
 ) -> Callable[[ValidationRecord, Measure], np.ndarray | None]:
     def value_of(line: ValidationRecord, measure: Measure) -> np.ndarray | None:
         """[1 + N] the mean of a validation line over each resample of its episodes."""
-        scores, of_task = line.scores(measure), asked[measure].get(line.task)
+        scores, of_task = line.scores(measure), shared[measure].get(line.task)
         if of_task is None or not (scores or measure == "loss"):
             return None
         if measure not in CLOSED_LOOP and sorted(scores) != of_task.episodes:

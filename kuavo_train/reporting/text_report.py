@@ -143,17 +143,19 @@ def evaluation_lines(found: Json) -> str:
 
 
 def _demonstrated_lines(found: Json) -> str:
-    groups = list(dict.fromkeys(g["name"] for row in found["rows"] for told in row["tasks"] for g in told["groups"]))
+    groups = list(
+        dict.fromkeys(g["name"] for row in found["rows"] for of_task in row["tasks"] for g in of_task["groups"])
+    )
     rows = [("", "task", "episodes", *(group.replace("_", " ") for group in groups), "difference")]
     for row in found["rows"]:
-        for place, told in enumerate(row["tasks"]):
-            errors = {group["name"]: _interval(group["error"], "number") for group in told["groups"]}
-            difference = told["groups"][0]["difference"]
+        for place, of_task in enumerate(row["tasks"]):
+            errors = {group["name"]: _interval(group["error"], "number") for group in of_task["groups"]}
+            difference = of_task["groups"][0]["difference"]
             rows.append(
                 (
                     row["name"] if place == 0 else "",
-                    told["task"],
-                    str(len(told["episodes"])),
+                    of_task["task"],
+                    str(len(of_task["episodes"])),
                     *(errors.get(group, "") for group in groups),
                     "" if difference is None else f"{_interval(difference, 'signed')} against {row['against']}",
                 )
@@ -168,24 +170,24 @@ def _played_lines(found: Json) -> str:
     differences = []
     for row in found["rows"]:
         query = "" if row["cost"] is None else f"{number(row['cost']['query_ms']['p50'])} ms"
-        for place, told in enumerate([*row["tasks"], *([row["all"]] if many else [])]):
-            success, branches = told["success"], told["branches"]
+        for place, of_task in enumerate([*row["tasks"], *([row["all"]] if many else [])]):
+            success, branches = of_task["success"], of_task["branches"]
             rows.append(
                 (
                     row["name"] if place == 0 else "",
-                    told["task"],
-                    _interval(success, "share") if success else f"failed: {told['failures'][0]}",
-                    "" if told["progress"] is None else share(told["progress"]["estimate"]),
+                    of_task["task"],
+                    _interval(success, "share") if success else f"failed: {of_task['failures'][0]}",
+                    "" if of_task["progress"] is None else share(of_task["progress"]["estimate"]),
                     "" if branches is None else f"{branches['right']}/{branches['n']}",
-                    "" if told["steps"] is None else integer(told["steps"]["estimate"]),
-                    "" if told["roughness"] is None else number(told["roughness"]["estimate"]),
+                    "" if of_task["steps"] is None else integer(of_task["steps"]["estimate"]),
+                    "" if of_task["roughness"] is None else number(of_task["roughness"]["estimate"]),
                     query if place == 0 else "",
                 )
             )
-            if told["difference"] is not None:
-                change = told["difference"]
+            if of_task["difference"] is not None:
+                change = of_task["difference"]
                 differences.append(
-                    f"{row['name']}, {told['task']}: success {_interval(change['success'], 'percent')} against "
+                    f"{row['name']}, {of_task['task']}: success {_interval(change['success'], 'percent')} against "
                     f"{row['against']}, p = {number(change['p_value'])} (won {change['won']}, lost {change['lost']} of "
                     f"{change['n']} layouts); sub-goals {_interval(change['progress'], 'percent')}"
                 )

@@ -45,7 +45,7 @@ def _remedy(error: BaseException, config: RunConfig) -> str | None:
         if isinstance(error, MemoryError) or any(part in text for part in NO_MEMORY_TEXTS):
             return _no_memory(text, config)
         if any(part in text for part in PROCESS_GONE_TEXTS):
-            return "another process of this run has ended; what it said tells why"
+            return "another process of this run has ended; its own message says why"
         return loss_of_worker(text)
     return None
 

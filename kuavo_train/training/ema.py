@@ -83,7 +83,7 @@ class MovingAverage:
             self._swap()
 
     def _swap(self) -> None:
-        """Not the values but what holds them: a state that was asked for before goes on to tell what it told."""
+        """Not the values but what holds them: a state that was taken before keeps its values."""
         for name, parameter in self.parameters.items():
             parameter.data, self.averages[name] = self.averages[name], parameter.data
 

@@ -26,8 +26,8 @@ def demonstration_figures(found: Json) -> dict[str, Callable[[], Figure | None]]
 
 def error_bars(found: Json) -> Figure:
     """For each task a bar for every row: action error over all dimensions, with its interval."""
-    told = [{**row, "tasks": [{"error": task["groups"][0]["error"]} for task in row["tasks"]]} for row in found["rows"]]
-    return bars({**found, "rows": told}, "error", "mean absolute action error", scale=1)
+    rows = [{**row, "tasks": [{"error": task["groups"][0]["error"]} for task in row["tasks"]]} for row in found["rows"]]
+    return bars({**found, "rows": rows}, "error", "mean absolute action error", scale=1)
 
 
 def horizons(found: Json) -> Figure:
@@ -58,10 +58,10 @@ def bars(found: Json, measure: str, label: str, *, scale: float = 100) -> Figure
     )
     axes = figure.subplots()
     for place, (colour, row) in enumerate(zip(cycle(TASK_COLOURS), rows, strict=False)):
-        for y, told in enumerate(row["tasks"]):
-            if told[measure] is None:
+        for y, of_task in enumerate(row["tasks"]):
+            if of_task[measure] is None:
                 continue
-            estimate, low, high = (told[measure][key] for key in ("estimate", "low", "high"))
+            estimate, low, high = (of_task[measure][key] for key in ("estimate", "low", "high"))
             at = y - 0.42 + height * (place + 0.5)
             axes.barh(at, scale * estimate, 0.88 * height, color=colour, label=row["name"] if y == 0 else None)
             if low is not None:

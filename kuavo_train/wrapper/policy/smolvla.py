@@ -332,8 +332,8 @@ class SmolVLAPolicyWrapper:
 
     def _task_like(self, instruction: str) -> KnownTask:
         """The learnt task one of whose instructions is closest, which decides the dimensions."""
-        told = [(task, text) for task in self.known.tasks for text in task.instructions]
-        exact = next((task for task, text in told if text == instruction), None)
+        sentences = [(task, text) for task in self.known.tasks for text in task.instructions]
+        exact = next((task for task, text in sentences if text == instruction), None)
         if exact is not None:
             return exact
         words = instruction.lower().split()
@@ -341,7 +341,7 @@ class SmolVLAPolicyWrapper:
         def likeness(of: tuple[KnownTask, str]) -> float:
             return difflib.SequenceMatcher(None, words, of[1].lower().split()).ratio()
 
-        closest, text = nearest = max(told, key=likeness)
+        closest, text = nearest = max(sentences, key=likeness)
         if likeness(nearest) < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
             warnings.warn(
                 f"the policy was never trained with an instruction like {instruction!r}: what it will do is unknown. "
