@@ -19,10 +19,11 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.replay import proportional_shares, raised_shares
 from kuavo_train.metrics.intervals import Interval
+from kuavo_train.runs.records import GateReading
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import stage
 from kuavo_train.stage.stage import StageHooks, run_stage
-from kuavo_train.strategies.forgetting_gate import Gate, Reading
+from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.training.epochs import Timetable
 
 Overrides = Callable[..., list[str]]
@@ -160,8 +161,8 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lose_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(gate: Gate, now: Any) -> list[Reading]:
-        return [Reading(task, Interval(1.0, 0.9, 1.1, 0.95, 2), 0.2) for task in gate.learnt]
+    def read(gate: Gate, now: Any) -> list[GateReading]:
+        return [GateReading(task, Interval(1.0, 0.9, 1.1, 0.95, 2), 0.2) for task in gate.learnt]
 
     monkeypatch.setattr(Gate, "read", read)
 

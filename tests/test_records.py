@@ -1,22 +1,33 @@
 """Lines of a run's logs as objects: what is written is what is read, and files of earlier versions are read."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kuavo_train.errors import RunFolderError
+from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.files import JsonLines, in_one_move, read_lines
 from kuavo_train.runs.records import (
     ClosedLoop,
+    DatasetRecord,
     EpisodeScore,
+    GateReading,
+    GateRecord,
     HeldOutScores,
+    Json,
     Moment,
     PlayedEpisode,
+    RunRecord,
+    StatisticsRecord,
+    TaskRecord,
     TrainingRecord,
     ValidationRecord,
     with_played,
 )
+from kuavo_train.runs.run_facts import differences
 
 EPISODES = (EpisodeScore(3, 9, 1.0, 0.5), EpisodeScore(4, 10, 2.0, 0.7))
 HELD_OUT = HeldOutScores("weighing", 1.4, 0.61, {"claws": 0.4, "base_yaw": None}, 0.4, EPISODES, 2, 0.2)
@@ -49,6 +60,96 @@ def test_the_shortest_line_that_an_earlier_version_wrote_is_read() -> None:
     assert record.scores("loss") == {}
     assert [record.cell(m) for m in ("loss", "action_error", "success", "progress")] == [0.25, None, None, None]
     assert record.curves() == {"validation/weighing/loss": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("low", "followed", "end"),
+    [
+        (0.1, {}, '"exceeded": false, "action": null}'),
+        (
+            0.3,
+            {"action": "raise_replay", "shares": {"weighing": 1.0}},
+            '"exceeded": true, "action": "raise_replay", "shares": {"weighing": 1.0}}',
+        ),
+        (0.3, {"action": "warn"}, '"exceeded": true, "action": "warn", "shares": null}'),
+    ],
+)
+def test_a_line_of_the_gate_is_what_every_version_has_written_and_is_read_again(
+    low: float, followed: Json, end: str
+) -> None:
+    reading = GateReading("weighing", Interval(0.5, low, 0.7, 0.95, 12), 0.2)
+    record = GateRecord(reading, step=40, epoch=1, stage=3, **followed)
+    line = json.dumps(record.to_json())
+    assert line == (
+        '{"stage": 3, "epoch": 1, "step": 40, "task": "weighing", '
+        f'"change": {{"estimate": 0.5, "low": {low}, "high": 0.7, "level": 0.95, "n": 12}}, "budget": 0.2, {end}'
+    )
+    assert GateRecord.from_json(json.loads(line)) == record
+
+
+DATA = DatasetRecord("data/weighing", {"repo_id": "a/b"}, "0123456789abcdef", 3, 30, (0, 1), (2,))
+WEIGHING = TaskRecord("weighing", 2, "weigh it", ("weigh it",), False, 0.6, None, {"epochs": 3}, DATA)
+RUN = RunRecord(
+    run="smoke",
+    seed=1,
+    strategy="replay",
+    strategy_settings={"ewc": None},
+    config_hash="c0ffee",
+    tasks=(WEIGHING,),
+    normalization=StatisticsRecord("joint", "fade"),
+    created="today",
+)
+
+
+def test_what_run_json_says_read_again_is_what_was_written() -> None:
+    content = RUN.to_json()
+    assert content["tasks"][0]["dataset"]["from"] == {"repo_id": "a/b"}
+    assert RunRecord.from_json(json.loads(json.dumps(content))) == RUN
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 2}, r"seed must stay what run smoke began with \(1\), got 2; choose another run=NAME"),
+        ({"strategy": "joint"}, r"strategy must stay what run smoke began with \(replay\), got joint"),
+        (
+            {"normalization": StatisticsRecord("joint", "bead")},
+            r"normalization must .*'fade'}\), got .*'bead'}; choose",
+        ),
+        (
+            {"tasks": (replace(WEIGHING, dataset=replace(DATA, hash="fedcba9876543210")),)},
+            r"dataset of weighing must .* \(0123456789ab…\), got fedcba987654… in data/weighing; choose",
+        ),
+        (
+            {"tasks": (replace(WEIGHING, dataset=replace(DATA, held_out_episodes=(1,))),)},
+            r"held-out episodes of weighing must .* \(\[2\]\), got \[1\]: what was trained on .* put data.held_out",
+        ),
+        (
+            {"tasks": (replace(WEIGHING, instructions=("lift it",)),)},
+            r"instructions of weighing must .* in run smoke \(\['weigh it'\]\), got \['lift it'\]; put stage.instr",
+        ),
+        (
+            {"tasks": (replace(WEIGHING, instructions_of_dataset=True),)},
+            r"instructions of dataset of weighing must stay .* \(False\), got True",
+        ),
+    ],
+)
+def test_a_stage_that_belongs_to_another_run_is_told_what_differs(changed: Json, told: str) -> None:
+    (difference,) = differences(RUN, replace(RUN, **changed), learnt=["weighing"])
+    assert re.search(told, difference)
+
+
+def test_a_stage_differs_in_nothing_that_its_run_has_not_written_down_or_not_learnt() -> None:
+    later = replace(RUN, created=None, tasks=(WEIGHING, replace(WEIGHING, name="sorting")))
+    began = RunRecord(run="smoke", tasks=(TaskRecord("weighing", 2),))
+    assert list(differences(RUN, later, learnt=["weighing"])) == []
+    assert list(differences(began, later, learnt=["weighing"])) == []
+    other_words = replace(later, tasks=(replace(WEIGHING, instructions=("lift it",)),))
+    assert list(differences(RUN, other_words, learnt=[])) == []
+
+
+def test_all_that_differs_is_told_at_once() -> None:
+    assert len(list(differences(RUN, replace(RUN, seed=2, config_hash="decaf"), learnt=[]))) == 2
 
 
 def test_every_episode_counts_once_in_a_cell_whatever_its_length() -> None:

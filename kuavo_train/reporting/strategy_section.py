@@ -31,7 +31,7 @@ def strategy_facts(run: StoredRun) -> Json:
 
 def gate_readings(run: StoredRun) -> list[Json]:
     """Every reading of the gate, in order: task, change since learnt, budget, and what followed."""
-    return [{"stage": stage.index, **line} for stage in run.stages for line in stage.gate]
+    return [{**line.to_json(), "stage": stage.index} for stage in run.stages for line in stage.gate]
 
 
 def probe_records(run: StoredRun) -> Json:

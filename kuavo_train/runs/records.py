@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
+from kuavo_train.metrics.intervals import Interval
+
 Json = dict[str, Any]
 """An object of a JSON file."""
 
@@ -229,6 +231,56 @@ def with_played(records: Iterable[ValidationRecord], rollouts: Iterable[Json]) -
 
 
 @dataclass(frozen=True)
+class GateReading:
+    """An earlier task at one validation. `change` is relative: 0.1 = the loss is 10 % above that when learnt."""
+
+    task: str
+    change: Interval
+    budget: float
+
+    @property
+    def exceeded(self) -> bool:
+        return self.change.low is not None and self.change.low > self.budget
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """A line of gate.jsonl: a reading, when it was made, and what followed where the budget was exceeded.
+
+    Attributes:
+        shares: task → share of the samples from then on, where they were changed.
+    """
+
+    reading: GateReading
+    step: int
+    epoch: int | None = None
+    stage: int | None = None
+    action: str | None = None
+    shares: Mapping[str, float] | None = None
+
+    def to_json(self) -> Json:
+        reading, change = self.reading, asdict(self.reading.change)
+        return {
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "step": self.step,
+            "task": reading.task,
+            "change": change,
+            "budget": reading.budget,
+            "exceeded": reading.exceeded,
+            "action": self.action,
+            **({"shares": self.shares} if reading.exceeded else {}),
+        }
+
+    @classmethod
+    def from_json(cls, content: Json) -> "GateRecord":
+        reading = GateReading(content["task"], Interval(**content["change"]), content["budget"])
+        return cls(
+            reading, content["step"], **{key: content.get(key) for key in ("epoch", "stage", "action", "shares")}
+        )
+
+
+@dataclass(frozen=True)
 class TrainingRecord(_Record):
     """What a report takes of a line of metrics.jsonl: means over the steps since the line before.
 
@@ -316,14 +368,27 @@ class GroupRecord(_Record):
 
 @dataclass(frozen=True)
 class DatasetRecord(_Record):
-    """The data of a task in run.json."""
+    """The data of a task in run.json. `origin`: where on the hub it is from; the file says `from`."""
 
     root: str | None = None
+    origin: Json | None = None
     hash: str | None = None
     episodes: int | None = None
     frames: int | None = None
     train_episodes: tuple[int, ...] = ()
     held_out_episodes: tuple[int, ...] = ()
+
+    def to_json(self) -> Json:
+        return {"from" if key == "origin" else key: value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Json) -> "DatasetRecord":
+        return replace(
+            super().from_json(content),
+            origin=content.get("from"),
+            train_episodes=tuple(content.get("train_episodes") or ()),
+            held_out_episodes=tuple(content.get("held_out_episodes") or ()),
+        )
 
 
 @dataclass(frozen=True)
@@ -334,14 +399,22 @@ class TaskRecord(_Record):
     index: int
     instruction: str | None = None
     instructions: tuple[str, ...] = ()
+    instructions_of_dataset: bool | None = None
     loss_target: float | None = None
     final_loss_limit: float | None = None
     recipe: Json | None = None
     dataset: DatasetRecord = DatasetRecord()
 
+    def to_json(self) -> Json:
+        return {**asdict(self), "instructions": list(self.instructions), "dataset": self.dataset.to_json()}
+
     @classmethod
     def from_json(cls, content: Json) -> "TaskRecord":
-        return replace(super().from_json(content), dataset=DatasetRecord.from_json(content.get("dataset") or {}))
+        return replace(
+            super().from_json(content),
+            instructions=tuple(content.get("instructions") or ()),
+            dataset=DatasetRecord.from_json(content.get("dataset") or {}),
+        )
 
 
 @dataclass(frozen=True)
@@ -352,21 +425,24 @@ class StatisticsRecord(_Record):
     hash: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(_Record):
     """run.json. `tasks` are in the order of learning."""
 
     run: str
-    tasks: tuple[TaskRecord, ...]
-    created: str | None = None
     seed: int | None = None
     profile: str | None = None
     strategy: str | None = None
-    git_commit: str | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
     strategy_settings: Json = field(default_factory=dict)
     config_hash: str | None = None
+    tasks: tuple[TaskRecord, ...]
     normalization: StatisticsRecord = StatisticsRecord()
+    created: str | None = None
+    git_commit: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        return {**asdict(self), "tasks": [task.to_json() for task in self.tasks]}
 
     @classmethod
     def from_json(cls, content: Json) -> "RunRecord":

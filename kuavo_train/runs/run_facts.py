@@ -4,20 +4,21 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
-from kuavo_train.errors import ConfigError
-from kuavo_train.reading import ANOTHER_RUN, read_json
+from kuavo_train.errors import Problems
+from kuavo_train.reading import ANOTHER_RUN
 from kuavo_train.runs.files import now, write_json
+from kuavo_train.runs.records import DatasetRecord, Json, RunRecord, StatisticsRecord, TaskRecord
 from kuavo_train.runs.settings import is_free
+from kuavo_train.runs.stored_run import read_run_record
 
 VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "numpy")
 
@@ -25,89 +26,120 @@ VERSIONS_OF = ("lerobot", "torch", "transformers", "accelerate", "mujoco", "nump
 def write_run_facts(
     config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], normalization: Normalization
 ) -> None:
-    """run.json, once; a later stage with other data or another seed belongs to another run.
+    """run.json as the run's first stage begins it; a later stage adds what it says of the tasks.
 
     `tasks` are those of `curriculum`, opened.
+
+    Raises:
+        ConfigError: what the run began with has changed.
     """
-    path = config.run_folder / "run.json"
-    facts: dict[str, Any] = {
-        "run": config.run,
-        "seed": config.seed,
-        "profile": config.profile,
-        "strategy": config.strategy,
-        "strategy_settings": {
+    path, facts = config.run_folder / "run.json", facts_of(config, curriculum, tasks, normalization)
+    if path.is_file():
+        began = read_run_record(path, remedy=ANOTHER_RUN)
+        learnt = [stage.name for stage in takewhile(lambda stage: stage.name != config.stage.name, curriculum)]
+        Problems(differences(began, facts, learnt=learnt)).raise_all()
+        facts = replace(began, tasks=facts.tasks)
+    else:
+        versions = {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}}
+        facts = replace(facts, created=now(), git_commit=_git_commit(), versions=versions)
+    write_json(path, facts.to_json())
+
+
+def facts_of(
+    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], normalization: Normalization
+) -> RunRecord:
+    """What a run is made of as it stands now, without when, where and with what it was begun."""
+    return RunRecord(
+        run=config.run,
+        seed=config.seed,
+        profile=config.profile,
+        strategy=config.strategy,
+        strategy_settings={
             "mixture": config.mixture,
             "ewc": config.ewc and asdict(config.ewc),
             "merge": config.merge and asdict(config.merge),
         },
-        "config_hash": _hash(
+        config_hash=_hash(
             {
                 "policy": {key: value for key, value in config.policy.items() if not is_free(f"policy.{key}")},
                 "tiny_vlm": config.tiny_vlm and asdict(config.tiny_vlm),
             }
         ),
-        "tasks": [
-            {
-                "name": task.name,
-                "index": task.index,
-                "instruction": task.instruction,
-                "instructions": list(task.instructions.texts),
-                "instructions_of_dataset": task.instructions.own,
-                "loss_target": stage.loss_target,
-                "final_loss_limit": stage.final_loss_limit,
-                "recipe": asdict(stage),
-                "dataset": {
-                    "root": str(task.root),
-                    "from": task.origin and asdict(task.origin),
-                    "hash": task.content_hash,
-                    "episodes": len(task.bounds),
-                    "frames": len(task.state),
-                    "train_episodes": list(task.train_episodes),
-                    "held_out_episodes": list(task.held_out_episodes),
-                },
-            }
-            for stage, task in zip(curriculum, tasks, strict=True)
-        ],
-        "normalization": {"source": normalization.source, "hash": normalization.hash},
-    }
-    if path.is_file():
-        stored = read_json(path, keys=("tasks",), remedy=ANOTHER_RUN)
-        for key in ("seed", "strategy", "strategy_settings", "config_hash", "normalization"):
-            if stored.get(key, facts[key]) != facts[key]:
-                raise ConfigError(
-                    f"{key} must stay what run {config.run} began with ({stored[key]}), got {facts[key]}; "
-                    "choose another run=NAME"
-                )
-        known = {task["name"]: task["dataset"] for task in stored["tasks"]}
-        learnt = {stage.name for stage in takewhile(lambda stage: stage.name != config.stage.name, curriculum)}
-        _check_instructions(config.run, [task for task in facts["tasks"] if task["name"] in learnt], stored["tasks"])
-        for task in facts["tasks"]:
-            dataset = task["dataset"]
-            before = known.get(task["name"], dataset)
-            if before["hash"] != dataset["hash"]:
-                raise ConfigError(
-                    f"the dataset of {task['name']} must stay what run {config.run} began with "
-                    f"({before['hash'][:12]}…), got {dataset['hash'][:12]}… in {dataset['root']}; "
-                    "choose another run=NAME"
-                )
-            if any(before[split] != dataset[split] for split in ("train_episodes", "held_out_episodes")):
-                raise ConfigError(
-                    f"the held-out episodes of {task['name']} must stay those run {config.run} began with "
-                    f"({before['held_out_episodes']}), got {dataset['held_out_episodes']}: what was trained on must "
-                    "not be validated on; put data.held_out_episodes, data.split_seed and stage.episodes back, or "
-                    "choose another run=NAME"
-                )
-        facts = {**stored, "tasks": facts["tasks"]}
-    else:
-        facts |= {
-            "created": now(),
-            "git_commit": _git_commit(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
-        }
-    write_json(path, facts)
+        tasks=tuple(_task(stage, task) for stage, task in zip(curriculum, tasks, strict=True)),
+        normalization=StatisticsRecord(normalization.source, normalization.hash),
+    )
 
 
-def _hash(content: Any) -> str:
+def _task(stage: StageConfig, task: Task) -> TaskRecord:
+    return TaskRecord(
+        name=task.name,
+        index=task.index,
+        instruction=task.instruction,
+        instructions=task.instructions.texts,
+        instructions_of_dataset=task.instructions.own,
+        loss_target=stage.loss_target,
+        final_loss_limit=stage.final_loss_limit,
+        recipe=asdict(stage),
+        dataset=DatasetRecord(
+            root=str(task.root),
+            origin=asdict(task.origin) if task.origin else None,
+            hash=task.content_hash,
+            episodes=len(task.bounds),
+            frames=len(task.state),
+            train_episodes=task.train_episodes,
+            held_out_episodes=task.held_out_episodes,
+        ),
+    )
+
+
+def differences(began: RunRecord, now: RunRecord, *, learnt: Collection[str]) -> Iterator[str]:
+    """What may not differ and does, a sentence each: such a stage belongs to another run.
+
+    What the run did not write down when it began is not compared.
+
+    Args:
+        learnt: tasks that would be replayed and validated with other words than they were learnt with.
+    """
+    unknown = RunRecord(run=began.run, tasks=())
+    for key in ("seed", "strategy", "strategy_settings", "config_hash", "normalization"):
+        if getattr(began, key) not in (getattr(unknown, key), getattr(now, key)):
+            was, found = (record.to_json()[key] for record in (began, now))
+            yield f"{key} must stay what run {began.run} began with ({was}), got {found}; choose another run=NAME"
+    before = {task.name: task for task in began.tasks}
+    for task in now.tasks:
+        if task.name in before:
+            if task.name in learnt:
+                yield from _other_words(began.run, before[task.name], task)
+            yield from _other_data(began.run, task.name, before[task.name].dataset, task.dataset)
+
+
+def _other_words(run: str, was: TaskRecord, now: TaskRecord) -> Iterator[str]:
+    for key in ("instructions", "instructions_of_dataset"):
+        if getattr(was, key) not in (None, (), getattr(now, key)):
+            yield (
+                f"the {key.replace('_', ' ')} of {now.name} must stay what it was learnt with in run {run} "
+                f"({was.to_json()[key]}), got {now.to_json()[key]}; put stage.instruction back, or choose another "
+                "run=NAME"
+            )
+
+
+def _other_data(run: str, task: str, was: DatasetRecord, now: DatasetRecord) -> Iterator[str]:
+    if was.hash is None:
+        return
+    if was.hash != now.hash:
+        yield (
+            f"the dataset of {task} must stay what run {run} began with ({was.hash[:12]}…), got "
+            f"{str(now.hash)[:12]}… in {now.root}; choose another run=NAME"
+        )
+    elif (was.train_episodes, was.held_out_episodes) != (now.train_episodes, now.held_out_episodes):
+        yield (
+            f"the held-out episodes of {task} must stay those run {run} began with ({list(was.held_out_episodes)}), "
+            f"got {list(now.held_out_episodes)}: what was trained on must not be validated on; put "
+            "data.held_out_episodes, data.split_seed and stage.episodes back, or choose another run=NAME"
+        )
+
+
+def _hash(content: Json) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -124,16 +156,3 @@ def _git_commit() -> str:
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"
-
-
-def _check_instructions(run: str, learnt: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> None:
-    """Raises `ConfigError` where a task that was learnt would be replayed and validated with other words."""
-    before = {task["name"]: task for task in stored}
-    for task in learnt:
-        for key in ("instructions", "instructions_of_dataset"):
-            told = before.get(task["name"], {}).get(key, task[key])
-            if told != task[key]:
-                raise ConfigError(
-                    f"the {key.replace('_', ' ')} of {task['name']} must stay what it was learnt with in run {run} "
-                    f"({told}), got {task[key]}; put stage.instruction back, or choose another run=NAME"
-                )

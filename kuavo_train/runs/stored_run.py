@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.reading import read_json
+from kuavo_train.reading import TRAIN_AGAIN, read_json
 from kuavo_train.runs.files import read_lines
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.runs.records import (
+    GateRecord,
     GroupRecord,
     Json,
     Kind,
@@ -50,7 +51,7 @@ class StoredStage:
     validations: tuple[ValidationRecord, ...]
     replay: ReplayAudit | None
     parameters: tuple[GroupRecord, ...] | None
-    gate: tuple[Json, ...]
+    gate: tuple[GateRecord, ...]
     merge: Json | None
 
     @property
@@ -93,7 +94,7 @@ class StoredRun:
             raise RunFolderError(
                 f"{folder} has no run.json, so it is not a run: give run=outputs/<run>, not a stage in it"
             )
-        record = _read_run_json(folder / "run.json")
+        record = read_run_record(folder / "run.json")
         names = {task.name for task in record.tasks}
         found = [(path, match) for path in sorted(folder.iterdir()) if (match := STAGE_FOLDER.fullmatch(path.name))]
         stages = sorted(
@@ -167,8 +168,9 @@ def finished_cells(study: Path) -> list[Path]:
     return [beside if beside.is_dir() else folder for beside, folder in pairs]
 
 
-def _read_run_json(path: Path) -> RunRecord:
-    content = read_json(path)
+def read_run_record(path: Path, *, remedy: str = TRAIN_AGAIN) -> RunRecord:
+    """run.json. Raises `RunFolderError`, which ends in the `remedy` where the file is damaged."""
+    content = read_json(path, remedy=remedy)
     _require(content, ("run", "tasks"), path)
     for task in content["tasks"]:
         _require(task, ("name", "index"), path)
@@ -259,7 +261,7 @@ def _read_stage(folder: Path, index: int, name: str, tasks: set[str]) -> StoredS
         validations=tuple(_last_of_each({(line.kind, line.step, line.task): line for line in validations})),
         replay=ReplayAudit.from_json(read_json(replay, keys=("drawn",))) if replay.is_file() else None,
         parameters=None if groups is None else tuple(map(GroupRecord.from_json, groups)),
-        gate=tuple(_lines(folder / "gate.jsonl", ("step", "task", "change", "budget"))),
+        gate=tuple(map(GateRecord.from_json, _lines(folder / "gate.jsonl", ("step", "task", "change", "budget")))),
         merge=read_json(merge) if merge.is_file() else None,
     )
 

@@ -5,8 +5,7 @@ change (paired bootstrap over episodes) lies above it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from kuavo_train.config import ForgettingConfig
 from kuavo_train.data.mixture import mixture_of
@@ -14,30 +13,9 @@ from kuavo_train.data.replay import raised_shares
 from kuavo_train.errors import ConfigError
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import percent, whole_percent
-from kuavo_train.runs.records import ValidationRecord
+from kuavo_train.runs.records import GateReading, GateRecord, ValidationRecord
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.strategies.strategy import Action, StageView, Strategy
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One task at one validation. `change` is relative: 0.1 = the loss is 10 % above that when learnt."""
-
-    task: str
-    change: Interval
-    budget: float
-
-    @property
-    def exceeded(self) -> bool:
-        return self.change.low is not None and self.change.low > self.budget
-
-    def record(self) -> dict[str, Any]:
-        """As it stands in gate.jsonl."""
-        return {"task": self.task, "change": asdict(self.change), "budget": self.budget, "exceeded": self.exceeded}
-
-    def __str__(self) -> str:
-        low = "" if self.change.low is None else f" (at least {percent(self.change.low)})"
-        return f"{self.task} {percent(self.change.estimate)}{low}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ class Gate:
     learnt: Mapping[str, Scores]
     config: ForgettingConfig
 
-    def read(self, now: Mapping[str, Scores]) -> list[Reading]:
+    def read(self, now: Mapping[str, Scores]) -> list[GateReading]:
         """One reading per earlier task.
 
         Args:
@@ -63,14 +41,15 @@ class Gate:
         if self.config.budget is None:
             return []
         return [
-            Reading(task, self._change(before, now[task]), self.config.budget) for task, before in self.learnt.items()
+            GateReading(task, self._change(before, now[task]), self.config.budget)
+            for task, before in self.learnt.items()
         ]
 
     def _change(self, before: Scores, now: Scores) -> Interval:
         level, resamples = self.config.confidence, self.config.resamples
         return paired_bootstrap(before, now, relative=True, level=level, resamples=resamples)
 
-    def act(self, readings: Sequence[Reading], *, shares: Mapping[str, float], new: str, over: bool) -> Action:
+    def act(self, readings: Sequence[GateReading], *, shares: Mapping[str, float], new: str, over: bool) -> Action:
         """What follows from the readings.
 
         Args:
@@ -81,7 +60,7 @@ class Gate:
         if not exceeding:
             return Action()
         config = self.config
-        losses = ", ".join(map(str, exceeding))
+        losses = ", ".join(map(_in_words, exceeding))
         reason = f"held-out loss since learnt: {losses}; the budget is {whole_percent(exceeding[0].budget)}"
         if over or config.on_exceed == "warn":
             return Action("warn", reason)
@@ -113,10 +92,11 @@ class ForgettingGate(Strategy):
         readings = gate.read(scores)
         action = gate.act(readings, shares=view.shares(), new=mixture_of(view.config).leading, over=over)
         if view.is_main:
-            about = {"stage": view.config.stage.index, "epoch": epoch, "step": step}
             for reading in readings:
-                taken = {"action": action.name, "shares": action.shares} if reading.exceeded else {"action": None}
-                view.folder.gate.append({**about, **reading.record(), **taken})
+                record = GateRecord(reading, step, epoch, view.config.stage.index)
+                if reading.exceeded:
+                    record = replace(record, action=action.name, shares=action.shares)
+                view.folder.gate.append(record.to_json())
                 view.report({f"gate/{reading.task}/change": reading.change.estimate}, step)
         return action
 
@@ -134,3 +114,8 @@ class ForgettingGate(Strategy):
                 )
             learnt[name] = ends[-1].scores("loss")
         return Gate(learnt, self.settings)
+
+
+def _in_words(reading: GateReading) -> str:
+    low = "" if reading.change.low is None else f" (at least {percent(reading.change.low)})"
+    return f"{reading.task} {percent(reading.change.estimate)}{low}"
