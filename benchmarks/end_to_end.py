@@ -24,7 +24,8 @@ from benchmarks.models import SIZES, Size
 from benchmarks.video_dataset import TASK, write_dataset
 from kuavo_train.compose import compose_run
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
+from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import open_stage
 
 STEP_TIMES = re.compile(r"updt_s:(\S+) data_s:(\S+)")
@@ -125,10 +126,8 @@ def run_command(arguments: Sequence[str], *, threads: int) -> str:
 def seconds_per_embedded_frame(overrides: list[str]) -> float:
     """Compute all image embeddings of a run, as its first epoch would, and leave them for the next."""
     configs = compose_run(overrides)
-    findings = Findings()
-    stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
-    findings.raise_problems()
-    assert stage is not None, "what cannot be opened is a problem"
+    curriculum = [config.stage for config in configs]
+    stage = open_stage(configs[0], curriculum, Start(), Accelerator(cpu=True), Findings())
     began = time.perf_counter()
     stage.images.fill(progress=False)
     return (time.perf_counter() - began) / len(stage.tasks[0].state)

@@ -19,15 +19,16 @@ from kuavo_train.compose import compose_stage
 def main(composed: DictConfig, overrides: list[str], *, as_json: bool = False) -> int:
     config, curriculum = compose_stage(composed, overrides)
     # The heavy imports come after the configuration has been found good.
-    from kuavo_train.stage.preflight import listed
-    from kuavo_train.stage.stage import examine_stage
+    from kuavo_train.stage.description import describe
+    from kuavo_train.stage.findings import listed
+    from kuavo_train.stage.preflight import examine_stage
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print on the way is not for machines
         findings = examine_stage(config, curriculum)
     if as_json:
         print(findings.for_machines())
         return int(bool(findings.problems))
-    print(f"stage {config.stage.index} ({config.stage.name}) of run {config.run}\n{findings.table}")
+    print(f"stage {config.stage.index} ({config.stage.name}) of run {config.run}\n{describe(findings)}")
     if findings.problems:
         print(f"problems\n{listed(findings.problems)}", file=sys.stderr)
         return 1

@@ -13,7 +13,8 @@ from kuavo_train.data.batch import Batch, Origin
 from kuavo_train.data.images.augmentation import ClipAugmentation
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.stage import examine_stage, run_stage
+from kuavo_train.stage.preflight import examine_stage
+from kuavo_train.stage.stage import run_stage
 
 CAMERAS = ["observation.images.head_cam_h", "observation.images.wrist_cam_l"]
 BRIGHTNESS = AugmentationConfig(tfs={"light": {"type": "ColorJitter", "kwargs": {"brightness": [0.5, 1.5]}}})

@@ -19,7 +19,7 @@ from torch import nn
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.strategies.importance import Importance
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm

@@ -17,7 +17,9 @@ from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.stage import examine_stage, run_stage
+from kuavo_train.stage.description import describe
+from kuavo_train.stage.preflight import examine_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 HEAD = "observation.images.head_cam_h"
@@ -40,7 +42,7 @@ def test_a_recording_as_on_the_robot_goes_all_the_way(
     config = replace(config, stage=replace(config.stage, cameras=cameras, replay={"sorting": 1.0}))
     findings = examine_stage(config, [config.stage])
     assert findings.problems == []
-    assert findings.table.count("480×640") == 3
+    assert describe(findings).count("480×640") == 3
     unused = (HEAD, "observation.depth_l") if cameras else ("observation.depth_h", "observation.depth_l")
     assert f"sorting: {', '.join(unused)}, observation.depth_r not used" in findings.notes
     assert run_stage(config, [config.stage]) == 0

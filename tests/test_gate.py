@@ -22,7 +22,8 @@ from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.records import GateReading
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import stage
-from kuavo_train.stage.stage import StageHooks, run_stage
+from kuavo_train.stage.stage import run_stage
+from kuavo_train.stage.training import StageHooks
 from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.training.epochs import Timetable
 

@@ -22,7 +22,7 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_facts import write_run_facts
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
@@ -195,7 +195,7 @@ def test_a_task_that_was_learnt_keeps_its_words(run: Path) -> None:
 
 def test_the_longest_sentence_of_a_task_has_to_fit(alternating: Alternating, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "kuavo_train.stage.preflight.token_counts", lambda _, texts: [len(text.split()) for text in texts]
+        "kuavo_train.stage.findings.token_counts", lambda _, texts: [len(text.split()) for text in texts]
     )
     task, findings = alternating(instruction=[RED, "pick the blue one, which is not the red one", BLUE]), Findings()
     findings.look_at_tasks([task], {}, None)

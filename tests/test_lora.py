@@ -16,7 +16,8 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import LoraConfig, RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage.stage import examine_stage, run_stage
+from kuavo_train.stage.preflight import examine_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
 from kuavo_train.training.parameter_groups import parameter_counts
 

@@ -22,7 +22,7 @@ from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.runs import run_folder
 from kuavo_train.runs.files import JsonLines
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import preflight
+from kuavo_train.stage import findings
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
 from kuavo_train.training.learner import Learner
@@ -202,7 +202,7 @@ def test_sizes_are_told_in_units_that_show_something() -> None:
 def test_a_disk_too_small_for_the_checkpoints_is_told_in_such_units(
     small_run: Overrides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = preflight.shutil.disk_usage("/")._replace(free=20_000)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
+    usage = findings.shutil.disk_usage("/")._replace(free=20_000)
+    monkeypatch.setattr(findings.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConfigError, match=r"the checkpoints need [1-9][\d.]* MiB below .*, 19.5 KiB are free"):
         run(compose_run(small_run()))

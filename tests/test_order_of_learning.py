@@ -9,8 +9,8 @@ import pytest
 from kuavo_train.compose import compose_run
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
+from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.lineage import result_before
-from kuavo_train.stage.preflight import Findings
 
 
 def test_a_stage_out_of_turn_names_the_file_of_the_task_before_and_the_order(tmp_path: Path) -> None:

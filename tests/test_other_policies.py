@@ -20,7 +20,9 @@ from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.stored_run import StoredRun
-from kuavo_train.stage.stage import examine_stage, run_stage
+from kuavo_train.stage.description import describe
+from kuavo_train.stage.preflight import examine_stage
+from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.parameter_groups import parameter_groups
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
@@ -106,8 +108,10 @@ def test_preflight_says_what_the_policy_cannot_do(small_run: Callable[..., list[
     configs = compose_run(overrides_of("act", small_run()))
     findings = examine_stage(configs[0], [config.stage for config in configs])
     assert findings.problems == []
-    assert "note: policy act reads no instruction: it can tell 4 tasks apart by pictures and state" in findings.table
-    assert "those that moving_grasp, weighing, placement lack count in its loss" in findings.table
+    assert "note: policy act reads no instruction: it can tell 4 tasks apart by pictures and state" in describe(
+        findings
+    )
+    assert "those that moving_grasp, weighing, placement lack count in its loss" in describe(findings)
     assert len(findings.facts["parameters"]) > 1  # groups that can be frozen
 
 

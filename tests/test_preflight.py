@@ -13,8 +13,9 @@ from small_datasets import CAMERAS, write_dataset
 from test_command_line import Here
 
 from kuavo_train.compose import compose_run
-from kuavo_train.stage.preflight import Findings, token_counts
-from kuavo_train.stage.stage import examine_stage
+from kuavo_train.stage.description import describe
+from kuavo_train.stage.findings import Findings, token_counts
+from kuavo_train.stage.preflight import examine_stage
 
 Overrides = Callable[..., list[str]]
 
@@ -27,7 +28,7 @@ def examine(overrides: list[str], place: int = 0) -> Findings:
 def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> None:
     findings = examine(small_run())
     assert findings.problems == []
-    table = findings.table
+    table = describe(findings)
     for words in (
         "task               train  held out    frames     hours       fps    tokens     share",
         "moving_grasp           3         2        42      0.00        10",
@@ -56,7 +57,7 @@ def test_a_long_name_does_not_run_into_what_stands_beside_it(small_run: Override
     findings = examine(small_run())
     for task in findings.facts["tasks"]:
         task["name"] = f"{task['name']}_of_twenty_and_more"
-    lines = findings.table.splitlines()
+    lines = describe(findings).splitlines()
     assert any(re.match("  moving_grasp_of_twenty_and_more +Grasp the object", line) for line in lines)
     assert len({len(row) for row in lines[:5]}) == 1  # the columns stand below each other
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from test_command_line import command
 
 from kuavo_train.command_line import set_hub
 from kuavo_train.compose import compose_run
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.description import describe
+from kuavo_train.stage.findings import Findings, NotReady
+from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import OpenedStage, open_stage
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
@@ -29,7 +32,9 @@ Overrides = Callable[..., list[str]]
 def open_first_stage(overrides: list[str]) -> tuple[OpenedStage | None, str]:
     """The stage, and all that is wrong with it."""
     configs, findings = compose_run(overrides), Findings()
-    stage = open_stage(configs[0], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
+    stage = None
+    with suppress(NotReady):
+        stage = open_stage(configs[0], [config.stage for config in configs], Start(), Accelerator(cpu=True), findings)
     return stage, "\n".join(findings.problems)
 
 
@@ -53,14 +58,16 @@ def test_plain_smolvla_is_taken_over_whole_and_only_the_memory_is_new(
     weights, stored = stage.built.policy.state_dict(), load_file(plain_smolvla / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in stored.items())
     assert {name.split(".")[1] for name in weights.keys() - stored.keys()} == {"memory"}
-    assert "widened" not in stage.table
+    assert "widened" not in describe(stage.findings)
 
 
 def test_a_base_of_32_dimensions_takes_more_and_the_table_says_so(small_run: Overrides, plain_smolvla: Path) -> None:
     wider = (f"policy.pretrained_path={plain_smolvla}", "policy.max_action_dim=40", "policy.max_state_dim=36")
     stage, problems = open_first_stage(small_run(*wider))
     assert stage is not None, problems
-    assert "widened: action_in_proj 32 → 40, action_out_proj 32 → 40, state_proj 32 → 36 dimensions" in stage.table
+    assert "widened: action_in_proj 32 → 40, action_out_proj 32 → 40, state_proj 32 → 36 dimensions" in describe(
+        stage.findings
+    )
     _, problems = open_first_stage(small_run(wider[0], "policy.max_action_dim=24"))
     assert "max_action_dim must be at least 32, what the weights were trained with" in problems
 

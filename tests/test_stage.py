@@ -23,7 +23,8 @@ from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.runs.files import write_json
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import setup
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
+from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import open_stage
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.learner import Learner, TrainingDiverged
@@ -93,11 +94,10 @@ def test_each_stage_starts_from_the_one_before(four_stages: list[RunConfig]) -> 
         stage = open_stage(
             config,
             [each.stage for each in four_stages],
-            stage_folder(four_stages[config.stage.index - 2]).checkpoints.at("best"),
+            Start(before=stage_folder(four_stages[config.stage.index - 2]).checkpoints.at("best")),
             Accelerator(cpu=True),
             Findings(),
         )
-        assert stage is not None
         began = {name: value for name, value in stage.built.policy.state_dict().items() if "memory" in name}
         before = weights(stage_folder(four_stages[config.stage.index - 2]), "best")
         assert began

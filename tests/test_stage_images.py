@@ -23,7 +23,9 @@ from kuavo_train.data.images.frames import CachedFrames
 from kuavo_train.data.sampler import Draw
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.description import describe
+from kuavo_train.stage.findings import Findings
+from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import OpenedStage, open_stage
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.frozen_encoder import frozen_encoder
@@ -65,11 +67,8 @@ def continued(first: list[RunConfig], folder: Path, **data: Any) -> list[RunConf
 
 
 def opened(configs: list[RunConfig], place: int = 1) -> OpenedStage:
-    findings = Findings()
-    stage = open_stage(configs[place], [config.stage for config in configs], None, Accelerator(cpu=True), findings)
-    findings.raise_problems()
-    assert stage is not None
-    return stage
+    curriculum = [config.stage for config in configs]
+    return open_stage(configs[place], curriculum, Start(), Accelerator(cpu=True), Findings())
 
 
 def run(configs: list[RunConfig], place: int) -> None:
@@ -109,7 +108,7 @@ def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(em
     for place in (1, 2, 3):
         stage = opened(configs, place)
         assert [type(source) for source in stage.images.sources.values()] == [CachedFeatures] * 4
-        assert "embeddings by the frozen encoder" in stage.table
+        assert "embeddings by the frozen encoder" in describe(stage.findings)
 
 
 @pytest.mark.parametrize("trained", ["vision", "connector"])
@@ -117,7 +116,7 @@ def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(embedded: Embedde
     frozen = {"vision": "connector", "connector": "vision"}[trained]
     stage = opened(embedded(f"training.freeze=[{frozen}]"))
     assert all(isinstance(source, CachedFrames) for source in stage.images.sources.values())
-    assert "no embeddings: the image encoder is trained" in stage.table
+    assert "no embeddings: the image encoder is trained" in describe(stage.findings)
 
 
 def test_the_loss_from_features_is_that_from_pictures(embedded: Embedded) -> None:
@@ -183,10 +182,9 @@ def test_a_later_stage_computes_only_the_episodes_it_reads_for_the_first_time(
         run(configs, place)
         shapes = 4 * 3  # every camera of every task, once
         assert sum(calls) - shapes == 3 * frames
-    before = stage_folder(configs[2]).checkpoints.at("best")
+    before = Start(before=stage_folder(configs[2]).checkpoints.at("best"))
     again = replace(configs[3], run="again")
     stage = open_stage(again, [config.stage for config in configs], before, Accelerator(cpu=True), Findings())
-    assert stage is not None
     calls.clear()
     stage.images.fill(progress=False)
     assert calls == []

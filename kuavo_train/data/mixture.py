@@ -1,7 +1,7 @@
 """What a stage samples, decided here and nowhere else: the tasks that are new in it, and the share of each task.
 
 `mixture` in the configuration names one of three: `replay` (the new task and the earlier ones, by the shares of its
-file), `own_task` (the new task alone), `all_tasks` (every task is new, in one stage). Whoever needs to know asks
+file), `own_task` (the new task alone), `all_tasks` (every task is new, in one stage). Everything else calls
 `mixture_of`.
 """
 

@@ -22,7 +22,8 @@ from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
+from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import fresh_memory, open_stage
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.epochs import Timetable
@@ -163,10 +164,7 @@ def _relearn(
         recipe, strategy="sequential", mixture="own_task", ewc=None, merge=None, tracking="off", training=training
     )
     accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=run.device.type == "cpu")
-    findings = Findings()
-    stage = open_stage(alone, run.curriculum, start, accelerator, findings)
-    findings.raise_problems()
-    assert stage is not None
+    stage = open_stage(alone, run.curriculum, Start(before=start), accelerator, Findings())
     learner = Learner.of(
         stage.built.policy,
         stage.built.preprocessor,

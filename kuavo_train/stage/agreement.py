@@ -11,10 +11,16 @@ from kuavo_train.errors import Interrupted
 from kuavo_train.interruption import Listening
 
 
-@dataclass(frozen=True)
+@dataclass
 class Agreement:
+    """
+    Attributes:
+        exit_status: of the stage: 0, or of the signal that has ended it.
+    """
+
     listener: Listening
     accelerator: Accelerator
+    exit_status: int = 0
 
     def signal(self) -> int | None:
         """The number of the signal that any process has received."""

@@ -1,49 +1,32 @@
 """The end of a stage: its result is chosen, validated and audited, and the stage is on record as finished."""
 
-from collections.abc import Sequence
-
 from accelerate.utils import gather_object
 
 from kuavo_train.reporting.run_analysis import analyse, write_matrix
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.stage import model_card
-from kuavo_train.stage.setup import OpenedStage
-from kuavo_train.stage.stage_validation import StageValidation
-from kuavo_train.strategies.strategy import StageView
+from kuavo_train.stage.parts import Stage
 from kuavo_train.training.checkpoint import load_weights
-from kuavo_train.training.learner import Learner
 from kuavo_train.training.lora import merge_adapters
-from kuavo_train.training.parameter_groups import ParameterGroup, compare_fingerprints, take_fingerprints
-from kuavo_train.training.trainer import Progress
+from kuavo_train.training.parameter_groups import compare_fingerprints, take_fingerprints
 
 
-def conclude(
-    opened: OpenedStage,
-    learner: Learner,
-    progress: Progress,
-    *,
-    validation: StageValidation,
-    view: StageView,
-    groups_before: Sequence[ParameterGroup],
-) -> None:
-    """The stage's result is its best checkpoint, or what the strategy makes of it: validate it, audit, record.
-
-    Args:
-        groups_before: fingerprints of the parameters when the stage began.
-    """
+def conclude(stage: Stage) -> None:
+    """The stage's result is its best checkpoint, or what the strategy makes of it: validate it, audit, record."""
+    opened, learner, progress, view = stage.opened, stage.learner, stage.progress, stage.view
     config, folder = opened.config, opened.folder
     opened.accelerator.wait_for_everyone()
     policy = learner.bare_policy
     learner.average.keep()
-    groups = compare_fingerprints(groups_before, take_fingerprints(policy))
+    groups = compare_fingerprints(stage.groups_before, take_fingerprints(policy))
     merge_adapters(policy)
     best = folder.checkpoints.at("best" if progress.best_step is None else progress.best_step)
     if best.step != progress.step:
         load_weights(policy, best)
     result, loss = opened.strategy.result(view, best, progress.best_loss)
     names = [task.name for task in opened.tasks] if config.validation.unseen_tasks else opened.seen
-    records = validation.validate("end", step=best.step, epoch=opened.timetable.number(best.step), names=names)
+    records = stage.validation.validate("end", step=best.step, epoch=opened.timetable.number(best.step), names=names)
     drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
     opened.strategy.end(view)
     if not opened.accelerator.is_main_process:

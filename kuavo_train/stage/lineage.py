@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kuavo_train.config import RunConfig, StageConfig
@@ -15,6 +16,28 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.settings import differences, refuse, shared_differences
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.policy_factory import policy_config_class, policy_defaults
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage begins with.
+
+    Attributes:
+        resumed: its own last checkpoint, where it goes on; None where it begins.
+        before: what the stage before ended in; None for the first.
+    """
+
+    resumed: Checkpoint | None = None
+    before: Checkpoint | None = None
+
+    @property
+    def weights(self) -> Checkpoint | None:
+        return self.resumed or self.before
+
+
+def start_of(config: RunConfig, curriculum: Sequence[StageConfig]) -> Start:
+    """Raises `ConfigError` for a stage that must not be entered, or not yet."""
+    return Start(resumed=checkpoint_to_resume(config, curriculum), before=result_before(config, curriculum))
 
 
 def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:

@@ -1,13 +1,14 @@
 """What a stage needs, opened: data, policy, order of samples, where images come from, simulators."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
@@ -28,14 +29,14 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import Environment, environment_of
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage.lineage import seen_tasks, stages_before
-from kuavo_train.stage.preflight import Findings
+from kuavo_train.stage.findings import Findings
+from kuavo_train.stage.lineage import Start, seen_tasks, stages_before
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
-from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.frozen_encoder import frozen_encoder
+from kuavo_train.training.optimizer import choose_device
 from kuavo_train.training.policy_factory import BuiltPolicy, build_policy, configure_policy, policy_config_class
 from kuavo_train.training.tracking import check_tracking
 from kuavo_train.training.trainer import step_seed
@@ -46,13 +47,15 @@ class OpenedStage:
     """All that a stage needs, open and looked at; nothing is written or trained yet.
 
     Attributes:
+        start: what its weights, and where it goes on its state, are from.
         tasks: of the whole curriculum, in the order of learning.
         environments: task seen → where it is rolled out.
-        table: what preflight has to say.
+        findings: what preflight has to say.
     """
 
     config: RunConfig
     curriculum: Sequence[StageConfig]
+    start: Start
     folder: StageFolder
     accelerator: Accelerator
     tasks: list[Task]
@@ -64,7 +67,7 @@ class OpenedStage:
     environments: dict[str, Environment]
     augment: Augmentation
     strategy: Strategy
-    table: str
+    findings: Findings
 
     @property
     def seen(self) -> list[str]:
@@ -124,113 +127,173 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
             raise ConfigError(str(error)) from error
 
 
-def open_stage(
-    config: RunConfig,
-    curriculum: Sequence[StageConfig],
-    start: Checkpoint | None,
-    accelerator: Accelerator,
-    findings: Findings,
-) -> OpenedStage | None:
-    """Open data, build the policy from `start`, freeze, and let preflight look at all of it.
+def accelerator_for(config: RunConfig) -> Accelerator:
+    """Raises `ConfigError` when the device is not there."""
+    return Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        cpu=choose_device(config.training.device).type == "cpu",
+        # Parameters that one batch does not reach (the write path at depth 1) must not stall several processes.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
-    What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same. None when
-    there are problems.
+
+def open_stage(
+    config: RunConfig, curriculum: Sequence[StageConfig], start: Start, accelerator: Accelerator, findings: Findings
+) -> OpenedStage:
+    """Open the data, build the policy, plan the samples; preflight looks at each.
+
+    What cannot be opened is a problem in `findings`, and what does not need it is looked at all the same.
+
+    Raises:
+        NotReady: with all problems.
     """
-    attempt = findings.problems.attempt
-    attempt(check_tracking, config)
-    strategy = attempt(chosen_strategy, config)
-    if strategy is not None:
-        attempt(strategy.check, [stage_folder(config, stage) for stage in stages_before(config, curriculum)])
-    policy_is_known = attempt(policy_config_class, config.policy) is not None
-    findings.look_at_datasets(curriculum)
-    tasks = [task for stage in curriculum if (task := examine_task(stage, config.data, findings.problems))]
-    data, training = config.data, config.training
-    decoded = {
-        task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend) for task in tasks
-    }
-    shapes = {name: found for name, frames in decoded.items() if (found := attempt(frames.checked_shapes))}
-    findings.look_at_tasks(tasks, shapes, data.claw_limits)
-    normalization = attempt(_shared_normalization, config, tasks) if tasks else None
-    if normalization is None or not shapes or not policy_is_known:
-        return None
-    for task in tasks:
-        attempt(normalization.check_covers, task)
-    is_first = not stages_before(config, curriculum)
-    wanted: dict[str, Any] = {
-        "normalization": normalization,
-        "frozen": training.freeze_first_stage if is_first else training.freeze,
-        "checkpoint": start.pretrained_model if start else None,
-        "device": accelerator.device,
-    }
-    instructions = [text for task in tasks for text in task.instructions.texts]
-    image_shapes = next(iter(shapes.values()))
-    policy_config = attempt(configure_policy, config, image_shapes=image_shapes, instructions=instructions, **wanted)
-    if policy_config is None:
-        return None
-    findings.look_at_policy_config(policy_config, tasks, normalization)
-    torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
-    built = attempt(build_policy, config, policy_config, **wanted)
-    if built is None:
-        return None
-    findings.look_at_policy(config, built.policy, built.stored)
-    processes = accelerator.num_processes
-    complete = len(tasks) == len(curriculum) and strategy is not None
-    order = attempt(_order, config, tasks, built.policy, strategy, processes) if complete else None
-    if order is None or strategy is None:
-        return None
-    timetable = Timetable(
-        epochs=training.epochs,
-        steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
-        max_steps=training.max_steps,
-    )
-    encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
-    images = plan_images(data, decoded, _episodes_read(config, curriculum, tasks, order), encoder)
-    findings.look_at_plan(config, order.shares, timetable.steps, images)
-    sample = MixedDataset(tasks, list(decoded.values()), normalization, **frames_of_sample(built.policy.config))
-    findings.problems += room_problems(
-        data.num_workers,
-        sample.bytes_of_batch(training.batch_size, look=images.look),
-        batches_per_step=training.gradient_accumulation_steps,
+    opening = Opening(config, curriculum, start, accelerator, findings)
+    findings.attempt(check_tracking, config)
+    strategy = opening.strategy()
+    policy_class = findings.attempt(policy_config_class, config.policy)
+    data = opening.data()
+    findings.need(policy_class)
+    built = opening.policy(data)
+    findings.need(data.tasks if len(data.tasks) == len(curriculum) else None)
+    return opening.plan(data, built, findings.need(strategy))
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """
+    Attributes:
+        tasks: those that could be opened, in the order of learning.
+        frames: task → its pictures, decoded.
+        image_shapes: camera → (3, H, W), the same for all tasks or a problem.
+    """
+
+    tasks: list[Task]
+    frames: dict[str, DecodedFrames]
+    image_shapes: Mapping[str, tuple[int, ...]]
+    normalization: Normalization
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The steps of `open_stage`; each leaves its problems in `findings`, and raises where no other step can follow."""
+
+    config: RunConfig
+    curriculum: Sequence[StageConfig]
+    start: Start
+    accelerator: Accelerator
+    findings: Findings
+
+    def strategy(self) -> Strategy | None:
+        strategy = self.findings.attempt(chosen_strategy, self.config)
+        if strategy is not None:
+            earlier = [stage_folder(self.config, stage) for stage in stages_before(self.config, self.curriculum)]
+            self.findings.attempt(strategy.check, earlier)
+        return strategy
+
+    def data(self) -> OpenedData:
+        """The recordings of all tasks, and the run's statistics of them."""
+        findings, data = self.findings, self.config.data
+        findings.look_at_datasets(self.curriculum)
+        tasks = [task for stage in self.curriculum if (task := examine_task(stage, data, findings.problems))]
+        frames = {
+            task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
+            for task in tasks
+        }
+        shapes = {name: found for name, each in frames.items() if (found := findings.attempt(each.checked_shapes))}
+        findings.look_at_tasks(tasks, shapes, data.claw_limits)
+        normalization = findings.need(findings.attempt(_shared_normalization, self.config, tasks) if tasks else None)
+        for task in tasks:
+            findings.attempt(normalization.check_covers, task)
+        return OpenedData(tasks, frames, findings.need(next(iter(shapes.values()), None)), normalization)
+
+    def policy(self, data: OpenedData) -> BuiltPolicy:
+        """With the weights it starts from, frozen as the stage wants it."""
+        config, findings, weights = self.config, self.findings, self.start.weights
+        is_first = not stages_before(config, self.curriculum)
+        wanted: dict[str, Any] = {
+            "normalization": data.normalization,
+            "frozen": config.training.freeze_first_stage if is_first else config.training.freeze,
+            "checkpoint": weights.pretrained_model if weights else None,
+            "device": self.accelerator.device,
+        }
+        instructions = [text for task in data.tasks for text in task.instructions.texts]
+        about: dict[str, Any] = {"image_shapes": data.image_shapes, "instructions": instructions}
+        policy_config = findings.need(findings.attempt(configure_policy, config, **about, **wanted))
+        findings.look_at_policy_config(policy_config, data.tasks, data.normalization)
+        torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
+        built = findings.need(findings.attempt(build_policy, config, policy_config, **wanted))
+        findings.look_at_policy(config, built.policy, built.stored)
+        return built
+
+    def plan(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy) -> OpenedStage:
+        """Which samples in how many steps, where their pictures come from, and where the policy is rolled out."""
+        config, findings, accelerator = self.config, self.findings, self.accelerator
+        training = config.training
+        order = findings.need(
+            findings.attempt(_order, config, data.tasks, built.policy, strategy, accelerator.num_processes)
+        )
+        timetable = Timetable(
+            epochs=training.epochs,
+            steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
+            max_steps=training.max_steps,
+        )
+        encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
+        read = _episodes_read(config, self.curriculum, data.tasks, order)
+        images = plan_images(config.data, data.frames, read, encoder)
+        findings.look_at_plan(config, order.shares, timetable.steps, images)
+        findings.problems += _room_problems(config, data, built, images)
+        environments = findings.attempt(_environments, config, self.curriculum, data, findings)
+        augment = findings.attempt(_augmentation, config, accelerator.process_index)
+        findings.raise_problems()
+        return OpenedStage(
+            config=config,
+            curriculum=self.curriculum,
+            start=self.start,
+            folder=stage_folder(config),
+            accelerator=accelerator,
+            tasks=data.tasks,
+            images=images,
+            normalization=data.normalization,
+            built=built,
+            order=order,
+            timetable=timetable,
+            environments=findings.need(environments),
+            augment=findings.need(augment),
+            strategy=strategy,
+            findings=findings,
+        )
+
+
+def _room_problems(config: RunConfig, data: OpenedData, built: BuiltPolicy, images: Images) -> list[str]:
+    """What batches on their way from loaders lack of shared memory."""
+    frames = list(data.frames.values())
+    sample = MixedDataset(data.tasks, frames, data.normalization, **frames_of_sample(built.policy.config))
+    return room_problems(
+        config.data.num_workers,
+        sample.bytes_of_batch(config.training.batch_size, look=images.look),
+        batches_per_step=config.training.gradient_accumulation_steps,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as torchrun says
-    )
-    environments = attempt(_environments, config, curriculum, tasks)
-    own = {stage.name for stage in curriculum if stage.environment is not None}
-    trained_sizes = {camera: (shape[1], shape[2]) for camera, shape in image_shapes.items()}
-    for task in tasks:
-        environment = (environments or {}).get(task.name)
-        if environment is not None and task.name in own:
-            findings.notes += filter(None, [attempt(check_environment, environment, task, trained_sizes)])
-    augment = attempt(_augmentation, config, accelerator.process_index)
-    if findings.problems or environments is None or augment is None:
-        return None
-    return OpenedStage(
-        config=config,
-        curriculum=curriculum,
-        folder=stage_folder(config),
-        accelerator=accelerator,
-        tasks=tasks,
-        images=images,
-        normalization=normalization,
-        built=built,
-        order=order,
-        timetable=timetable,
-        environments=environments,
-        augment=augment,
-        strategy=strategy,
-        table=findings.table,
     )
 
 
 def _environments(
-    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task]
+    config: RunConfig, curriculum: Sequence[StageConfig], data: OpenedData, findings: Findings
 ) -> dict[str, Environment]:
     """Task seen → where it is rolled out; nothing when nothing is. Raises `ConfigError` where it cannot be."""
     if config.rollout.episodes == 0:
         return {}
-    seen, told = seen_tasks(config, curriculum), {task.name: task.instruction for task in tasks}
-    return {
-        s.name: environment_of(s, told[s.name], config.simulation, config.rollout) for s in curriculum if s.name in seen
+    tasks = {task.name: task for task in data.tasks}
+    seen = [stage for stage in curriculum if stage.name in seen_tasks(config, curriculum)]
+    environments = {
+        stage.name: environment_of(stage, tasks[stage.name].instruction, config.simulation, config.rollout)
+        for stage in seen
     }
+    trained_sizes = {camera: (shape[1], shape[2]) for camera, shape in data.image_shapes.items()}
+    for stage in seen:
+        if stage.environment is not None:  # of the user's own
+            check = (environments[stage.name], tasks[stage.name], trained_sizes)
+            findings.notes += filter(None, [findings.attempt(check_environment, *check)])
+    return environments
 
 
 def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, strategy: Strategy, processes: int) -> Order:

@@ -1,0 +1,121 @@
+"""The facts and notes of preflight as a person reads them: the table that a stage begins with."""
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kuavo_train.data.images.plan import size_text
+from kuavo_train.stage.findings import CHECKPOINTS_AT_ONCE, Findings
+
+
+def describe(findings: Findings) -> str:
+    """Lines of text, indented by two."""
+    facts = findings.facts
+    parts = [
+        _task_table(facts.get("tasks", []), facts.get("token_limit")),
+        *_groups_of_tasks("cameras", facts.get("tasks", []), _cameras_text),
+        *_groups_of_tasks("state", facts.get("tasks", []), lambda task: _groups_text(task["state"])),
+        *_groups_of_tasks("action", facts.get("tasks", []), lambda task: _groups_text(task["action"])),
+        *(_instruction_text(task, _name_width(facts["tasks"])) for task in facts.get("tasks", [])),
+    ]
+    if "parameters" in facts:
+        parts += [_parameter_table(facts["parameters"]), *_widened_text(facts["widened"])]
+        parts.append(_room_text(facts["memory_bytes"], facts["disk_bytes"]))
+    if "images" in facts:
+        parts.append(facts["images"])
+    if "training" in facts:
+        parts.append(
+            "  {steps:,} steps of {samples_per_step} samples, {epochs} epochs of {of}, learning rate {lr:g}".format(
+                **facts["training"]
+            )
+        )
+    return "\n".join([*(part for part in parts if part), *(f"  note: {note}" for note in findings.notes)])
+
+
+def _task_table(tasks: Sequence[Mapping[str, Any]], token_limit: int | None) -> str:
+    columns = ("task", "train", "held out", "frames", "hours", "fps", "tokens", "share")
+    rows = [
+        (
+            task["name"],
+            task["train_episodes"],
+            task["held_out_episodes"],
+            f"{task['frames']:,}",
+            f"{task['hours']:.2f}",
+            task["fps"],
+            "–" if task["tokens"] is None else f"{task['tokens']}/{token_limit}",
+            "–" if task["share"] is None else f"{task['share']:.2f}",
+        )
+        for task in tasks
+    ]
+    width = _name_width(tasks)
+    return "\n".join(
+        f"  {row[0]:<{width}}" + "".join(f"{value!s:>10}" for value in row[1:]) for row in (columns, *rows)
+    )
+
+
+def _name_width(tasks: Sequence[Mapping[str, Any]]) -> int:
+    """Of the column that tasks are named in."""
+    return max([14, *(len(task["name"]) + 1 for task in tasks)])
+
+
+def _groups_of_tasks(
+    title: str, tasks: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    """A line for all tasks of which `text` says the same."""
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(text(task), []).append(task["name"])
+    return [
+        f"  {title:<8} {said}" + (f"   ({', '.join(names)})" if len(groups) > 1 else "")
+        for said, names in groups.items()
+    ]
+
+
+def _cameras_text(task: Mapping[str, Any]) -> str:
+    texts = []
+    for camera, about in task["cameras"].items():
+        name = camera.rsplit(".", 1)[-1]
+        renamed = "" if about["in_dataset"] == camera else f" (there {about['in_dataset']})"
+        size = "size unknown" if about["size"] is None else "{}×{}".format(*about["size"])
+        texts.append(f"{name}{renamed} {size}")
+    return ", ".join(texts)
+
+
+def _groups_text(groups: Mapping[str, int]) -> str:
+    return f"{sum(groups.values())} = " + " + ".join(f"{count} {group}" for group, count in groups.items())
+
+
+def _instruction_text(task: Mapping[str, Any], width: int) -> str:
+    first, others = f"  {task['name']:<{width}} ", " " * (width + 3)
+    more = len(task["instructions"]) - 1
+    text = task["instruction"] + (f" (and {more} more)" if more else "")
+    return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others)
+
+
+def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(group["parameters"] for group in groups)
+    trained = sum(group["parameters"] for group in groups if group["trainable"])
+    width = max(12, *(len(group["group"]) for group in groups))
+    lines = [
+        f"  {group['group']:<{width}} {group['parameters']:>13,}  {'trained' if group['trainable'] else 'frozen':<8}"
+        f"{group['dtype']}".rstrip()
+        for group in groups
+    ]
+    return "\n".join([*lines, f"  {'total':<{width}} {total:>13,}  {trained:,} in trained groups"])
+
+
+def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A line about projections that are wider than the weights they were given."""
+    if not widened:
+        return []
+    each = ", ".join(f"{name} {before} → {now}" for name, (before, now) in sorted(widened.items()))
+    return [f"  widened: {each} dimensions; the old ones as they were stored, the new ones begin at 0"]
+
+
+def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:
+    needed, free = size_text(disk["checkpoints"]), size_text(disk["free"])
+    parts = ", ".join(f"{name} {size_text(memory[name])}" for name in memory if name != "there")
+    return (
+        f"  memory: {parts}, and activations, of {size_text(memory['there'])}\n"
+        f"  disk: {needed} for {CHECKPOINTS_AT_ONCE} checkpoints, {free} free"
+    )
