@@ -6,7 +6,7 @@ a file: to configs/tasks, or to a folder of the user's own (config_folders.py).
 
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ OF_A_TASKS_DATA = (
     "environment_settings",
 )
 """Fields of a task's stage that no other stage may take over."""
+
+OF_ONE_TASK = ("task=", "stage=", "stage.")
+"""What an override begins with that chooses a stage, or changes its recipe."""
 
 
 def folders_named(overrides: Sequence[str], base: Path = CONFIG_FOLDER) -> ConfigFolders:
@@ -216,4 +219,34 @@ def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunCo
 
 def overrides_for_all_tasks(overrides: Sequence[str]) -> list[str]:
     """What of a stage's overrides holds for the other tasks too: all but its choice and recipe."""
-    return [item for item in overrides if not item.lstrip("~+").startswith(("task=", "stage.", "stage="))]
+    return [item for item in overrides if not item.lstrip("~+").startswith(OF_ONE_TASK)]
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for one that can only be meant for a single stage, where all of a run are asked for."""
+    for override in overrides:
+        if override.lstrip("~+").startswith((*OF_ONE_TASK, "resume=")):
+            raise ConfigError(
+                f"overrides of the whole curriculum must hold for every stage, got {override.lstrip('+')}; "
+                "run that stage with python -m kuavo_train, or edit its file"
+            )
+
+
+def split_varied(
+    overrides: Sequence[str], varied: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of the keys of which a run each is wanted, by default those of `varied`, and all other overrides.
+
+    Raises:
+        ConfigError: commas for another key.
+    """
+    values, others = {key: list(default) for key, default in varied.items()}, []
+    for word, override in ((word, parsed(word)) for word in overrides):
+        key, several = override.key_or_group, override.is_sweep_override()
+        if key in varied:
+            values[key] = list(dict.fromkeys(override.sweep_string_iterator() if several else [str(override.value())]))
+        elif several:
+            raise ConfigError(f"a study must vary {' and '.join(varied)} alone, got {word}; a list is [a,b]")
+        else:
+            others.append(word)
+    return values, others

@@ -10,11 +10,8 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from kuavo_train.command_line import hydra_entry
-from kuavo_train.compose import compose_run, stages_to_run
+from kuavo_train.compose import check_overrides, compose_run, stages_to_run
 from kuavo_train.config import RunConfig
-from kuavo_train.errors import ConfigError
-
-FOR_ONE_STAGE = ("task=", "stage=", "stage.", "resume=")
 
 
 def main(_composed: DictConfig, overrides: list[str]) -> int:
@@ -39,24 +36,6 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     return 0
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises `ConfigError` for one that can only be meant for a single stage."""
-    for override in overrides:
-        if override.lstrip("~+").startswith(FOR_ONE_STAGE):
-            raise ConfigError(
-                f"overrides of the whole curriculum must hold for every stage, got {override.lstrip('+')}; "
-                "run that stage with python -m kuavo_train, or edit its file"
-            )
-
-
-def check_curriculum_settings(configs: Sequence[RunConfig]) -> None:
-    """Raises `ConfigError` where a stage has been begun with other settings, naming them."""
-    from kuavo_train.stage.lineage import check_settings
-
-    for config in stages_to_run(configs):
-        check_settings(config, [each.stage for each in configs])
-
-
 def train_all_stages(configs: Sequence[RunConfig]) -> int:
     """Train what is not finished yet; returns the exit status of the first stage that does not come to its end.
 
@@ -70,16 +49,21 @@ def train_all_stages(configs: Sequence[RunConfig]) -> int:
     from kuavo_train.stage.stage import run_stage
 
     check_curriculum_settings(configs)
-    curriculum = [config.stage for config in configs]
     for config in stages_to_run(configs):
         folder = stage_folder(config)
         if folder.status == "finished":
             print(f"stage {config.stage.index} ({config.stage.name}) is finished in {folder.path}")
-            continue
-        status = run_stage(replace(config, resume=True), curriculum)
-        if status:
+        elif status := run_stage(replace(config, resume=True), [each.stage for each in configs]):
             return status
     return 0
+
+
+def check_curriculum_settings(configs: Sequence[RunConfig]) -> None:
+    """Raises `ConfigError` where a stage has been begun with other settings, naming them."""
+    from kuavo_train.stage.lineage import check_settings
+
+    for config in stages_to_run(configs):
+        check_settings(config, [each.stage for each in configs])
 
 
 def command() -> None:

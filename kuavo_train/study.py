@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from kuavo_train.command_line import check_folders, config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
-from kuavo_train.compose import compose_run
-from kuavo_train.curriculum import check_curriculum_settings, check_overrides, train_all_stages
-from kuavo_train.errors import ConfigError, RunError
+from kuavo_train.compose import check_overrides, compose_run, split_varied
+from kuavo_train.curriculum import check_curriculum_settings, train_all_stages
+from kuavo_train.errors import RunError
 from kuavo_train.interruption import end_on_signals
-from kuavo_train.keys import parsed
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.stored_run import StoredRun, finished_cells
 from kuavo_train.runs.study_file import Cell, StudyFile
 
-SWEPT = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
+VARIED = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
 """What a study varies, and over what when nothing is said."""
 
 OF_ONE_STRATEGY = ("ewc", "merge")
@@ -73,22 +72,11 @@ def compose_cells(arguments: Sequence[str]) -> tuple[str, list[str], list[Cell]]
     Raises:
         ConfigError: commas elsewhere than in strategy and seed, or anything wrong with any cell's configuration.
     """
-    swept, shared = dict(SWEPT), []
     arguments = config_dir_as_key(arguments)
     check_overrides(arguments)
-    for argument in arguments:
-        override = parsed(argument)
-        key = override.key_or_group
-        if key in SWEPT:
-            swept[key] = (
-                list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
-            )
-        elif override.is_sweep_override():
-            raise ConfigError(f"a study must vary {' and '.join(SWEPT)} alone, got {argument}; a list is [a,b]")
-        else:
-            shared.append(argument)
+    varied, shared = split_varied(arguments, VARIED)
     cells, run = [], ""
-    for seed, strategy in product(*(dict.fromkeys(swept[key]) for key in ("seed", "strategy"))):
+    for seed, strategy in product(varied["seed"], varied["strategy"]):
         own = [f"strategy={strategy}", f"seed={seed}", *_for(strategy, shared)]
         run = run or compose_run(own)[0].run
         configs = compose_run([*own, f"run={run}-{strategy}-s{seed}"])
