@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pytest
 from small_datasets import CAMERAS, write_dataset
 from test_command_line import Here
 
 from kuavo_train.compose import compose_run
 from kuavo_train.stage.description import describe
-from kuavo_train.stage.findings import Findings, token_counts
+from kuavo_train.stage.findings import Findings, NotReady, listed, token_counts
 from kuavo_train.stage.preflight import examine_stage
+from kuavo_train.stage.stage import run_stage
 
 Overrides = Callable[..., list[str]]
 
@@ -44,6 +46,15 @@ def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> N
         assert words in table, words
     tokens = [task["tokens"] for task in findings.facts["tasks"]]
     assert all(10 < count <= findings.facts["token_limit"] for count in tokens)
+
+
+def test_training_and_preflight_find_the_same(small_run: Overrides) -> None:
+    overrides = small_run("run=wrong", "policy.max_state_dim=4", "tracking=online", "training.freeze_first_stage=[arm]")
+    configs, problems = compose_run(overrides), examine(overrides).problems
+    assert len(problems) >= 2
+    with pytest.raises(NotReady) as refused:
+        run_stage(configs[0], [config.stage for config in configs])
+    assert str(refused.value) == f"preflight found problems\n{listed(problems)}"
 
 
 def test_preflight_prints_its_table_and_nothing_else(small_run: Overrides, here: Here) -> None:

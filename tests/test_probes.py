@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from kuavo_train.compose import compose_run
 from kuavo_train.errors import ConfigError, RunFolderError
 from kuavo_train.metrics.number_format import FORMATS
 from kuavo_train.probes import main
 from kuavo_train.probing.instruction_swap import swap_instructions
 from kuavo_train.probing.memory_interventions import donors_among
 from kuavo_train.probing.memory_walk import MemoryProbe
-from kuavo_train.probing.recovery import recovery
+from kuavo_train.probing.recovery import alone, recovery
 from kuavo_train.probing.run_probes import run_probe
 from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.reporting.html_page import look_up
@@ -23,6 +24,7 @@ from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.training.optimizer import build_optimizer
 
 
@@ -54,6 +56,15 @@ def test_recovery_starts_from_the_final_policy_and_from_the_weights_before_the_t
     assert task["before"][0] == pytest.approx(validated(run, "stage2_weighing", "start", "weighing")["loss"], rel=1e-5)
     assert task["loss_when_learnt"] == validated(run, "stage2_weighing", "end", "weighing")["loss"]
     assert task["final"][2] != task["final"][0]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["forgetting.budget=0.1 forgetting.on_exceed=raise_replay", "strategy=ewc", "strategy_settings={weight:1}"],
+)
+def test_what_a_strategy_or_a_gate_did_is_left_out_of_recovery(override: str) -> None:
+    recipe = alone(compose_run(override.split(" "))[1])
+    assert chosen_strategy(recipe).shares(recipe, {"weighing": 9}) == {"weighing": 1.0}
 
 
 def test_the_learning_rate_of_recovery_goes_through_its_whole_schedule(

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 from accelerate import Accelerator
 
+from kuavo_train.config import RunConfig
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
 from kuavo_train.evaluation.validation import Validator
@@ -149,6 +150,20 @@ def recovery(run: TrainedRun, *, steps: int = 100) -> Json:
     return {"steps": steps, "tasks": found}
 
 
+def alone(recipe: RunConfig) -> RunConfig:
+    """The stage's recipe for its own task, without what a strategy, a gate or a tracker does beside."""
+    return replace(
+        recipe,
+        strategy="sequential",
+        mixture="own_task",
+        strategy_settings={},
+        ewc=None,
+        merge=None,
+        forgetting=replace(recipe.forgetting, budget=None),
+        tracking="off",
+    )
+
+
 def _relearn(
     run: TrainedRun, own: StoredStage, task: Task, start: Checkpoint | None, steps: int
 ) -> list[tuple[int, Scores]]:
@@ -158,13 +173,10 @@ def _relearn(
     alone. All other tasks are left out; frozen groups and order of samples are the stage's. Nothing is written.
     """
     every = max(1, steps // CURVE_POINTS)
-    recipe = run.config(own)
+    recipe = alone(run.config(own))
     training = replace(recipe.training, log_every=steps, save_every=steps)
-    alone = replace(
-        recipe, strategy="sequential", mixture="own_task", ewc=None, merge=None, tracking="off", training=training
-    )
     accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=run.device.type == "cpu")
-    stage = open_stage(alone, run.curriculum, Start(before=start), accelerator, Findings())
+    stage = open_stage(replace(recipe, training=training), run.curriculum, Start(before=start), accelerator, Findings())
     learner = Learner.of(
         stage.built.policy,
         stage.built.preprocessor,
