@@ -3,7 +3,8 @@
     python -m benchmarks                               # the short ones, meant for a quarter of an hour
     python -m benchmarks training_step latency         # some
     python -m benchmarks training_step size=embedded rounds=9
-    python -m benchmarks remember_colour depth=8       # what the memory learns; a command of its own
+    python -m benchmarks remember_colour depth=8       # what the memory learns; a command of its own, as the next
+    python -m benchmarks.memory_suite task=colour      # the same through kuavo_train, on cues nobody tuned for
 
 Results go to benchmarks/RESULTS.md and benchmarks/results.json (folder=… elsewhere), each in the place of the last.
 """

@@ -31,6 +31,8 @@ class Question:
         identical: whether this query's pictures and state are the same whatever the cue.
         actions: of the demonstration for each cue in this episode's layout, [T, A], normalized.
         columns: the action dimensions that the task has.
+        layout: questions of one layout are asked with the same noise, so that memory alone can tell them apart; None:
+            every episode has noise of its own.
     """
 
     episode: int
@@ -42,6 +44,11 @@ class Question:
     identical: bool
     actions: Sequence[np.ndarray]
     columns: np.ndarray
+    layout: int | None = None
+
+    @property
+    def noise_key(self) -> tuple[int, int]:
+        return (self.episode if self.layout is None else self.layout, self.frame)
 
     def references(self, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Per cue what the demonstration does in the chunk of the query [R, C, A], and which entries count [C, A]:
@@ -67,7 +74,7 @@ def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Questio
     pairs = [question.references(chunk_size) for question in questions]
     references, valid = (np.stack(parts) for parts in zip(*pairs, strict=True))
     draws = [episode[question.query] for episode, question in zip(walk.episodes, questions, strict=True)]
-    noise = seeded_noise(probe.policy, [[question.episode, question.frame] for question in questions])
+    noise = seeded_noise(probe.policy, [question.noise_key for question in questions])
     own = references[np.arange(len(cues)), cues]
     rows = {}
     seen = [question.cue_seen for question in questions]
