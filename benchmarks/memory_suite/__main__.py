@@ -4,8 +4,9 @@
     python -m benchmarks.memory_suite task=colour,order situation=nothing,frozen memory=recurrent,none seed=0,1,2
     python -m benchmarks.memory_suite task=colour policy.mem_backprop_depth=4     # fields of the policy, for all runs
 
-Every combination of the values given is trained and evaluated, and becomes a line of OUTPUT/results.jsonl. Those that
-are there with the very same settings are skipped; a run that was cut off goes on. So the same command continues a study.
+Every combination of the values given is trained and evaluated, and becomes a line of OUTPUT/results.jsonl. A
+combination that is there with the very same settings is skipped; a run that was cut off goes on. So the same command
+continues a study.
 """
 
 import os
