@@ -306,8 +306,11 @@ def decide(settings: Settings, policy: SmolVLAMemoryPolicy, preprocessor: Any, d
     if walk.states is not None:
         fit = MemoryProbe(policy, fitted.dataset(), preprocessor)
         fit_walk = fit.walk([fit.queries_of(0, episode) for episode in fitted.task.train_episodes])
-        known = fit_walk.before([delay + 1 for delay in fitted.delays]).tokens.flatten(1).numpy()
-        read = linear_probe(known, np.array(fitted.colours), memories["on"].tokens.flatten(1).numpy())
+        known, asked = fit_walk.before([delay + 1 for delay in fitted.delays]), memories["on"]
+        assert known is not None
+        assert asked is not None
+        tokens = [memory.tokens.flatten(1).numpy() for memory in (known, asked)]
+        read = linear_probe(tokens[0], np.array(fitted.colours), tokens[1])
         result["probe"] = int((read == colours).sum())
     return result
 

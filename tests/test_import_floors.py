@@ -27,7 +27,8 @@ FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not impo
     {"study"},
 ]
 NEIGHBOURS = {  # package beside kuavo_train → rooms that may import it
-    "lerobot_policy_smolvla_memory": {"training", "wrapper", "runs"},
+    # those that carry its memory from query to query, and those that build or open a policy
+    "lerobot_policy_smolvla_memory": {"evaluation", "probing", "runs", "training", "wrapper"},
     # what both ask of the machine; recordings made on the spot; environments; what a recording's cues are
     "kuavo_sim": {"data", "evaluation", "interruption", "probing", "stage"},
 }

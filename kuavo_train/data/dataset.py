@@ -1,10 +1,11 @@
 """Frames of several tasks in one space: fetched in batches, by name, whatever task they are from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +16,11 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw, StepSampler
 from kuavo_train.data.task import Task
 from kuavo_train.data.workers import PREFETCHED, begin_as_worker
+
+
+class FramesOfSample(TypedDict):
+    actions: Sequence[int]
+    observations: Sequence[int]
 
 
 class MixedDataset(Dataset):
@@ -127,7 +133,7 @@ class MixedDataset(Dataset):
         return size * (observed + acted)
 
 
-def frames_of_sample(policy_config: Any) -> dict[str, Any]:
+def frames_of_sample(policy_config: PreTrainedConfig) -> FramesOfSample:
     """The frames that a policy learns from at once, as `MixedDataset` takes them: LeRobot's delta indices."""
     return {
         "actions": policy_config.action_delta_indices,

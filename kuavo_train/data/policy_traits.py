@@ -1,7 +1,9 @@
 """What a policy can do, read from its LeRobot config: the only place that looks."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
+
+from lerobot.configs import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class PolicyTraits:
     has_temperature: bool
 
     @classmethod
-    def of(cls, config: Any) -> Self:
+    def of(cls, config: PreTrainedConfig) -> Self:
         tokens = getattr(config, "num_mem_tokens", 0)
         return cls(
             memory_tokens=tokens,

@@ -5,12 +5,13 @@ Answers are comparable: whatever is random in them is a function of the row's ke
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
 
 from kuavo_train.data.batch import Prepared
+from lerobot_policy_smolvla_memory.memory import MemoryState
 
 Key = Sequence[int]
 """Of a row: task, episode, frame."""
@@ -27,14 +28,14 @@ class Answers:
 
     losses: torch.Tensor
     actions: torch.Tensor
-    memory: Any = None
+    memory: MemoryState | None = None
 
 
-Asks = Callable[[Prepared, Sequence[Key], Any], Answers]
+Asks = Callable[[Prepared, Sequence[Key], MemoryState | None], Answers]
 """(preprocessed rows, their keys, the memory before the query) → answers."""
 
 
-def asks(policy: Any, draws: int) -> Asks:
+def asks(policy: PreTrainedPolicy, draws: int) -> Asks:
     """How this policy is queried: SmolVLA with noise and time of our choice, any other by its own loss."""
     return FlowAnswers(policy, draws) if hasattr(policy, "flow_loss") else OwnAnswers(policy, draws)
 
@@ -43,10 +44,10 @@ def asks(policy: Any, draws: int) -> Asks:
 class FlowAnswers:
     """Flow matching: noise per row and draw, time on a stratified grid of the training distribution; from the CPU."""
 
-    policy: Any
+    policy: PreTrainedPolicy
     draws: int
 
-    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: Any) -> Answers:
+    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: MemoryState | None) -> Answers:
         encoded, memory = self.policy.encode(rows, memory)
         noise = self._noise(keys)
         times = torch.tensor([stratified_time(draw, self.draws) for draw in range(self.draws)])
@@ -68,10 +69,10 @@ class OwnAnswers:
     device.
     """
 
-    policy: Any
+    policy: PreTrainedPolicy
     draws: int
 
-    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: Any) -> Answers:
+    def __call__(self, rows: Prepared, keys: Sequence[Key], memory: MemoryState | None) -> Answers:
         self.policy.reset()  # a history of observations, left by a rollout, would be taken for this one's
         losses, actions = [], []
         for place, key in enumerate(keys):

@@ -10,10 +10,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION
 from tqdm import tqdm
 
@@ -25,8 +26,11 @@ from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.predictions import asks
 from kuavo_train.runs.records import EpisodeScore, HeldOutScores
+from lerobot_policy_smolvla_memory.memory import MemoryState
 
 Walk = list[int]  # rows of one episode, in order
+Query = tuple[Batch, MemoryState | None, Callable[[MemoryState | None], None]]
+"""One query of some walks, the memory before it, and what takes the memory after it."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Validator:
 
     dataset: MixedDataset
     normalization: Normalization
-    preprocessor: Any
+    preprocessor: PolicyProcessorPipeline
     draws: int
     batch_size: int
     autocast: Callable[[], AbstractContextManager]
     progress: bool = True
 
-    def validate_all_tasks(self, policy: Any, names: Sequence[str]) -> list[HeldOutScores]:
+    def validate_all_tasks(self, policy: PreTrainedPolicy, names: Sequence[str]) -> list[HeldOutScores]:
         """Of each named task loss, action error, both per episode, and the constant predictor's error.
 
         The loss of a task is the mean over its held-out episodes of their mean over queries and draws; the
@@ -67,7 +71,7 @@ class Validator:
         policy.train(was_training)
         return found
 
-    def _validate(self, policy: Any, place: int, bar: tqdm) -> HeldOutScores:
+    def _validate(self, policy: PreTrainedPolicy, place: int, bar: tqdm) -> HeldOutScores:
         began = time.perf_counter()
         task = self.dataset.tasks[place]
         by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
@@ -97,7 +101,7 @@ class Validator:
             bar.update(batch.size)
         return self._scores(task, by_episode, time.perf_counter() - began)
 
-    def _walks(self, policy: Any, place: int) -> list[Walk]:
+    def _walks(self, policy: PreTrainedPolicy, place: int) -> list[Walk]:
         """Queries to make: an episode is one walk where memory recurs, every query its own where it does not."""
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
@@ -106,12 +110,12 @@ class Validator:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]
 
-    def _queries(self, policy: Any, place: int) -> Iterator[tuple[Batch, Any, Callable[[Any], None]]]:
+    def _queries(self, policy: PreTrainedPolicy, place: int) -> Iterator[Query]:
         """Batches of queries with the memory they start from; `advance` takes the memory they leave."""
         walks = self._walks(policy, place)
         for first in range(0, len(walks), self.batch_size):
             group = walks[first : first + self.batch_size]
-            held: list[Any] = [None]
+            held: list[MemoryState | None] = [None]
             for query in range(len(group[0])):
                 rows = [walk[query] for walk in group if query < len(walk)]  # walks are sorted by length
                 if held[0] is not None:
@@ -172,6 +176,6 @@ def _column_means(values: torch.Tensor, valid: torch.Tensor) -> np.ndarray:
     return ((values * valid).sum(dim=0) / counts.clamp_min(1)).cpu().numpy()
 
 
-def _cuda_devices(policy: Any) -> list[int]:
+def _cuda_devices(policy: PreTrainedPolicy) -> list[int]:
     device = next(policy.parameters()).device
     return [device.index or 0] if device.type == "cuda" else []

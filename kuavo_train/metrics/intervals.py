@@ -15,7 +15,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -139,7 +138,7 @@ class PairedOutcomes:
     neither: int
 
     @classmethod
-    def of(cls, first: Mapping[Any, bool], second: Mapping[Any, bool]) -> "PairedOutcomes":
+    def of[K](cls, first: Mapping[K, bool], second: Mapping[K, bool]) -> "PairedOutcomes":
         """Counted over the trials that both have. Raises ValueError when there is none."""
         pairs = [(first[trial], second[trial]) for trial in first if trial in second]
         if not pairs:
@@ -190,7 +189,7 @@ class PairedOutcomes:
         return min(1.0, 2 * sum(math.comb(apart, k) for k in range(fewer + 1)) / 2**apart)
 
 
-def mean_interval(scores: Mapping[Any, float], *, level: float = 0.95) -> Interval:
+def mean_interval[K](scores: Mapping[K, float], *, level: float = 0.95) -> Interval:
     """The mean over episodes with its bootstrap interval. Raises ValueError as `paired_bootstrap` does."""
     numbered = dict(enumerate(scores.values()))
     return paired_bootstrap(dict.fromkeys(numbered, 0.0), numbered, level=level)

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
 
 from kuavo_train.data.policy_traits import PolicyTraits
 
@@ -31,7 +34,7 @@ class WatchedAttention:
 
 
 @contextmanager
-def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
+def watched_attention(policy: PreTrainedPolicy) -> Iterator[WatchedAttention]:
     """Collect the attention of the action tokens while the policy denoises.
 
     Raises:
@@ -48,7 +51,7 @@ def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
         seen.state_place = prefix.context.shape[1]
         return prefix
 
-    def watched_attend(query: Any, key: Any, value: Any, bias: torch.Tensor) -> Any:
+    def watched_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         keys = key.float().repeat_interleave(query.shape[2] // key.shape[2], dim=2)
         scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), keys) * query.shape[-1] ** -0.5
         seen.weights.append((scores + bias[:, None]).softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
@@ -68,7 +71,7 @@ def watched_attention(policy: Any) -> Iterator[WatchedAttention]:
         del model.embed, model.velocity
 
 
-def places_in_prefix(config: Any, state_place: int, length: int, language: int) -> dict[str, list[int]]:
+def places_in_prefix(config: PreTrainedConfig, state_place: int, length: int, language: int) -> dict[str, list[int]]:
     """Kind of token → its places in a prefix of `length` tokens, memory included."""
     memory = PolicyTraits.of(config).memory_tokens
     start = memory if memory and config.mem_at_start else 0

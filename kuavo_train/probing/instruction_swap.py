@@ -11,7 +11,6 @@ means over the queries of an episode, intervals over episodes.
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
 from kuavo_train.runs.records import Json
 
 
-def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Callable[[], Any]) -> list[Json]:
+def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Callable[[], object]) -> list[Json]:
     """One record per named task: what each other task's instruction does to the actions predicted on its frames.
 
     Args:
@@ -32,7 +31,7 @@ def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Call
     return [_swapped(probe, task, [other for other in tasks if other is not task], advance) for task in tasks]
 
 
-def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Callable[[], Any]) -> Json:
+def _swapped(probe: MemoryProbe, task: Task, others: Sequence[Task], advance: Callable[[], object]) -> Json:
     place = probe.dataset.tasks.index(task)
     key = zlib.crc32(task.name.encode())
     walk = probe.walk([probe.queries_of(place, episode) for episode in task.held_out_episodes])

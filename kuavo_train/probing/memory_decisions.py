@@ -6,9 +6,8 @@ demonstrated action it is nearest to, among those of all cues in the same layout
 Letters: E episodes, Q queries, M memory tokens, C chunk length, A action dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
+from kuavo_train.runs.records import Json
 
 FEWEST_EPISODES = 4  # of each of both sides, for a point of the probe's curve
 
@@ -62,7 +62,7 @@ class Question:
         return np.stack([actions[np.minimum(steps, last - 1)] for actions in self.actions]), valid
 
 
-def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Question]) -> dict[str, Any]:
+def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Question]) -> Json:
     """Per intervention (see memory_walk): how often the answer is the right one, for `swapped` the donor's.
 
     `action_error` is the mean absolute difference to the demonstration of the episode's own cue, normalized, over
@@ -99,7 +99,7 @@ def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Questio
     }
 
 
-def donor_of(cues: Sequence[Any] | np.ndarray, place: int) -> int | None:
+def donor_of(cues: Sequence[Hashable] | np.ndarray, place: int) -> int | None:
     """The next episode, cyclically, that has another cue."""
     for step in range(1, len(cues)):
         other = (place + step) % len(cues)
@@ -108,7 +108,7 @@ def donor_of(cues: Sequence[Any] | np.ndarray, place: int) -> int | None:
     return None
 
 
-def _accuracy(right: np.ndarray) -> dict[str, Any]:
+def _accuracy(right: np.ndarray) -> Json:
     interval = wilson(int(right.sum()), len(right))
     return {
         "correct": int(right.sum()),
@@ -121,7 +121,7 @@ def _accuracy(right: np.ndarray) -> dict[str, Any]:
 
 def probe_over_time(
     fit: Walk, fit_about: Sequence[tuple[int, int]], walk: Walk, about: Sequence[tuple[int, int]]
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """How well a linear classifier reads the cue from the memory, query by query, aligned at the decision.
 
     Fitted on the memories of training episodes, counted on those of `walk`, at each place in time anew.
@@ -151,7 +151,7 @@ def _memories(walk: Walk, about: Sequence[tuple[int, int]], offset: int) -> tupl
     return np.array(features), np.array(cues)
 
 
-def trace_of(walk: Walk, episode: int) -> dict[str, Any]:
+def trace_of(walk: Walk, episode: int) -> Json:
     """Per memory token [M] over an episode: norm before each query [Q + 1], change by each, cosine across each [Q]."""
     tokens = walk.tokens(episode)
     norms = np.linalg.norm(tokens, axis=2)

@@ -1,7 +1,6 @@
 """The figures of a memory report, from the content of memory.json."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from kuavo_train.probing.memory_decisions import Question
 from kuavo_train.reporting.figures.style import INK, MUTED, STYLE, TASK_COLOURS
+from kuavo_train.runs.records import Json
 
 WIDTH = 9.0  # inches
 LABELS = {
@@ -20,7 +20,7 @@ LABELS = {
 }
 
 
-def draw_trace(path: Path, found: dict[str, Any], pictures: np.ndarray, question: Question | None) -> None:
+def draw_trace(path: Path, found: Json, pictures: np.ndarray, question: Question | None) -> None:
     """Pictures [Q, H, W, 3] of one episode's queries, and under each what its query did to the memory tokens."""
     trace = found["trace"]
     queries, tokens = len(pictures), len(trace["norm"])
@@ -66,7 +66,7 @@ def draw_trace(path: Path, found: dict[str, Any], pictures: np.ndarray, question
         figure.savefig(path, dpi=130, facecolor="white")
 
 
-def draw_cue(path: Path, found: dict[str, Any]) -> None:
+def draw_cue(path: Path, found: Json) -> None:
     """Decisions under each intervention, what a linear probe reads over time, and where the actions look."""
     with rc_context(STYLE):
         curve = found.get("probe", [])
@@ -78,7 +78,7 @@ def draw_cue(path: Path, found: dict[str, Any]) -> None:
         figure.savefig(path, dpi=130, facecolor="white")
 
 
-def _decisions(axes: Axes, decision: dict[str, Any]) -> None:
+def _decisions(axes: Axes, decision: Json) -> None:
     rows = decision["interventions"]
     for place, (name, row) in enumerate(rows.items()):
         colour = TASK_COLOURS[0] if name in ("on", "swapped") else "#a9b8c9"
@@ -93,7 +93,7 @@ def _decisions(axes: Axes, decision: dict[str, Any]) -> None:
     axes.set_title("acts as the memory's cue demands", fontsize=10, color=INK, loc="left")
 
 
-def _probe(axes: Axes, curve: list[dict[str, Any]], decision: dict[str, Any]) -> None:
+def _probe(axes: Axes, curve: list[Json], decision: Json) -> None:
     axes.set_title("linear probe reads the cue", fontsize=10, color=INK, loc="left")
     axes.set(ylim=(0, 1.03), xlabel="queries from the decision")
     axes.axhline(decision["chance"], color=INK, linewidth=0.9, linestyle=":")

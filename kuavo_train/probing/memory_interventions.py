@@ -8,17 +8,20 @@ The validator, its noise and its times are those of every validation, so `on` is
 swapped add to it comes from the memory alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lerobot.policies.pretrained import PreTrainedPolicy
+
 from kuavo_train.data.batch import Batch
-from kuavo_train.evaluation.validation import Validator
+from kuavo_train.evaluation.validation import Query, Validator
 from kuavo_train.metrics.intervals import paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.probing.memory_decisions import donor_of
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk
 from kuavo_train.runs.records import HeldOutMeasure, HeldOutScores, Json
+from lerobot_policy_smolvla_memory.memory import MemoryState
 
 INTERVENTIONS = ("on", "reset", "swapped")
 
@@ -27,9 +30,9 @@ INTERVENTIONS = ("on", "reset", "swapped")
 class InterveningValidator(Validator):
     """Runs every query with the memory that `memory_of(place, batch)` gives, in place of its own."""
 
-    memory_of: Callable[[int, Batch], Any] = lambda place, batch: None
+    memory_of: Callable[[int, Batch], MemoryState | None] = lambda place, batch: None
 
-    def _queries(self, policy: Any, place: int) -> Iterator[tuple[Batch, Any, Callable[[Any], None]]]:
+    def _queries(self, policy: PreTrainedPolicy, place: int) -> Iterator[Query]:
         for batch, _, _ in super()._queries(policy, place):
             yield batch, self.memory_of(place, batch), lambda memory: None
 
@@ -47,7 +50,7 @@ def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[
         if task.name in names:
             walks[place] = probe.walk([probe.queries_of(place, episode) for episode in task.held_out_episodes])
 
-    def donated(place: int, batch: Batch) -> Any:
+    def donated(place: int, batch: Batch) -> MemoryState:
         task, stride = probe.dataset.tasks[place], probe.policy.config.n_action_steps
         rows = [task.held_out_episodes.index(episode) for episode in batch.origin.episode.tolist()]
         query = int(batch.origin.frame[0]) // stride  # all rows of a batch are at the same query
@@ -62,7 +65,7 @@ def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[
     return [_record(dict(zip(found, records, strict=True))) for records in zip(*found.values(), strict=True)]
 
 
-def _states(walk: Walk) -> Sequence[Any]:
+def _states(walk: Walk) -> Sequence[MemoryState]:
     assert walk.states is not None
     return walk.states
 
@@ -81,7 +84,7 @@ def _record(by_intervention: Mapping[str, HeldOutScores]) -> Json:
     return record
 
 
-def donors_among(cues: Sequence[Any]) -> list[int]:
+def donors_among(cues: Sequence[Hashable]) -> list[int]:
     """For each episode the next one, cyclically, that had another cue; where all are alike, the next one."""
     others = [donor_of(cues, place) for place in range(len(cues))]
     return [(place + 1) % len(cues) if other is None else other for place, other in enumerate(others)]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from kuavo_train.probing.memory_decisions import (
     probe_over_time,
     trace_of,
 )
-from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
+from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
 from kuavo_train.probing.simulated_cues import cues_of, question_of
 from kuavo_train.runs.files import write_json
 from kuavo_train.runs.records import Json
@@ -109,7 +108,7 @@ def report(options: Options) -> Json:
     return found
 
 
-def _draw(output: Path, found: Json, questions: Sequence[Question], dataset: MixedDataset, walk: Any) -> None:
+def _draw(output: Path, found: Json, questions: Sequence[Question], dataset: MixedDataset, walk: Walk) -> None:
     from kuavo_train.probing.memory_figures import draw_cue, draw_trace  # matplotlib: slow to import
 
     if "trace" in found:

@@ -16,10 +16,11 @@ Letters: E episodes, Q queries, M memory tokens, H hidden size, C chunk length, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS
 
 from kuavo_train.data.batch import ACTION_DIM_IS_PAD, ACTION_IS_PAD, MEMORY_RESET, QUERY_IS_PAD, Prepared, preprocess
@@ -27,6 +28,7 @@ from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Draw
 from kuavo_train.probing.attention import places_in_prefix, watched_attention
+from lerobot_policy_smolvla_memory.memory import MemoryState
 
 Draws = Sequence[Draw]
 
@@ -42,9 +44,9 @@ class Walk:
     """
 
     episodes: Sequence[Draws]
-    states: Sequence[Any] | None
+    states: Sequence[MemoryState] | None
 
-    def before(self, queries: Sequence[int]) -> Any:
+    def before(self, queries: Sequence[int]) -> MemoryState | None:
         """The memory [E] of each episode before its query `queries[e]` (after its last: the number of queries)."""
         if self.states is None:
             return None
@@ -64,9 +66,9 @@ class Walk:
 class MemoryProbe:
     """A policy with the data to walk it along."""
 
-    policy: Any
+    policy: PreTrainedPolicy
     dataset: MixedDataset
-    preprocessor: Any
+    preprocessor: PolicyProcessorPipeline
 
     @property
     def has_memory(self) -> bool:
@@ -97,7 +99,9 @@ class MemoryProbe:
         return Walk(episodes, states)
 
     @torch.no_grad()
-    def predict(self, draws: Draws, memory: Any, noise: torch.Tensor, instruction: str | None = None) -> np.ndarray:
+    def predict(
+        self, draws: Draws, memory: MemoryState | None, noise: torch.Tensor, instruction: str | None = None
+    ) -> np.ndarray:
         """The denoised chunks [E, C, A], normalized, at one query of each episode, given the memory before it.
 
         Args:
@@ -108,12 +112,12 @@ class MemoryProbe:
         actions, _ = self.policy.sample_actions_with(batch, memory, noise)
         return actions.float().cpu().numpy()
 
-    def initial(self, episodes: int) -> Any:
+    def initial(self, episodes: int) -> MemoryState | None:
         return self.policy.model.memory.initial(episodes).clone() if self.has_memory else None
 
     def intervened(
         self, walk: Walk, questions: Sequence[int], cue_seen: Sequence[int], donors: Sequence[int]
-    ) -> dict[str, Any]:
+    ) -> dict[str, MemoryState | None]:
         """Intervention → the memory [E] of each episode's question.
 
         Args:
@@ -124,6 +128,7 @@ class MemoryProbe:
         if not self.has_memory:
             return {"on": None}
         on = walk.before(questions)
+        assert on is not None
         return {
             "on": on,
             "reset": self.initial(len(questions)),
@@ -132,7 +137,7 @@ class MemoryProbe:
         }
 
     @torch.no_grad()
-    def attention(self, draws: Draws, memory: Any, noise: torch.Tensor) -> dict[str, float]:
+    def attention(self, draws: Draws, memory: MemoryState | None, noise: torch.Tensor) -> dict[str, float]:
         """Share of the action tokens' attention that goes to each kind of token; the shares sum to 1.
 
         The mean over layers, heads, action tokens, denoising steps and the queries `draws`. In the expert's
@@ -163,11 +168,11 @@ class MemoryProbe:
         return preprocess(batch, self.preprocessor, next(self.policy.parameters()).device)
 
 
-def seeded_noise(policy: Any, keys: Sequence[Sequence[int]]) -> torch.Tensor:
+def seeded_noise(policy: PreTrainedPolicy, keys: Sequence[Sequence[int]]) -> torch.Tensor:
     """[len(keys), C, max_action_dim] standard normal, each row a function of its key."""
     return policy.draw_noise([np.random.default_rng(list(key)) for key in keys])
 
 
-def _cuda_devices(policy: Any) -> list[int]:
+def _cuda_devices(policy: PreTrainedPolicy) -> list[int]:
     device = next(policy.parameters()).device
     return [device.index or 0] if device.type == "cuda" else []

@@ -4,8 +4,6 @@ The right answer to the *other* cue in the very same layout comes from kuavo_sim
 recorded episode again with that cue; up to the decision both demonstrations are the same.
 """
 
-from typing import Any
-
 import numpy as np
 from lerobot.utils.constants import ACTION
 
@@ -17,9 +15,10 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.probing.memory_decisions import Question
 from kuavo_train.reading import read_json
 from kuavo_train.runs.files import read_lines
+from kuavo_train.runs.records import Json
 
 
-def cues_of(task: Task) -> dict[int, dict[str, Any]]:
+def cues_of(task: Task) -> dict[int, Json]:
     """Episode → what kuavo_sim recorded beside it; empty for other datasets."""
     return {entry["episode_index"]: entry for entry in read_lines(task.root / "kuavo_sim_episodes.jsonl")}
 
@@ -29,9 +28,7 @@ def has_cues(task: Task) -> bool:
     return any(entry.get("cue") is not None for entry in cues_of(task).values())
 
 
-def question_of(
-    task: Task, normalization: Normalization, cues: dict[int, dict[str, Any]], episode: int, stride: int
-) -> Question:
+def question_of(task: Task, normalization: Normalization, cues: dict[int, Json], episode: int, stride: int) -> Question:
     """The question of an episode: the first query whose executed actions depend on the cue.
 
     Raises:

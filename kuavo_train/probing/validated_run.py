@@ -1,6 +1,6 @@
 """What a probe needs of a trained run."""
 
-from typing import Any
+from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.errors import ConfigError
@@ -12,7 +12,7 @@ class NothingToProbe(ConfigError):
     """The run has nothing that the probe could measure."""
 
 
-def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: Any) -> Json:
+def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: PolicyProcessorPipeline) -> Json:
     """The fields of a `Validator` that validates as the run did."""
     settings = run.settings.validation
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
+from kuavo_train.runs.records import Json
 
 
 class JsonLines:
@@ -17,22 +18,22 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Json) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Json]:
         """All lines. Errors as `read_lines`."""
         return read_lines(self.path)
 
-    def forget(self, doubtful: Callable[[dict[str, Any]], bool]) -> None:
+    def forget(self, doubtful: Callable[[Json], bool]) -> None:
         """Drop the records that a resumed stage makes again."""
         if self.path.is_file():
             kept = [record for record in self.read() if not doubtful(record)]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Json]:
     """The objects of a file of JSON lines; none without a file. A last line cut off by a kill is left out.
 
     Raises:

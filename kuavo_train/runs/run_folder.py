@@ -19,6 +19,7 @@ from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.reading import read_json, read_yaml
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
+from kuavo_train.runs.records import Json
 from kuavo_train.training.checkpoint import CheckpointFolder
 
 
@@ -37,7 +38,7 @@ class StageFolder:
         return "killed" if status == "running" and living_holder(self.path) is None else status
 
     @property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         return read_json(self.path / "stage.json", keys=("status",))
 
     @property
@@ -46,7 +47,7 @@ class StageFolder:
         return self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir())
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def settings(self) -> Json | None:
         """What the stage's files were made with; None before it began."""
         path = self.path / "config.yaml"
         return read_yaml(path, keys=("stage",)) if path.is_file() else None

@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from omegaconf import OmegaConf
 
 from kuavo_train.compose import resolve, without_data
@@ -136,7 +138,7 @@ class TrainedRun:
         last = self.stored.finished[-1].index
         return [task for task in self.tasks if self.stored.learnt_in[task.name] <= last]
 
-    def dataset(self, tasks: Sequence[Task], policy_config: Any) -> MixedDataset:
+    def dataset(self, tasks: Sequence[Task], policy_config: PreTrainedConfig) -> MixedDataset:
         """Samples as the policy of that LeRobot config takes them."""
         frames = [open_frames(task, self.settings.data) for task in tasks]
         return MixedDataset(tasks, frames, self.normalization, **frames_of_sample(policy_config))
@@ -156,7 +158,7 @@ class TrainedRun:
         enabled = self.settings.training.mixed_precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def policy(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    def policy(self, checkpoint: Checkpoint) -> tuple[PreTrainedPolicy, PolicyProcessorPipeline]:
         """The policy of a checkpoint, and its preprocessor, on the run's device."""
         return load_policy(checkpoint.pretrained_model, self.device)
 
@@ -169,7 +171,7 @@ def moved(path: str, was: str, now: Path) -> str:
     return str(there) if there.exists() else path
 
 
-def load_policy(folder: Path, device: torch.device) -> tuple[Any, Any]:
+def load_policy(folder: Path, device: torch.device) -> tuple[PreTrainedPolicy, PolicyProcessorPipeline]:
     """A policy and its preprocessor from a `pretrained_model` folder, ready for queries.
 
     Raises:

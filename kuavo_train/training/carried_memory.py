@@ -1,7 +1,7 @@
 """The memory that training carries from one optimizer step to the next, detached."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -11,11 +11,24 @@ from lerobot_policy_smolvla_memory.memory import MemoryState
 Exchange = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
+class MemoryArguments(TypedDict, total=False):
+    """What a forward takes of the memory: that of each clip before its first query, and K."""
+
+    memory: MemoryState
+    queries: int
+
+
+class MemoryOutputs(TypedDict, total=False):
+    """What a forward returns of it: that of each clip after its last query."""
+
+    memory: MemoryState
+
+
 class Recurrence(Protocol):
     """What a policy's forward takes beside the batch, and what is kept of what it returns."""
 
-    def before(self, batch: Batch) -> dict[str, Any]: ...
-    def after(self, batch: Batch, outputs: dict[str, Any]) -> None: ...
+    def before(self, batch: Batch) -> MemoryArguments: ...
+    def after(self, batch: Batch, outputs: MemoryOutputs) -> None: ...
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
 
@@ -23,10 +36,10 @@ class Recurrence(Protocol):
 class NoRecurrence:
     """Every sample on its own."""
 
-    def before(self, batch: Batch) -> dict[str, Any]:
+    def before(self, batch: Batch) -> MemoryArguments:
         return {}
 
-    def after(self, batch: Batch, outputs: dict[str, Any]) -> None:
+    def after(self, batch: Batch, outputs: MemoryOutputs) -> None:
         pass
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -50,10 +63,10 @@ class CarriedMemory:
         self.exchange = exchange
         self.states = initial.detach().clone()
 
-    def before(self, batch: Batch) -> dict[str, Any]:
+    def before(self, batch: Batch) -> MemoryArguments:
         return {"memory": self.states.select(batch.streams), "queries": batch.clip}
 
-    def after(self, batch: Batch, outputs: dict[str, Any]) -> None:
+    def after(self, batch: Batch, outputs: MemoryOutputs) -> None:
         written = outputs["memory"].detach()
         tensors = {name: getattr(written, name) for name in written.shapes}
         streams = torch.tensor(batch.streams, device=written.device)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from safetensors.torch import load_model
 
 from kuavo_train.errors import ConfigError
@@ -75,8 +77,8 @@ class CheckpointFolder:
         self,
         step: int,
         *,
-        policy: Any,
-        processors: tuple[Any, ...],
+        policy: PreTrainedPolicy,
+        processors: tuple[PolicyProcessorPipeline, ...],
         training_state: dict[str, Any],
         documents: Mapping[str, str],
         about: dict[str, Any],
@@ -96,8 +98,8 @@ class CheckpointFolder:
         name: str,
         *,
         step: int,
-        policy: Any,
-        processors: tuple[Any, ...],
+        policy: PreTrainedPolicy,
+        processors: tuple[PolicyProcessorPipeline, ...],
         documents: Mapping[str, str],
         about: dict[str, Any],
     ) -> Checkpoint:
@@ -108,8 +110,8 @@ class CheckpointFolder:
         self,
         name: str,
         about: dict[str, Any],
-        policy: Any,
-        processors: tuple[Any, ...],
+        policy: PreTrainedPolicy,
+        processors: tuple[PolicyProcessorPipeline, ...],
         documents: Mapping[str, str],
         training_state: dict[str, Any] | None,
     ) -> Checkpoint:
@@ -131,8 +133,8 @@ class CheckpointFolder:
         self,
         partial: Path,
         about: dict[str, Any],
-        policy: Any,
-        processors: tuple[Any, ...],
+        policy: PreTrainedPolicy,
+        processors: tuple[PolicyProcessorPipeline, ...],
         documents: Mapping[str, str],
         training_state: dict[str, Any] | None,
     ) -> None:
@@ -208,7 +210,7 @@ class CheckpointFolder:
             shutil.rmtree(path)
 
 
-def load_weights(policy: Any, checkpoint: Checkpoint) -> None:
+def load_weights(policy: PreTrainedPolicy, checkpoint: Checkpoint) -> None:
     """Give `policy` the weights of a checkpoint of its own kind, exactly."""
     file = str(checkpoint.pretrained_model / "model.safetensors")
     make_room(policy, stored_dtypes(file))

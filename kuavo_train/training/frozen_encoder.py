@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.metadata import version
-from typing import Any
 
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
 
 from kuavo_train.data.images.features import Encoder
 from kuavo_train.training.parameter_groups import fingerprint, parameter_groups
@@ -14,7 +14,9 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_fea
 ENCODER_GROUPS = ("vision", "connector")
 
 
-def frozen_encoder(policy: Any, *, precision: str, autocast: Callable[[], AbstractContextManager]) -> Encoder | None:
+def frozen_encoder(
+    policy: PreTrainedPolicy, *, precision: str, autocast: Callable[[], AbstractContextManager]
+) -> Encoder | None:
     """The encoder of a policy that holds it fixed and can embed a camera on its own; None of any other.
 
     Args:

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_train.config import TrainingConfig
 from kuavo_train.data.batch import Batch, preprocess
@@ -37,8 +39,8 @@ class Learner:
     """
 
     accelerator: Accelerator
-    policy: Any
-    preprocessor: Any
+    policy: PreTrainedPolicy
+    preprocessor: PolicyProcessorPipeline
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     grad_clip_norm: float
@@ -50,8 +52,8 @@ class Learner:
     @classmethod
     def of(
         cls,
-        policy: Any,
-        preprocessor: Any,
+        policy: PreTrainedPolicy,
+        preprocessor: PolicyProcessorPipeline,
         config: TrainingConfig,
         *,
         accelerator: Accelerator,
@@ -84,7 +86,7 @@ class Learner:
         )
 
     @property
-    def bare_policy(self) -> Any:
+    def bare_policy(self) -> PreTrainedPolicy:
         """The policy itself, without what accelerate wraps around it."""
         return self.accelerator.unwrap_model(self.policy)
 
@@ -127,7 +129,7 @@ class Learner:
         window.mark("optimizer")
         return {"loss": mean_loss, "grad_norm": float(grad_norm), **of_strategy}
 
-    def _meeting(self, *, last: bool) -> AbstractContextManager[Any]:
+    def _meeting(self, *, last: bool) -> AbstractContextManager[object]:
         """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
         return nullcontext() if last else self.accelerator.no_sync(self.policy)
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
@@ -54,8 +55,8 @@ class BuiltPolicy:
     """
 
     policy: PreTrainedPolicy
-    preprocessor: Any
-    postprocessor: Any
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
     stored: Mapping[str, torch.dtype]
 
 
@@ -159,7 +160,7 @@ def build_policy(
     _check_frozen_vlm(config, policy_config, frozen, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoredNarrower)  # preflight reports it, of what learns in this stage
-        policy: Any = _with_weights(_policy_class(policy_config.type), policy_config, source)
+        policy = _with_weights(_policy_class(policy_config.type), policy_config, source)
     if hasattr(policy_config, "pretrained_backbone_weights"):
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
     _check_freezing(config, policy)

@@ -10,9 +10,9 @@ samples), by an extra loss, and by what a validation decides.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict, final
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -40,6 +40,22 @@ class Decision:
     loss: float
     stop: str | None = None
     shares: dict[str, float] | None = None
+
+
+@final
+class SharesChange(TypedDict):
+    """Of task → share of the samples, from a step on."""
+
+    step: int
+    shares: dict[str, float]
+
+
+@final
+class SizeChange(TypedDict):
+    """Of the samples of a batch of all processes together, from a step on."""
+
+    step: int
+    samples: int
 
 
 class TrainerHooks:
@@ -98,7 +114,7 @@ class Batches:
         for _ in range(start, stop):
             yield [next(batches) for _ in range(self.per_step)]
 
-    def change(self, change: Mapping[str, Any], timetable: Timetable) -> None:
+    def change(self, change: SharesChange | SizeChange, timetable: Timetable) -> None:
         """Deal by other shares or in other batches from a step on, in epochs as long as that makes them.
 
         Args:
@@ -118,8 +134,7 @@ class Progress:
 
     Attributes:
         drawn: place of a task in the mixture → frames drawn; one dictionary until the shares change, then another.
-        raises: the changes of shares so far, as {"step", "shares"}.
-        sizes: samples of a batch of all processes together, from a step on, as {"step", "samples"}.
+        raises: the changes of shares so far. sizes: those of samples.
         best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
         unreported: what was measured in the steps since the last report.
@@ -129,8 +144,8 @@ class Progress:
     step: int = 0
     drawn: list[dict[int, int]] = field(default_factory=lambda: [{}])
     drawn_episodes: dict[int, list[int]] = field(default_factory=dict)
-    raises: list[dict[str, Any]] = field(default_factory=list)
-    sizes: list[dict[str, Any]] = field(default_factory=list)
+    raises: list[SharesChange] = field(default_factory=list)
+    sizes: list[SizeChange] = field(default_factory=list)
     best_step: int | None = None
     best_loss: float = math.inf
     stopped: str | None = None
@@ -158,7 +173,7 @@ class Progress:
             episodes[place] = sorted({*episodes.get(place, []), *found})
         return replace(self, drawn=drawn, drawn_episodes=episodes)
 
-    def changes(self, samples: int) -> list[dict[str, Any]]:
+    def changes(self, samples: int) -> list[SharesChange | SizeChange]:
         """All of raises and sizes in their order, once a batch has so many `samples` from now on."""
         if not self.sizes or self.sizes[-1]["samples"] != samples:
             self.sizes.append({"step": self.step, "samples": samples})

@@ -3,11 +3,11 @@
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 
 import lerobot_policy_smolvla_memory  # noqa: F401 - registers the policy
 
@@ -19,7 +19,9 @@ def stored_config(folder: Path | str, device: str) -> PreTrainedConfig:
     return config
 
 
-def open_policy(folder: Path | str, config: PreTrainedConfig) -> tuple[PreTrainedPolicy, tuple[Any, Any]]:
+def open_policy(
+    folder: Path | str, config: PreTrainedConfig
+) -> tuple[PreTrainedPolicy, tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]]:
     """The policy of `config` with the folder's weights, and its pre- and post-processor, on the config's device.
 
     Raises:

@@ -33,6 +33,7 @@ from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
@@ -60,7 +61,12 @@ class SmolVLAPolicyWrapper:
     """
 
     def __init__(
-        self, policy: PreTrainedPolicy, processors: tuple[Any, Any], known: KnownTasks, *, seed: int | None = None
+        self,
+        policy: PreTrainedPolicy,
+        processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
+        known: KnownTasks,
+        *,
+        seed: int | None = None,
     ):
         """
         Args:
