@@ -50,6 +50,12 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             was trained without: the fewer, the less it disturbs. From as many as it has (twice num_mem_tokens in
             "both"), each weighs as any other token, which is what it does in a policy with new weights.
         mem_growth: the factor by which that weight grows with every forward in training, until it is full; 1 keeps it.
+        mem_reads_context: besides what the vision-language model makes of them, the memory tokens attend to the
+            embeddings of images and language themselves, through weights of their own. What a frozen model hands
+            on too faintly to be learnt is then written.
+        mem_action_loss: weight of a second loss in training: a small head predicts each query's actions from the
+            memory and a summary of what is seen. What memory must hold is then learnt from the first step on, before
+            the expert reads it. At inference the head is not used. 0 leaves it out.
         read_mem_from_cache: the memory also looks back at its own past states.
         mem_cache_size: how many past states Q are kept for that.
         mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
@@ -68,6 +74,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_update: str = "gated"
     mem_weight: float = 1.0
     mem_growth: float = 1.05
+    mem_reads_context: bool = True
+    mem_action_loss: float = 1.0
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
     mem_backprop_depth: int = 0
@@ -87,6 +95,8 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"mem_weight must be a number of tokens above 0, got {self.mem_weight}")
         if not 1 <= self.mem_growth < math.inf:
             raise ValueError(f"mem_growth must be a factor of at least 1, got {self.mem_growth}")
+        if not 0 <= self.mem_action_loss < math.inf:
+            raise ValueError(f"mem_action_loss must be a weight of 0 or more, got {self.mem_action_loss}")
         if self.mem_cache_size < 1:
             raise ValueError(f"mem_cache_size must be at least 1, got {self.mem_cache_size}")
         if self.mem_backprop_depth < 0:

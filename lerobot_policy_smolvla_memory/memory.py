@@ -1,20 +1,22 @@
 """The recurrent memory alone: tensors in, tensors out. It knows nothing of SmolVLA.
 
 Once per policy query, `read` turns the carried state into the embeddings of M memory tokens, the
-vision-language model computes, and `write` turns its output at those places into the next state:
+vision-language model computes, and `write` turns its output at those places, and what the tokens find in the context
+by themselves, into the next state:
 
     state = memory.initial(batch_size)
+    context = memory.context(embeddings, valid)             # of all queries at once
     for each query of an episode:
-        tokens = memory.read(state)           # into the prefix
-        output = backbone(..., tokens)        # the backbone's output at the memory's places
-        state = memory.write(state, output)
+        tokens = memory.read(state)                         # into the prefix
+        output = backbone(..., tokens)                      # the backbone's output at the memory's places
+        state = memory.write(state, output, context.query(number, queries))
 
 This is the recurrent memory transformer (Bulatov et al. 2022, arXiv 2207.06881) with two things that make it
 learn inside a pretrained model: both ends of the loop are normalised, so that an initial std of 0.02 and a
 final norm's output arrive in the prefix at one and the same scale; and a gate (Cho et al. 2014) lets a memory
 outlast the queries that have nothing to add.
 
-Letters: B batch, M memory tokens, H hidden size, Q past states in the cache.
+Letters: B batch, M memory tokens, H hidden size, P tokens of the context, Q past states in the cache.
 """
 
 import math
@@ -31,6 +33,7 @@ INITIAL_STD = 0.02
 INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then lasts about three queries
 SLOT_STD = 0.3  # keeps tokens of like content distinct without drowning the contents (RMS 1)
 CACHE_KEY_SIZE = 64
+HEAD_WIDTH = 256
 RMS_EPS = 1e-6
 
 
@@ -99,6 +102,24 @@ class MemoryState:
         return replace(self, **{name: function(value) for name, value in self._tensors()})
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the memory tokens may attend to in a query, beside the backbone.
+
+    Args:
+        keys, values: [B, P, H].
+        valid: [B, P] bool.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+
+    def query(self, number: int, queries: int) -> Self:
+        """The rows of query `number` of every stream."""
+        return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
+
+
 class RecurrentMemory(nn.Module):
     """M memory tokens of width H: where they start, how they are read, how they are written.
 
@@ -112,6 +133,8 @@ class RecurrentMemory(nn.Module):
         init: "normal" (std 0.02), "zeros", or "embedding" (needs `embedding`).
         update: "overwrite" or "gated".
         cache_size: Q past states that reading may look back at; 0 keeps none.
+        context_heads: with how many heads writing attends to the context itself; 0: it does not.
+        predicts: [T, A], the actions that `head` predicts; None makes no head.
         embedding: [H], the start of every token for init "embedding".
     """
 
@@ -126,6 +149,8 @@ class RecurrentMemory(nn.Module):
         init: str = "normal",
         update: str = "gated",
         cache_size: int = 0,
+        context_heads: int = 0,
+        predicts: tuple[int, int] | None = None,
         embedding: Tensor | None = None,
     ):
         super().__init__()
@@ -138,6 +163,8 @@ class RecurrentMemory(nn.Module):
         self.read_norm = nn.RMSNorm(hidden_size, eps=RMS_EPS)
         self.update = {"overwrite": OverwriteUpdate, "gated": GatedUpdate}[update](hidden_size)
         self.look_back = LookBack(cache_size, hidden_size) if cache_size else None
+        self.context_reader = ContextReader(hidden_size, context_heads) if context_heads else None
+        self.head = ActionHead(num_tokens, hidden_size, *predicts) if predicts else None
 
     @torch.no_grad()
     def initialize_tokens(self, embedding: Tensor | None = None) -> None:
@@ -178,10 +205,21 @@ class RecurrentMemory(nn.Module):
                 tokens = self.look_back(tokens, state.cache, state.cache_length)
             return tokens + self.slots
 
-    def write(self, state: MemoryState, output: Tensor) -> MemoryState:
-        """The next state, from the backbone's output [B, M, H] at the memory's places."""
+    def context(self, embeddings: Tensor, valid: Tensor) -> Context | None:
+        """What `write` attends to, of embeddings [B, P, H] and valid [B, P]; None where it does not."""
+        if self.context_reader is None:
+            return None
+        with _in_float32(embeddings.device):
+            return self.context_reader.context(embeddings, valid)
+
+    def write(self, state: MemoryState, output: Tensor, context: Context | None = None) -> MemoryState:
+        """The next state, from the backbone's output [B, M, H] at the memory's places and the query's context."""
         with _in_float32(state.device):
-            tokens = self.update(state.tokens, output.float())
+            output = output.float()
+            if self.context_reader is not None:
+                assert context is not None, "a memory that reads the context is written with it"
+                output = _rms_norm(output) + _rms_norm(self.context_reader(self.read(state), context))
+            tokens = self.update(state.tokens, output)
         if self.look_back is None:
             return MemoryState(tokens)
         return MemoryState(tokens, *self.look_back.remember(state))
@@ -224,6 +262,54 @@ class GatedUpdate(nn.Module):
         update = _rms_norm(output)
         gate = torch.sigmoid(self.gate(torch.cat([update, memory], dim=-1)))
         return _rms_norm((1 - gate) * memory + gate * self.candidate(update))
+
+
+class ContextReader(nn.Module):
+    """Memory tokens attend to the embeddings of images and language: multi-head attention, 4H² parameters.
+
+    The backbone's own way from a picture to the memory's places may be frozen and faint; this one is trained whatever
+    is frozen, and at full strength from the first step on, since it disturbs nothing but the memory.
+    """
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4))
+
+    def context(self, embeddings: Tensor, valid: Tensor) -> Context:
+        """embeddings [B, P, H], valid [B, P] → keys and values."""
+        embeddings = _rms_norm(embeddings.float())
+        return Context(self.key(embeddings), self.value(embeddings), valid)
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens [B, M, H] → what they find [B, M, H]."""
+        query, key, value = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in (self.query(tokens), context.keys, context.values)
+        )
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=context.valid[:, None, None])
+        return self.out(found.transpose(1, 2).flatten(-2))
+
+
+class ActionHead(nn.Module):
+    """Actions straight from the memory, for training alone.
+
+    The expert learns to read a memory only once something is written there that helps it, and writing is learnt only
+    through what reads it. This reader has the memory before it with nothing in between, so that writing is learnt at
+    once; what is written then serves the expert.
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int, steps: int, dimensions: int):
+        super().__init__()
+        self.shape = (steps, dimensions)
+        self.inner = nn.Linear((num_tokens + 2) * hidden_size, HEAD_WIDTH)
+        self.out = nn.Linear(HEAD_WIDTH, steps * dimensions)
+
+    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        """Memory after a query [B, M, H], and a summary of what is seen in it [B, 2, H] → actions [B, T, A]."""
+        with _in_float32(tokens.device):
+            inner = F.gelu(self.inner(torch.cat([tokens, _rms_norm(seen)], dim=1).flatten(1)))
+            return self.out(inner).unflatten(1, self.shape)
 
 
 class LookBack(nn.Module):

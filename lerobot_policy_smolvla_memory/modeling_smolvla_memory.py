@@ -45,7 +45,7 @@ from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotF
 from lerobot_policy_smolvla_memory.looks import Looks
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, in_own_dtype, make_room, settle, stored_dtypes
-from lerobot_policy_smolvla_memory.prefix import Prefix
+from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
 from lerobot_policy_smolvla_memory.pretrained_weights import (
     check_policy_weights,
     check_vlm_weights,
@@ -73,6 +73,8 @@ PARAMETER_GROUPS = {
 VLM_GROUPS = ("vision", "connector", "vlm_text")
 OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
 """What a memory that was stored without these had in their place."""
+MEMORY_HEAD = "model.memory.head."
+"""Of use in training alone: where it is lacking, or of other actions, it begins anew."""
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
@@ -102,12 +104,17 @@ class MemoryFlowMatching(VLAFlowMatching):
         self.memory: RecurrentMemory | None = None
         if config.num_mem_tokens == 0:
             return
+        text_config = self.vlm_with_expert.config.text_config
         self.memory = RecurrentMemory(
             config.num_mem_tokens,
-            self.vlm_with_expert.config.text_config.hidden_size,
+            text_config.hidden_size,
             init=config.mem_init,
             update=config.mem_update,
             cache_size=config.mem_cache_size if config.read_mem_from_cache else 0,
+            context_heads=self.vlm_with_expert.config.text_config.num_attention_heads
+            if config.mem_reads_context
+            else 0,
+            predicts=(config.chunk_size, config.action_feature.shape[0]) if config.mem_action_loss else None,
             embedding=self.end_of_utterance_embedding(),
         )
         if not config.train_expert_only:
@@ -174,7 +181,7 @@ class MemoryFlowMatching(VLAFlowMatching):
         queries: int = 1,
         reset: Tensor | None = None,
         skip: Tensor | None = None,
-    ) -> tuple[EncodedPrefix, MemoryState | None]:
+    ) -> tuple[EncodedPrefix, MemoryState | None, Tensor | None]:
         """The vision-language model over the prefixes of K consecutive queries, memory handed on in between.
 
         Args:
@@ -185,21 +192,25 @@ class MemoryFlowMatching(VLAFlowMatching):
             skip: [B] bool, rows after whose query the memory is as it was before.
 
         Returns:
-            What the expert attends to for every row, and the clips' memory after the last query. Both carry
-            gradients, through all K queries.
+            What the expert attends to for every row, the clips' memory after the last query, and the memory tokens
+            after every row's query [B, M, H]. All carry gradients, through all K queries.
         """
         encoding = self.backbone.begin(prefix, queries, self.memory)
         if self.memory is None:
-            return encoding.finish(), None
+            return encoding.finish(), None, None
         if memory is None:
             memory = self.memory.initial(len(prefix.valid) // queries)
+        context = self.memory.context(prefix.context, prefix.valid)
+        tokens = []
         for query in range(queries):
             rows = slice(query, None, queries)
             if reset is not None:
                 memory = self.memory.reset(memory, reset[rows])
-            written = self.memory.write(memory, encoding.query(query, self.memory.read(memory)))
+            output = encoding.query(query, self.memory.read(memory))
+            written = self.memory.write(memory, output, context and context.query(query, queries))
             memory = written if skip is None else written.where(skip[rows], memory)
-        return encoding.finish(), memory
+            tokens.append(memory.tokens)
+        return encoding.finish(), memory, lane_major(tokens)
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
         """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A]."""
@@ -260,8 +271,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             queries: K.
 
         Returns:
-            The loss, and a dict with `loss` (detached, not moved to the CPU) and `memory`: the clips' memory
-            after their last query, detached; None without memory.
+            The loss: in training mode that of the flow and, weighted, the memory's own; else the flow's. And a dict of
+            what is detached, not moved to the CPU: `loss` of the flow, `memory_loss` where there is one, and `memory`,
+            the clips' memory after their last query (None without memory).
 
         Raises:
             ValueError: rows that do not divide into clips, or a memory of another number of clips.
@@ -281,10 +293,16 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             observation = *self._images(batch), *self._language(batch), self.prepare_state(batch)
             losses = self.model.forward(*observation, *self._actions_and_noise(batch, noise), time)
             loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
-        else:
-            prefix, memory = self.encode(batch, memory, queries=queries)
-            loss = self.flow_loss(prefix, batch, noise, time, reduction)
-        return loss, {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
+            return loss, {"loss": loss.detach().mean(), "memory": None}
+        prefix = self._prefix(batch)
+        encoded, memory, tokens = self._encode(batch, prefix, memory, queries)
+        loss = self.flow_loss(encoded, batch, noise, time, reduction)
+        outputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
+        if self.training and tokens is not None and self.config.mem_action_loss:
+            memory_loss = self._memory_loss(tokens, prefix, batch, reduction)
+            loss = loss + self.config.mem_action_loss * memory_loss
+            outputs["memory_loss"] = memory_loss.detach().mean()
+        return loss, outputs
 
     def encode(
         self, batch: dict[str, Tensor], memory: MemoryState | None = None, *, queries: int = 1
@@ -303,14 +321,29 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             ValueError: rows that do not divide into clips, a memory of another number of clips or on another
                 device, or cameras of which some come as pictures and some as features.
         """
+        encoded, memory, _ = self._encode(batch, self._prefix(batch), memory, queries)
+        return encoded, memory
+
+    def _prefix(self, batch: dict[str, Tensor]) -> Prefix:
+        return self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch))
+
+    def _encode(
+        self, batch: dict[str, Tensor], prefix: Prefix, memory: MemoryState | None, queries: int
+    ) -> tuple[EncodedPrefix, MemoryState | None, Tensor | None]:
         self._check_memory(memory, self._lanes(batch, queries), batch[OBS_STATE].device)
-        return self.model.encode(
-            self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch)),
-            memory,
-            queries=queries,
-            reset=batch.get(MEMORY_RESET),
-            skip=batch.get(QUERY_IS_PAD),
-        )
+        resets, padding = batch.get(MEMORY_RESET), batch.get(QUERY_IS_PAD)
+        return self.model.encode(prefix, memory, queries=queries, reset=resets, skip=padding)
+
+    def _memory_loss(self, tokens: Tensor, prefix: Prefix, batch: dict[str, Tensor], reduction: str) -> Tensor:
+        """Squared error of the actions that the memory's head predicts after each row's query."""
+        assert self.model.memory is not None
+        assert self.model.memory.head is not None
+        predicted = self.model.memory.head(tokens, prefix.summary())
+        actions, absent = self.prepare_action(batch), self._absent_dimensions(batch)
+        if absent is not None:
+            actions = actions.masked_fill(absent, 0.0)
+        actions = actions[:, :, : predicted.shape[2]]
+        return _reduce(F.mse_loss(predicted, actions, reduction="none"), batch, reduction)
 
     def flow_loss(
         self,
@@ -608,6 +641,20 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             config.load_vlm_weights = False  # they are in the checkpoint, and need not be where it is opened
         return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
 
+    def _go_without_what_an_older_memory_lacks(self) -> None:
+        """A memory that was trained without a path of its own to the context would be disturbed by a new one."""
+        memory = self.model.memory
+        stored = [name.removeprefix("model.memory.") for name in self._stored if name.startswith("model.memory.")]
+        if memory is None or memory.context_reader is None or not stored:
+            return
+        if not any(name.startswith("context_reader.") for name in stored):
+            memory.context_reader, self.config.mem_reads_context = None, False
+            warnings.warn(
+                "the stored memory was trained with mem_reads_context=false and stays without; a new memory needs "
+                "weights without one, such as those of the policy that it joined",
+                stacklevel=2,
+            )
+
     def _tell_of_narrower_weights(self, model_file: str) -> None:
         learns = {name: parameter.dtype for name, parameter in self.named_parameters() if parameter.requires_grad}
         narrower = sorted({_group_of(name) for name, dtype in learns.items() if self._stored.get(name, dtype) != dtype})
@@ -630,14 +677,20 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """Load all weights; only the memory may be missing, as a whole (a checkpoint of plain SmolVLA).
 
         Projections of fewer dimensions than `max_state_dim` and `max_action_dim` are widened. A memory of before
-        `key_bias` and `first_position` stays as it was. Always strict: `strict=False`, LeRobot's default, would go on
-        with random weights and a warning.
+        `key_bias`, `first_position` and `mem_reads_context` stays as it was. Always strict: `strict=False`, LeRobot's
+        default, would go on with random weights and a warning.
         """
-        missing = check_policy_weights(model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY)
         model._stored = stored_dtypes(model_file)
+        model._go_without_what_an_older_memory_lacks()
+        missing = check_policy_weights(
+            model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY, may_differ=MEMORY_HEAD
+        )
         make_room(model, model._stored)
         widened = widened_weights(model, model_file)
         stored = load_file(model_file, device=resolve_safetensors_device(map_location))
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith(MEMORY_HEAD)}
+        if any(stored[name].shape != shape for name, shape in shapes.items() if name in stored):
+            stored = {name: tensor for name, tensor in stored.items() if not name.startswith(MEMORY_HEAD)}
         model.load_state_dict({**stored, **{key: each.weight for key, each in widened.items()}}, strict=False)
         model.widened = {key.split(".")[1]: (each.before, each.now) for key, each in widened.items()}
         model.settle_precision()

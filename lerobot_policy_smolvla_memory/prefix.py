@@ -27,6 +27,12 @@ class Prefix:
     valid: Tensor
     state: Tensor
 
+    def summary(self) -> Tensor:
+        """[B, 2, H] float32: the mean of images and language, and the state. Without gradient."""
+        seen = self.valid[..., None].float()
+        mean = (self.context.detach().float() * seen).sum(dim=1, keepdim=True) / seen.sum(dim=1, keepdim=True)
+        return torch.cat([mean, self.state.detach().float()], dim=1)
+
     def query(self, number: int, queries: int) -> Self:
         """The rows of query `number` of every clip."""
         return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))

@@ -29,18 +29,20 @@ class UnfitWeights(ValueError):
 
 
 def check_policy_weights(
-    policy: nn.Module, model_file: str, *, may_be_new: str, may_be_older: Collection[str] = ()
+    policy: nn.Module, model_file: str, *, may_be_new: str, may_be_older: Collection[str] = (), may_differ: str
 ) -> set[str]:
     """What the file lacks and may lack: all tensors whose names begin with `may_be_new`, else some of `may_be_older`.
 
-    Those of `WIDENED` may be of fewer dimensions than the policy's.
+    Those of `WIDENED` may be of fewer dimensions than the policy's. Those whose names begin with `may_differ` are not
+    looked at.
 
     Raises:
         UnfitWeights: keys missing, unexpected or of another shape.
     """
     with safe_open(model_file, framework="pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    tensors = policy.state_dict(keep_vars=True)
+        names = [key for key in file.keys() if not key.startswith(may_differ)]  # noqa: SIM118
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in names}
+    tensors = {key: value for key, value in policy.state_dict(keep_vars=True).items() if not key.startswith(may_differ)}
     wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     stored_tensors = {tensors[key].data_ptr() for key in stored if key in tensors}
     # Tensors that share their storage are stored under one name.

@@ -98,13 +98,14 @@ class Learner:
             seed: of noise, flow time and dropout.
 
         Returns:
-            Loss, norm of the gradient before it was clipped, and what the extra loss reports.
+            Loss on the actions, the memory's own loss where there is one, norm of the gradient before it was clipped,
+            and what the extra loss reports.
 
         Raises:
             TrainingDiverged: loss or gradient is not finite; the weights are as before.
         """
         torch.manual_seed(seed)
-        losses = []
+        reports: list[dict[str, torch.Tensor]] = []
         for number, batch in enumerate(batches):
             window.mark("data")
             augment = partial(self.augment, step=step, number=number)
@@ -116,10 +117,11 @@ class Learner:
                 window.mark("forward")
                 self.accelerator.backward((loss if extra is None else loss + extra) / len(batches))
                 window.mark("backward")
-            losses.append(loss.detach())
+            reports.append({"loss": loss.detach(), **_named(outputs)})
         of_strategy = self.extra_loss.add_gradient()
         grad_norm = self.accelerator.clip_grad_norm_(_trainable(self.policy.parameters()), self.grad_clip_norm)
-        mean_loss = torch.stack(losses).mean().item()
+        means = {name: torch.stack([each[name] for each in reports]).mean().item() for name in reports[0]}
+        mean_loss = means["loss"]
         if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
             raise TrainingDiverged(f"loss {mean_loss} and gradient norm {float(grad_norm)}")
         self.optimizer.step()
@@ -127,7 +129,7 @@ class Learner:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         window.mark("optimizer")
-        return {"loss": mean_loss, "grad_norm": float(grad_norm), **of_strategy}
+        return {**means, "grad_norm": float(grad_norm), **of_strategy}
 
     def _meeting(self, *, last: bool) -> AbstractContextManager[object]:
         """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
@@ -149,6 +151,11 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.recurrence.load_state_dict(state["memory"])
+
+
+def _named(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The parts of a loss that `SmolVLAMemoryPolicy` reports: of the actions, and of the memory's own."""
+    return {name: outputs[name] for name in ("loss", "memory_loss")} if "memory_loss" in outputs else {}
 
 
 def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

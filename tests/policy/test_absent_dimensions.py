@@ -27,7 +27,7 @@ def test_they_carry_no_gradient_and_what_stands_there_does_not_matter(make_polic
 
 @with_and_without_memory
 def test_the_loss_is_the_mean_over_the_dimensions_there_are(make_policy, make_batch, make_noise, tokens):
-    policy, noise = make_policy(num_mem_tokens=tokens), make_noise(2)
+    policy, noise = make_policy(num_mem_tokens=tokens).eval(), make_noise(2)
     with torch.no_grad():  # so that the loss of an entry is known: the model answers 0
         policy.model.action_out_proj.weight.zero_()
         policy.model.action_out_proj.bias.zero_()

@@ -67,7 +67,7 @@ def test_every_token_sees_what_the_table_says(make_policy, layout, fast_forward)
     embeddings = torch.randn(1, 4, hidden, requires_grad=True)  # I L P S
     memory = torch.randn(1, 2, hidden, requires_grad=True)
     prefix = Prefix(embeddings[:, :3], torch.tensor([[True, True, False]]), embeddings[:, 3:])
-    encoded, written = model.encode(prefix, MemoryState(memory))
+    encoded, written, _ = model.encode(prefix, MemoryState(memory))
     outputs = [(name, _keys(encoded)[-1][:, place]) for place, name in enumerate(PLACES[layout])]
     outputs += [("A", model.velocity(encoded, torch.randn(1, CHUNK, 8), torch.tensor([0.5])))]
     outputs += [("W", written.tokens)]
@@ -114,7 +114,7 @@ def test_a_memory_that_nobody_hears_changes_nothing(make_policy, make_batch, mak
         policies[-1].model.memory.weigh_as(weight)
         policies[-1].load_state_dict(policies[0].state_dict(), strict=False)
     without, unheard, faint, loud = (
-        policy(make_batch(4), **make_noise(4), reduction="none")[0].detach() for policy in policies
+        policy.eval()(make_batch(4), **make_noise(4), reduction="none")[0].detach() for policy in policies
     )
     torch.testing.assert_close(unheard, without)
     assert (faint - without).abs().mean() < 0.2 * (loud - without).abs().mean()

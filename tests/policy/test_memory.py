@@ -136,3 +136,26 @@ def test_the_state_is_float32_under_mixed_precision(cache_size):
     assert (state.tokens.dtype, tokens.dtype) == (torch.float32, torch.float32)
     expected = memory.write(memory.initial(2), output.bfloat16().float())
     assert torch.equal(state.tokens, expected.tokens)
+
+
+def test_what_is_written_comes_from_the_context_too_but_not_from_its_padding():
+    memory = RecurrentMemory(2, 16, context_heads=4)
+    state, output, embeddings = memory.initial(3), torch.randn(3, 2, 16), torch.randn(3, 5, 16)
+    valid = torch.ones(3, 5, dtype=torch.bool)
+    valid[:, 4] = False
+
+    def written(embeddings: torch.Tensor) -> torch.Tensor:
+        return memory.write(state, output, memory.context(embeddings, valid)).tokens
+
+    padding, seen = embeddings.clone(), embeddings.clone()
+    padding[:, 4], seen[:, 3] = 100.0, -seen[:, 3]
+    torch.testing.assert_close(written(padding), written(embeddings))
+    assert (written(seen) - written(embeddings)).abs().amax(dim=(1, 2)).gt(1e-3).all()
+
+
+def test_the_context_of_a_query_is_its_own_rows():
+    memory = RecurrentMemory(2, 16, context_heads=4)
+    embeddings, valid = torch.randn(6, 5, 16), torch.ones(6, 5, dtype=torch.bool)
+    second = memory.context(embeddings, valid).query(1, 3)
+    alone = memory.context(embeddings[1::3], valid[1::3])
+    torch.testing.assert_close((second.keys, second.values), (alone.keys, alone.values))

@@ -113,12 +113,32 @@ def test_a_row_that_fills_up_a_lane_neither_counts_nor_is_remembered(make_policy
 
 
 def test_the_write_path_is_trained_from_the_second_query_on(make_policy, make_batch, make_noise):
-    """With K = 1 nothing reads what was written: the classic recipe."""
+    """With K = 1 nothing but the memory's own head reads what was written: the classic recipe."""
     for queries, trained in ((1, False), (2, True)):
-        policy = make_policy()
+        policy = make_policy(mem_action_loss=0.0)
         policy(make_batch(4), **make_noise(4), queries=queries)[0].backward()
         for parameter in policy.model.memory.update.parameters():
             assert (parameter.grad is not None and bool(parameter.grad.any())) == trained
+
+
+def test_the_head_trains_writing_within_a_single_query_and_touches_nothing_but_memory_and_vlm(
+    make_policy, make_batch, make_noise
+):
+    policy = make_policy(freeze_vision_encoder=True, train_expert_only=True)
+    loss, outputs = policy(make_batch(4), **make_noise(4))
+    (loss - policy.eval()(make_batch(4), **make_noise(4))[0]).backward()  # what is left is the head's
+    torch.testing.assert_close(outputs["memory_loss"], (loss - outputs["loss"]).detach())
+    for name in ("update.candidate", "context_reader.query", "context_reader.value", "head.out"):
+        assert policy.get_parameter(f"model.memory.{name}.weight").grad.any(), name
+    assert not policy.model.action_out_proj.weight.grad.abs().max() > 1e-6
+
+
+def test_without_training_the_loss_is_that_of_the_flow_alone(make_policy, make_batch, make_noise):
+    policy = make_policy()
+    _, trained = policy(make_batch(4), **make_noise(4), queries=2)
+    loss, outputs = policy.eval()(make_batch(4), **make_noise(4), queries=2)
+    assert "memory_loss" not in outputs
+    torch.testing.assert_close(loss, trained["loss"])
 
 
 def test_the_memory_learns_while_the_vlm_is_frozen(make_policy, make_batch, make_noise):

@@ -12,6 +12,7 @@ from lerobot.policies.factory import get_policy_class, make_policy_config, make_
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
+from tiny_sizes import ACTION_DIM, CHUNK
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 
@@ -167,6 +168,35 @@ def test_a_trained_memory_keeps_how_it_stands_among_the_other_tokens(make_policy
         edit_weights(tmp_path, lambda weights: [weights.pop(name, None) for name in STANDING])
 
 
+def test_a_memory_that_was_trained_without_reading_the_context_stays_without(make_policy, make_batch, tmp_path):
+    policy = make_policy(mem_reads_context=False, mem_action_loss=0.0).eval()
+    policy.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for key in ("mem_reads_context", "mem_action_loss"):
+        del settings[key]  # as a checkpoint from before there was a choice
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="was trained with mem_reads_context=false and stays without"):
+        loaded = SmolVLAMemoryPolicy.from_pretrained(tmp_path).eval()
+    assert (loaded.config.mem_reads_context, loaded.model.memory.context_reader) == (False, None)
+    batch, noise = make_batch(2), torch.randn(2, CHUNK, 8)
+    for _ in range(2):
+        assert torch.equal(loaded.predict_action_chunk(batch, noise), policy.predict_action_chunk(batch, noise))
+
+
+def test_the_memorys_head_is_taken_over_where_it_fits_and_begins_anew_for_other_actions(
+    make_policy, make_config, tmp_path
+):
+    policy = make_policy()
+    policy.save_pretrained(tmp_path)
+    same = SmolVLAMemoryPolicy.from_pretrained(tmp_path)
+    assert torch.equal(same.model.memory.head.out.weight, policy.model.memory.head.out.weight)
+    longer = SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(chunk_size=CHUNK + 1))
+    assert longer.model.memory.head.shape == (CHUNK + 1, ACTION_DIM)
+    assert torch.equal(longer.model.memory.update.gate.weight, policy.model.memory.update.gate.weight)
+    without = SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(mem_action_loss=0.0))
+    assert without.model.memory.head is None
+
+
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
@@ -190,7 +220,7 @@ def test_a_memory_of_another_size_and_a_memory_nobody_asked_for_are_refused(make
     make_policy(num_mem_tokens=4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"mem_tokens is of shape \(4, 1, 32\), this policy's of \(2, 1, 32\)"):
         SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(num_mem_tokens=2))
-    with pytest.raises(ValueError, match="mem_tokens is not part of this policy"):
+    with pytest.raises(ValueError, match="key_bias is not part of this policy"):
         SmolVLAMemoryPolicy.from_pretrained(tmp_path, config=make_config(num_mem_tokens=0))
 
 
