@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
-from kuavo_train.config_folders import ConfigFolders
+from kuavo_train.config_folders import ConfigFolders, TaskFile
 from kuavo_train.data.mixture import dealt_out, learns_all_at_once
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
@@ -77,28 +77,31 @@ def compose_run(
 
 
 def _compose_all(overrides: Sequence[str], current: RunConfig | None, folders: ConfigFolders) -> list[RunConfig]:
-    try:
-        configs = [
-            resolve(hydra.compose("train", overrides=[f"task={file.choice}", *overrides, *folders.for_hydra]))
-            for file in folders.task_files
-        ]
-    except HydraException as error:
-        raise ConfigError(str(error)) from error
+    def composed(file: TaskFile) -> RunConfig:
+        try:
+            return resolve(hydra.compose("train", overrides=[f"task={file.choice}", *overrides, *folders.for_hydra]))
+        except HydraException as error:
+            raise ConfigError(str(error)) from error
+
+    first, *others = folders.task_files
+    configs = [composed(first)]
+    learn = configs[0].learn
+    configs += [composed(file) for file in others if learn is None or file.task is None or file.task in learn]
     if current is not None:
         configs = [current if config.stage.index == current.stage.index else config for config in configs]
-    learn = configs[0].learn
     if learn is not None:
         by_name = {config.stage.name: config for config in configs}
+        known = dict.fromkeys([*(file.task for file in folders.task_files if file.task is not None), *by_name])
         if current is not None:
             require(
                 current.stage.name in learn, "learn", f"include the task of this stage ({current.stage.name})", learn
             )
         for name in learn:
-            require(name in by_name, "learn", f"name tasks of {folders} ({', '.join(by_name)})", name)
+            require(name in known, "learn", f"name tasks of {folders} ({', '.join(known)})", name)
             require(learn.count(name) == 1, "learn", "name a task once", name)
         require(bool(learn), "learn", "name at least one task, or be null for all", learn)
         configs = [
-            _at_place(by_name[name], place, set(by_name) - set(learn[:place]))
+            _at_place(by_name[name], place, set(known) - set(learn[:place]))
             for place, name in enumerate(learn, start=1)
         ]
     check_curriculum([config.stage for config in configs])

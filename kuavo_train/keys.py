@@ -42,7 +42,7 @@ def kind_of(key: str) -> Any:
         section = _section(kind)
         if section is None:
             return Any if any(_is_open(each) for each in _alternatives(kind)) else None
-        kind = typing.get_type_hints(section).get(name)
+        kind = _fields(section).get(name)
     return kind
 
 
@@ -53,7 +53,7 @@ def section_of(key: str) -> Any:
 
 def optional_sections(section: Any = RunConfig, where: str = "") -> Iterator[tuple[str, Any]]:
     """Key and dataclass of every section that may be null."""
-    for name, kind in typing.get_type_hints(section).items():
+    for name, kind in _fields(section).items():
         if (inner := _section(kind)) is not None:
             if inner is not kind:
                 yield f"{where}{name}", inner
@@ -109,6 +109,12 @@ def _nearest(key: str) -> str:
     close += [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(last, _last_names(), NEAREST, 0.7)]
     found = list(dict.fromkeys([*of_that_name, *close]))[:NEAREST]
     return f"did you mean {' or '.join(found)}?" if found else "--cfg job shows all keys"
+
+
+@cache
+def _fields(section: Any) -> dict[str, Any]:
+    """Name → annotation of a dataclass's fields, worked out once: each key of each configuration asks for it."""
+    return typing.get_type_hints(section)
 
 
 @cache
@@ -180,7 +186,7 @@ def _is_open(kind: Any) -> bool:
 
 
 def _keys_of(section: Any) -> Iterator[str]:
-    for name, kind in typing.get_type_hints(section).items():
+    for name, kind in _fields(section).items():
         yield name
         if inner := _section(kind):
             yield from (f"{name}.{key}" for key in _keys_of(inner))

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ class Findings:
         """The policy as it is configured, with or without its weights."""
         limit = PolicyTraits.of(policy_config).token_limit
         self.facts["token_limit"] = limit
+        counts = iter(token_counts(policy_config, [text for task in tasks for text in task.instructions.texts]))
         for facts, task in zip(self.facts["tasks"], tasks, strict=True):
-            lengths = token_counts(policy_config, task.instructions.texts)
+            lengths = list(islice(counts, len(task.instructions.texts)))
             facts["tokens"] = max(lengths) if lengths else None
             self.problems += instruction_problems(limit, task, lengths)
         if limit is None:
