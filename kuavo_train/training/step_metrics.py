@@ -1,6 +1,6 @@
 """Means over steps, and where their time went."""
 
-import time
+from time import perf_counter as clock  # in s
 
 import numpy as np
 import torch
@@ -20,21 +20,22 @@ class MetricsWindow:
         self.values = values
         self.samples = self.steps = 0
         self.parts: dict[str, float] = {}
-        self.began = self.marked = time.perf_counter()
+        self.began = self.marked = clock()
 
     def start_step(self) -> None:
         """The batch has arrived: the time since the last step went into waiting for it."""
-        self.parts["wait"] = self.parts.get("wait", 0.0) + time.perf_counter() - self.marked
-        self.marked = time.perf_counter()
+        now = clock()
+        self.parts["wait"] = self.parts.get("wait", 0.0) + now - self.marked
+        self.marked = now
 
     def go_on(self) -> None:
         """What came between two steps, such as a validation, is not their time."""
-        self.began = self.marked = time.perf_counter()
+        self.began = self.marked = clock()
 
     def mark(self, part: str) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # a GPU works on long after the call, and the next part would pay for it
-        now = time.perf_counter()
+        now = clock()
         self.parts[part] = self.parts.get(part, 0.0) + now - self.marked
         self.marked = now
 
@@ -44,7 +45,7 @@ class MetricsWindow:
             self.values.setdefault(name, []).append(value)
         self.samples += samples
         self.steps += 1
-        now = time.perf_counter()
+        now = clock()
         elapsed, self.began = now - self.began, now
         self.parts["total"] = self.parts.get("total", 0.0) + elapsed
         return elapsed
