@@ -16,6 +16,7 @@ from small_datasets import write_dataset
 
 from kuavo_train.config import DataConfig, RunConfig
 from kuavo_train.data.images import episode_cache, plan
+from kuavo_train.data.images import frames as frames_module
 from kuavo_train.data.images.features import CachedFeatures, Encoder
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.plan import Images, plan_images
@@ -184,12 +185,15 @@ def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) ->
     assert key(replace(task, name="renamed")) == key()
 
 
-def test_frames_that_are_cached_already_are_not_decoded_again(config: DataConfig, decoded: DecodedFrames) -> None:
+def test_frames_that_are_cached_already_are_not_decoded_again(
+    config: DataConfig, decoded: DecodedFrames, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames = planned(config, decoded, None)
     frames.fill(progress=False)
-    decoded._decode = Counted()  # type: ignore[method-assign]
+    asked: list[Any] = []
+    monkeypatch.setattr(frames_module, "decode_video_frames", lambda *given, **_: asked.append(given))
     planned(config, decoded, encoder(Counted())).fill(progress=False)
-    assert decoded._decode.asked == []
+    assert asked == []
 
 
 def test_features_fill_without_a_frame_cache(config: DataConfig, decoded: DecodedFrames) -> None:

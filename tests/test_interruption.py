@@ -13,8 +13,8 @@ from forked import Forked, send, when
 from kuavo_sim import record
 from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.errors import Interrupted
+from kuavo_train.evaluation import validation
 from kuavo_train.evaluation.environment_pool import Robots
-from kuavo_train.evaluation.validation import Validator
 from kuavo_train.interruption import Listening
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.runs.stored_run import StoredRun
@@ -27,13 +27,13 @@ Start = Callable[..., Forked]
 PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
-    ("first validation", lambda: when(Validator, "_validate", send(signal.SIGINT)), 2, "interrupted", None),
+    ("first validation", lambda: when(validation, "asks", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Learner, "learn", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
     ("dying", lambda: when(Learner, "learn", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "killed", 2),
-    ("validation", lambda: when(Validator, "_validate", send(signal.SIGTERM)), 15, "interrupted", 3),
+    ("validation", lambda: when(validation, "asks", send(signal.SIGTERM)), 15, "interrupted", 3),
     ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
     ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "killed", 6),
-    ("last validation", lambda: when(Validator, "_validate", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
+    ("last validation", lambda: when(validation, "asks", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
     ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=3), 15, "finished", 6),
 ]
 

@@ -122,17 +122,17 @@ def test_a_late_one_that_judged_a_lease_which_is_gone_does_not_take_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_behind(tmp_path, began=1.0)
-    judge, others = lease._judge, ExitStack()
+    runs, others = Holder.runs, ExitStack()
 
-    def slowly(path: Path, text: str | None) -> Holder | None:
-        holder = judge(path, text)
-        monkeypatch.setattr(lease, "_judge", judge)
+    def slowly(dead: Holder) -> bool:
+        monkeypatch.setattr(Holder, "runs", runs)
+        assert not dead.runs
         with held(tmp_path, "another's"):  # in the meantime another has taken over and let go,
             pass
         others.enter_context(held(tmp_path, "a third's"))  # and a third has it now
-        return holder
+        return False
 
-    monkeypatch.setattr(lease, "_judge", slowly)
+    monkeypatch.setattr(Holder, "runs", property(slowly))
     assert not taken(tmp_path)
     assert len(list(tmp_path.glob(".lease-*"))) == 1
     others.close()
