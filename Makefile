@@ -56,7 +56,7 @@ evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseli
 	$(PY) -m kuavo_train.evaluate $(ARGS)
 
 # Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them. A file's
-# tests stay together, so that the runs they share are trained once; tests/conftest.py says which files come first.
+# tests stay together, so that the runs they share are trained once; the longest come first (tests/durations.json).
 test test-full: export OMP_NUM_THREADS = 1
 test test-full: export HF_HUB_OFFLINE = 1
 test test-full: export WANDB_MODE = offline

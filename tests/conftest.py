@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import json
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,31 +26,49 @@ from kuavo_train.config import RunConfig
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage.stage import run_stage
 
-LONGEST_FIRST = [  # of the files that take longer than about ten seconds
-    "test_stage.py",
-    "test_command_line.py",
-    "test_strategies.py",
-    "test_probes.py",
-    "test_config.py",
-    "test_gate.py",
-    "test_study.py",
-    "test_stage_images.py",
-    "test_remember_colour.py",
-    "test_rollout.py",
-    "test_pretrained_weights.py",
-    "test_lerobot_commands.py",
-    "test_report.py",
-    "test_evaluate.py",
-    "test_tasks_and_normalization.py",
-    "test_preflight.py",
-    "test_wrapper.py",
-]
+DURATIONS = Path(__file__).with_name("durations.json")
+"""File → seconds of its tests. `make test ARGS=--record-durations` writes it anew; it decides their order alone."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help=f"write {DURATIONS.name}, after a whole run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(RecordDurations())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, so that at the end no worker of pytest-xdist is left alone with one of them."""
-    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    """Begin with the longest files, so that at the end no worker of pytest-xdist is left alone with one of them.
+
+    A file that is not on record comes first: it may be long.
+    """
+    known = _recorded()
+    items.sort(key=lambda item: -known.get(_file(item.nodeid), float("inf")))
+
+
+class RecordDurations:
+    """Seconds by file, of one process or of all workers; files that did not run stay on record unless they are gone."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[_file(report.nodeid)] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        there = {file: seconds for file, seconds in _recorded().items() if Path(file).is_file()} | self.seconds
+        slowest = sorted(there.items(), key=lambda item: -item[1])
+        DURATIONS.write_text(json.dumps({file: round(seconds, 1) for file, seconds in slowest}, indent=1) + "\n")
+
+
+def _recorded() -> dict[str, float]:
+    return json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -184,11 +204,15 @@ def _train_small_checkpoint(datasets: Path, folder: Path, into: Path) -> None:
 
 @pytest.fixture(scope="session")
 def small_run_in(datasets: Path) -> Callable[..., list[str]]:
-    """Overrides of a run on the small datasets that finishes in seconds, in a folder of its own."""
+    """Overrides of a run on the small datasets that finishes in a second a stage, in a folder of its own.
+
+    Of two tasks, unless `more` says otherwise: what more of them show is shown where it is looked at.
+    """
 
     def overrides(outputs: Path, *more: str) -> list[str]:
         return [
             "profile=smoke",
+            "learn=[moving_grasp,weighing]",
             "simulation=null",
             "rollout.episodes=0",
             f"outputs={outputs}",

@@ -184,7 +184,8 @@ def begun(small_run_in: Overrides, tmp_path_factory: pytest.TempPathFactory) -> 
     @cache
     def train(depth: int) -> list[RunConfig]:
         outputs = tmp_path_factory.mktemp("begun")
-        configs = compose_run(small_run_in(outputs, *FEW_WHOLE_EPOCHS, f"policy.mem_backprop_depth={depth}"))
+        three = "learn=[moving_grasp,weighing,placement]"
+        configs = compose_run(small_run_in(outputs, three, *FEW_WHOLE_EPOCHS, f"policy.mem_backprop_depth={depth}"))
         assert run(configs, 0) == 0
         return configs
 

@@ -75,7 +75,7 @@ def test_an_episode_recorded_twice_is_found(task: Task) -> None:
 
 
 def test_the_command_prints_the_numbers_and_saves_a_sheet(small_run: Callable[..., list[str]], here: Here) -> None:
-    overrides = small_run()
+    overrides = small_run("learn=null")
     done = here("kuavo_train.inspect_data", "task=tasks/task4_sorting", *overrides, "--episode=3")
     assert done.returncode == 0, done.stderr
     assert "sorting: 5 episodes of 1.4 to 1.4 s, median 1.4 s, 10 Hz" in done.stdout

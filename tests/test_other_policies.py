@@ -105,7 +105,7 @@ def test_a_checkpoint_opens_as_a_robots_policy_without_fetching_anything(run: Ru
 
 
 def test_preflight_says_what_the_policy_cannot_do(small_run: Callable[..., list[str]]) -> None:
-    configs = compose_run(overrides_of("act", small_run()))
+    configs = compose_run(overrides_of("act", small_run("learn=null")))
     findings = examine_stage(configs[0], [config.stage for config in configs])
     assert findings.problems == []
     assert "note: policy act reads no instruction: it can tell 4 tasks apart by pictures and state" in describe(

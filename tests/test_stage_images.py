@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def embedded_in(small_run_in: Callable[..., list[str]]) -> Embedded:
 
     def configs(folder: Path, *more: str) -> list[RunConfig]:
         sizes = [item for item in small_run_in(folder) if not item.startswith("profile=")]
-        given = ["validation.draws=1", f"data.cache_root={folder}", "allow_random_frozen_vlm=true"]
+        given = ["learn=null", "validation.draws=1", f"data.cache_root={folder}", "allow_random_frozen_vlm=true"]
         return compose_run(["profile=embedded", *sizes, *given, *more])
 
     return configs
@@ -212,8 +213,8 @@ def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(em
 def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
     embedded: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_missing_bytes", lambda *_: 2**60)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
     configs = embedded()
-    with pytest.raises(ConfigError, match=r"data.feature_cache needs 1073741824.0 GiB below .* are free"):
+    with pytest.raises(ConfigError, match=r"data.feature_cache needs [\d.]+ MiB below .*, 2.0 KiB are free"):
         opened(configs)
     assert not stage_folder(configs[1]).path.exists()

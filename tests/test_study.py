@@ -38,19 +38,20 @@ def cells_of(tmp_path: Path) -> dict[str, str]:
     return {cell["run"]: cell["status"] for cell in stored["cells"]}
 
 
+ONE = "learn=[moving_grasp]"
 SHORT = ("learn=[moving_grasp,weighing]", "training.max_steps=2")
 
 
 def test_the_cells_are_strategies_times_seeds_with_runs_of_their_own() -> None:
-    run, shared, cells = compose_cells(["profile=smoke", "strategy=sequential,ewc", "seed=3,4", "ewc.strength=7"])
+    run, shared, cells = compose_cells(["profile=smoke", "strategy=sequential,ewc", "seed=3,4", "ewc.strength=7", ONE])
     assert run == "smoke"
-    assert shared == ["profile=smoke", "ewc.strength=7"]
+    assert shared == ["profile=smoke", "ewc.strength=7", ONE]
     names = ["smoke-sequential-s3", "smoke-ewc-s3", "smoke-sequential-s4", "smoke-ewc-s4"]
     assert [cell.run for cell in cells] == names
     assert [(cell.strategy, cell.seed) for cell in cells[1:3]] == [("ewc", 3), ("sequential", 4)]
     assert [cell.configs[0].ewc and cell.configs[0].ewc.strength for cell in cells] == [None, 7, None, 7]
-    named = compose_cells(["run=mine", "seed=1"])
-    assert named[:2] == ("mine", [])
+    named = compose_cells(["run=mine", "seed=1", ONE])
+    assert named[:2] == ("mine", [ONE])
     assert [cell.run for cell in named[2]] == ["mine-replay-s1", "mine-sequential-s1", "mine-joint-s1"]
     assert len({cell.configs[0].data.root for cell in named[2]}) == 1  # demonstrations are recorded once
 
@@ -67,7 +68,7 @@ def test_the_cells_are_strategies_times_seeds_with_runs_of_their_own() -> None:
 )
 def test_what_a_study_cannot_mean_is_refused_before_anything_is_trained(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compose_cells([override])
+        compose_cells([override, ONE])
 
 
 def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skipped(
