@@ -177,6 +177,15 @@ def test_shares_of_tasks_that_are_not_learnt_go_to_the_others_in_proportion(lear
     assert shares(compose_run([f"learn={learn}"])[-1]) == replay
 
 
+def test_a_share_of_a_task_that_is_nowhere_is_refused_and_not_given_to_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIG_FOLDER, folder)
+    file = folder / "tasks" / "task2_weighing.yaml"
+    file.write_text(file.read_text().replace("moving_grasp: 0.2", "juggling: 0.2"))
+    with pytest.raises(ConfigError, match=r"replay must name only tasks learnt by then .*got 'juggling'"):
+        compose_run(["learn=[weighing]"], folder=folder)
+
+
 def stage_of(*words: str) -> tuple[RunConfig, list[StageConfig]]:
     """The stage that a command line asks for, as `python -m kuavo_train` finds it, and its curriculum."""
     ConfigFolders().register_tasks()
@@ -188,6 +197,17 @@ def test_a_stage_run_alone_has_its_place_in_the_order_given() -> None:
     config, curriculum = stage_of("task=tasks/task2_weighing", "learn=[weighing,moving_grasp]")
     assert config.stage.folder_name == "stage1_weighing"
     assert [stage.name for stage in curriculum] == ["weighing", "moving_grasp"]
+
+
+def test_a_stage_run_alone_keeps_what_was_set_for_it_alone() -> None:
+    config, curriculum = stage_of("task=tasks/task2_weighing", "stage.epochs=3", "learn=[moving_grasp,weighing]")
+    assert config.stage.epochs == 3
+    assert [stage.epochs for stage in curriculum] == [100, 3]
+
+
+def test_a_stage_of_a_task_that_is_not_to_be_learnt_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"learn must include the task of this stage \(placement\), got \['wei"):
+        stage_of("task=tasks/task3_placement", "learn=[weighing,moving_grasp]")
 
 
 def test_a_joint_stage_learns_the_tasks_of_learn_without_a_task_being_chosen() -> None:
