@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,10 @@ PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
     ("first validation", lambda: when(validation, "asks", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Learner, "learn", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
-    ("dying", lambda: when(Learner, "learn", lambda: os.kill(os.getpid(), signal.SIGKILL)), 9, "killed", 2),
+    ("dying", lambda: when(Learner, "learn", die), 9, "killed", 2),
     ("validation", lambda: when(validation, "asks", send(signal.SIGTERM)), 15, "interrupted", 3),
     ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
-    ("dying in a rollout", lambda: when(Robots, "advance", lambda: os.kill(os.getpid(), 9), call=4), 9, "killed", 6),
+    ("dying in a rollout", lambda: when(Robots, "advance", die, call=4), 9, "killed", 6),
     ("last validation", lambda: when(validation, "asks", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
     ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=3), 15, "finished", 6),
 ]
@@ -84,19 +86,61 @@ def results(folder: StageFolder) -> dict[str, Any]:
     }
 
 
-def test_recording_stops_at_once_and_leaves_nothing_half_made(tmp_path: Path, forked: Start) -> None:
-    words = ("profile=smoke", f"outputs={tmp_path}", "learn=[moving_grasp]", "simulation.episodes=2")
-    recording = forked("kuavo_train", *words, "data.record_workers=2", before=interrupt_recording)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_recording_stops_at_once_and_leaves_nothing_half_made(
+    tmp_path: Path, forked: Start, number: signal.Signals
+) -> None:
+    recording = forked("kuavo_train", *recording_in(tmp_path), before=lambda: when_recorded(send(number)))
     done = recording.wait()
-    assert done.returncode == 128 + signal.SIGUSR1, done
+    assert done.returncode == 128 + number, done
     assert "interrupted: nothing was trained yet; the same command begins again" in done.stdout
     assert "Traceback" not in done.stderr
     assert recording.survivors() == []
     assert [path.name for path in (tmp_path / "data_smoke").iterdir()] == [".moving_grasp.lock"]
 
 
-def interrupt_recording() -> None:
-    when(record, "contact_sheet", send(signal.SIGUSR1))
+def test_recorders_end_with_the_process_that_they_work_for(tmp_path: Path, forked: Start) -> None:
+    recording = forked("kuavo_train", *recording_in(tmp_path), before=lambda: when_recorded(die))
+    assert recording.wait().returncode == -signal.SIGKILL
+    assert recording.survivors() == []
+
+
+def recording_in(folder: Path) -> tuple[str, ...]:
+    small = ("profile=smoke", "learn=[moving_grasp]", "simulation.episodes=2", "data.record_workers=2")
+    return (*small, f"outputs={folder}")
+
+
+def when_recorded(do: Callable[[], Any]) -> None:
+    """Once the first episode is there, while the others are on their way."""
+    when(record, "contact_sheet", do)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FIRST_CHILD = """
+import signal, time
+from multiprocessing import get_context
+from kuavo_sim.children import STOP_SIGNALS, born_deaf
+
+def deaf_to(pid):
+    (line,) = [line for line in open(f"/proc/{pid}/status") if line.startswith("SigBlk:")]
+    return {number for number in STOP_SIGNALS if int(line.split()[1], 16) >> (number - 1) & 1}
+
+child = get_context("spawn").Process(target=time.sleep, args=(60,))
+with born_deaf():
+    child.start()
+print(deaf_to(child.pid) == STOP_SIGNALS, deaf_to("self") == set())
+child.kill()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="says what a process does not hear on Linux")
+def test_the_first_process_that_is_started_is_deaf_and_the_one_that_starts_it_hears_again() -> None:
+    """In a process of its own, in which none was started before."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CHILD], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
 
 
 def test_a_second_ctrl_c_interrupts_at_once_but_not_the_launchers_copy_of_the_first(

@@ -9,7 +9,7 @@ from kuavo_train.compose import compose_run, stages_to_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.frames import DecodedFrames
-from kuavo_train.data.mixture import Mixture, mixture_of
+from kuavo_train.data.mixture import Mixture, dealt_out, mixture_of
 from kuavo_train.data.normalization import Normalization, fit_normalization
 from kuavo_train.data.replay_quota import Quota
 from kuavo_train.data.sampler import Draw, SampleOrder, StepSampler
@@ -17,6 +17,14 @@ from kuavo_train.data.task import Task, open_task
 
 STAGE_SHARES = [mixture_of(config).shares({config.stage.name: 1}) for config in compose_run()]
 SKIPPED = {"moving_grasp": 0.1, "weighing": 0.1, "sorting": 0.8}
+
+
+def test_a_share_of_nothing_is_none_that_others_could_get() -> None:
+    assert dealt_out({"moving_grasp": 0.0, "weighing": 1.0}, {"moving_grasp"})[1] == {}
+    assert dealt_out({"moving_grasp": 0.5, "weighing": 0.5}, {"moving_grasp"}) == (
+        {"weighing": 1},
+        {"moving_grasp": 0.5},
+    )
 
 
 @pytest.fixture(scope="module")
