@@ -1,6 +1,7 @@
 """Signals to the whole process group, as schedulers, docker and terminals send them: in every phase of a stage."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from forked import Forked, send, when
 
 from kuavo_sim import record
+from kuavo_sim.children import STOP_SIGNALS
 from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation import validation
@@ -25,6 +27,7 @@ from kuavo_train.training.learner import Learner
 
 Overrides = Callable[..., list[str]]
 Start = Callable[..., Forked]
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="where /proc says what is not heard")
 
 PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
@@ -99,10 +102,25 @@ def test_recording_stops_at_once_and_leaves_nothing_half_made(
     assert [path.name for path in (tmp_path / "data_smoke").iterdir()] == [".moving_grasp.lock"]
 
 
-def test_recorders_end_with_the_process_that_they_work_for(tmp_path: Path, forked: Start) -> None:
-    recording = forked("kuavo_train", *recording_in(tmp_path), before=lambda: when_recorded(die))
+@ON_LINUX
+def test_recorders_are_deaf_and_end_with_the_process_that_they_work_for(tmp_path: Path, forked: Start) -> None:
+    noted = tmp_path / "blocked"
+
+    def note_and_die() -> None:
+        noted.write_text(json.dumps([blocked(child.pid) for child in multiprocessing.active_children()]))
+        die()
+
+    recording = forked("kuavo_train", *recording_in(tmp_path), before=lambda: when_recorded(note_and_die))
     assert recording.wait().returncode == -signal.SIGKILL
+    assert json.loads(noted.read_text()) == [sorted(STOP_SIGNALS)] * 2
     assert recording.survivors() == []
+
+
+def blocked(pid: int | None) -> list[int]:
+    """The stop signals that a process does not hear."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = int(next(line for line in lines if line.startswith("SigBlk:")).split()[1], 16)
+    return [number for number in sorted(STOP_SIGNALS) if mask >> (number - 1) & 1]
 
 
 def recording_in(folder: Path) -> tuple[str, ...]:
@@ -136,7 +154,7 @@ child.kill()
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="says what a process does not hear on Linux")
+@ON_LINUX
 def test_the_first_process_that_is_started_is_deaf_and_the_one_that_starts_it_hears_again() -> None:
     """In a process of its own, in which none was started before."""
     done = subprocess.run([sys.executable, "-c", FIRST_CHILD], capture_output=True, text=True, check=True)
