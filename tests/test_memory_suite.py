@@ -130,7 +130,10 @@ class Oracle(MemoryProbe):
 
     def intervened(self, walk: Any, questions: Any, cue_seen: Any, donors: Any) -> dict[str, Any]:
         on = list(self.answers)
-        return {"on": on, "reset": [0] * len(on), "swapped": [on[donor] for donor in donors]}
+        assert self.episodes is not None
+        ends = [layout.decisions[0].cue_ends for layout, _ in self.episodes.members]
+        seen = [answer if last >= end else 0 for answer, last, end in zip(on, cue_seen, ends, strict=True)]
+        return {"on": on, "reset": [0] * len(on), "frozen": seen, "swapped": [on[donor] for donor in donors]}
 
     def predict(self, draws: Any, memory: Any, noise: torch.Tensor, instruction: str | None = None) -> np.ndarray:
         assert self.episodes is not None
@@ -199,6 +202,7 @@ def test_an_oracle_is_right_and_follows_its_donor(task: str, tmp_path: Path, tin
         assert {name: row["right"] / n for name, row in found.items()} == {
             "on": 1,
             "reset": pytest.approx(TASKS[task].chance),
+            "frozen": 1,
             "swapped": 1,
         }
 
@@ -242,7 +246,9 @@ def test_what_is_there_is_skipped_and_the_twin_is_trained_once(
     kuavo = Kuavo()
     assert run_study(tiny, kuavo) == [record]
     assert kuavo.given == []
-    other = Run.of(next(replace(tiny, policy={**tiny.policy, "mem_update": "overwrite"}).combinations()))
+    assert len(tiny.results.read_text().splitlines()) == 1
+    changed = {**tiny.policy, "mem_update": "overwrite", "num_mem_tokens": 2}
+    other = Run.of(next(replace(tiny, policy=changed).combinations()))
     assert other.settings != record["settings"]
     assert other.twin is not None
     other.twin.trained(kuavo)

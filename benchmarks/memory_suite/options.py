@@ -38,7 +38,7 @@ class Options:
     decisions: int = option("episodes evaluated at trained delays, and again at twice the longest", 96)
     output: Path = option("folder for data, runs and results.jsonl", Path("outputs/memory_suite"))
     policy: dict[str, Any] = option(
-        "fields of the policy, in every run; those of its memory not in the twins'", takes="policy.KEY"
+        "fields of the policy, in every run; those of its memory where it has one", takes="policy.KEY"
     )
     training: dict[str, Any] = option("of kuavo_train, in every run", takes="training.KEY")
     validation: dict[str, Any] = option("of kuavo_train, in every run", takes="validation.KEY")
@@ -84,8 +84,7 @@ class Combination:
     def twin(self) -> "Combination | None":
         if self.situation == "nothing":
             return None
-        policy = {key: value for key, value in self.options.policy.items() if not of_memory(key)}
-        options = replace(self.options, steps=self.options.twin_steps, policy=policy)
+        options = replace(self.options, steps=self.options.twin_steps)
         return Combination(options, self.task, "nothing", "none", self.seed)
 
     def words(self) -> list[str]:
@@ -104,5 +103,7 @@ class Combination:
             *([FROZEN] if self.situation == "frozen" else []),
         ]
         for section in ("policy", "training", "validation", "tiny_vlm"):
-            words += [f"{section}.{key}={json.dumps(value)}" for key, value in getattr(options, section).items()]
+            given = getattr(options, section).items()
+            kept = [(key, value) for key, value in given if not (self.memory == "none" and of_memory(key))]
+            words += [f"{section}.{key}={json.dumps(value)}" for key, value in kept]
         return words
