@@ -33,14 +33,15 @@ class Interrupted(BaseException):
 
 
 class Problems(list[str]):
-    """All that is wrong, reported at once instead of the first thing only."""
+    """All that is wrong, each thing once, reported at once instead of the first thing only."""
 
     def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
         """The function's result; None when it raised `ConfigError`, which then is among the problems."""
         try:
             return function(*arguments, **named)
         except ConfigError as error:
-            self.append(str(error))
+            if str(error) not in self:  # two checks may come upon the same
+                self.append(str(error))
             return None
 
     def raise_all(self) -> None:

@@ -9,21 +9,26 @@ import yaml
 
 from kuavo_train.errors import RunFolderError
 
+JsonValue = Any
+"""A value of a JSON or YAML file: what it is, whoever reads it knows."""
+Json = dict[str, JsonValue]
+"""An object of such a file."""
+
 TRAIN_AGAIN = "restore it from a copy, or train the stage again"
 ANOTHER_RUN = "restore it from a copy, or choose another run=NAME"
 
 
-def read_json(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> Any:
+def read_json(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> JsonValue:
     """What the file holds; with `keys` an object that has them. Raises `RunFolderError`, which ends in the `remedy`."""
     return _read(path, "JSON", json.loads, keys, remedy)
 
 
-def read_yaml(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> Any:
+def read_yaml(path: Path, *, keys: Sequence[str] = (), remedy: str = TRAIN_AGAIN) -> JsonValue:
     """As `read_json`."""
     return _read(path, "YAML", yaml.safe_load, keys, remedy)
 
 
-def _read(path: Path, kind: str, parse: Callable[[str], Any], keys: Sequence[str], remedy: str) -> Any:
+def _read(path: Path, kind: str, parse: Callable[[str], JsonValue], keys: Sequence[str], remedy: str) -> JsonValue:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, yaml.YAMLError) as error:

@@ -22,7 +22,7 @@ from lerobot.datasets.utils import MISSING_VERSION_TAG_MESSAGE
 
 from kuavo_train.config import RunConfig, said
 from kuavo_train.data import hub
-from kuavo_train.data.hub import Origin, fetch, remedy
+from kuavo_train.data.hub import HubOrigin, fetch, remedy
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
 
@@ -73,7 +73,7 @@ def test_what_is_used_is_fetched_of_one_commit_and_once(opened: Callable[..., Ta
     task = opened([LEFT], revision="second")
     videos = [name for name in fake.fetched if name.startswith("videos/")]
     assert videos == [f"videos/{LEFT}/chunk-000/file-000.mp4"]
-    assert task.origin == Origin("team/moving_grasp", "second", COMMIT)
+    assert task.origin == HubOrigin("team/moving_grasp", "second", COMMIT)
     assert json.loads((task.root / hub.RECORD).read_text())["commit"] == COMMIT
     fake.fetched.clear()
     assert opened([LEFT], revision="second").origin == task.origin
@@ -130,7 +130,7 @@ def test_an_error_of_the_hub_says_why_and_what_to_do(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(ConfigError, match=told) as refused:
-        fetch(Origin("team/nothing", "main", COMMIT), tmp_path, ["meta/**"], "dataset here")
+        fetch(HubOrigin("team/nothing", "main", COMMIT), tmp_path, ["meta/**"], "dataset here")
     text = str(refused.value)
     assert text.startswith("dataset here must be there or be had from the hub as team/nothing at revision main, got ")
     assert "\n" not in text

@@ -113,6 +113,12 @@ def test_all_problems_are_told_at_once_each_with_its_fix(small_run: Overrides, d
         assert problem in said, problem
 
 
+def test_what_two_checks_come_upon_is_one_problem(small_run: Overrides) -> None:
+    problems = examine(small_run("policy.chunk_sise=3")).problems
+    assert [problem for problem in problems if "chunk_sise" in problem] == problems
+    assert len(problems) == 1
+
+
 def test_what_is_wrong_with_a_dataset_does_not_hide_what_else_is(
     small_run: Overrides, datasets: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics.intervals import Interval
+from kuavo_train.reading import Json
 from kuavo_train.runs.files import JsonLines, in_one_move, read_lines
 from kuavo_train.runs.records import (
     ClosedLoop,
@@ -17,7 +18,6 @@ from kuavo_train.runs.records import (
     GateReading,
     GateRecord,
     HeldOutScores,
-    Json,
     Moment,
     PlayedEpisode,
     RunRecord,

@@ -27,7 +27,7 @@ RECORD = "fetched_from.json"
 
 
 @dataclass(frozen=True)
-class Origin:
+class HubOrigin:
     """Where on the hub a dataset is from.
 
     Attributes:
@@ -40,7 +40,7 @@ class Origin:
     commit: str | None = None
 
 
-def origin_of(root: Path, repo_id: str | None, revision: str | None, where: str) -> Origin | None:
+def origin_of(root: Path, repo_id: str | None, revision: str | None, where: str) -> HubOrigin | None:
     """Of a dataset whose task names a repository of the hub; None for others.
 
     Raises:
@@ -49,9 +49,9 @@ def origin_of(root: Path, repo_id: str | None, revision: str | None, where: str)
     if repo_id is None:
         return None
     try:
-        fetched = Origin(**json.loads((root / RECORD).read_text()))
+        fetched = HubOrigin(**json.loads((root / RECORD).read_text()))
     except (OSError, ValueError, TypeError):
-        return Origin(repo_id, revision)
+        return HubOrigin(repo_id, revision)
     for key, wanted in (("repo_id", repo_id), ("revision", revision)):
         there = getattr(fetched, key)
         rule = f"be {there!r}, what was fetched there (move it away, or give another stage.root)"
@@ -59,7 +59,7 @@ def origin_of(root: Path, repo_id: str | None, revision: str | None, where: str)
     return fetched
 
 
-def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origin:
+def fetch(origin: HubOrigin, root: Path, files: Sequence[str], where: str) -> HubOrigin:
     """Fetch `files` of a dataset, names or patterns, into `root`; all that is fetched there is of one commit.
 
     Raises:
@@ -67,7 +67,7 @@ def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origi
     """
     try:
         commit = origin.commit or _commit(origin)
-        fetched = Origin(origin.repo_id, origin.revision, commit)
+        fetched = HubOrigin(origin.repo_id, origin.revision, commit)
         root.mkdir(parents=True, exist_ok=True)
         (root / RECORD).write_text(json.dumps(asdict(fetched), indent=1))
         snapshot_download(
@@ -81,7 +81,7 @@ def fetch(origin: Origin, root: Path, files: Sequence[str], where: str) -> Origi
     return fetched
 
 
-def _commit(origin: Origin) -> str:
+def _commit(origin: HubOrigin) -> str:
     revision = origin.revision or get_safe_version(origin.repo_id, CODEBASE_VERSION)
     commit = HfApi().repo_info(origin.repo_id, repo_type="dataset", revision=revision).sha
     assert commit is not None, "the hub names the commit of every revision"

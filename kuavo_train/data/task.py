@@ -16,7 +16,7 @@ from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from kuavo_train.config import DataConfig, StageConfig
-from kuavo_train.data.hub import Origin, fetch, origin_of
+from kuavo_train.data.hub import HubOrigin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
 from kuavo_train.data.split import split_usable
@@ -60,7 +60,7 @@ class Task:
     train_episodes: tuple[int, ...]
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
-    origin: Origin | None = None
+    origin: HubOrigin | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -198,7 +198,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     )
 
 
-def _open(stage: StageConfig, root: Path, where: str) -> tuple[Recording, Origin | None]:
+def _open(stage: StageConfig, root: Path, where: str) -> tuple[Recording, HubOrigin | None]:
     """What the dataset says of itself, fetched from the hub where its task says so and it is not there."""
     origin = origin_of(root, stage.repo_id, stage.revision, where)
     if origin is None and not (root / INFO_PATH).is_file():
@@ -216,7 +216,7 @@ def _open(stage: StageConfig, root: Path, where: str) -> tuple[Recording, Origin
 
 
 def _read_rows(
-    recording: Recording, cameras: Mapping[str, str], episodes: Sequence[int], origin: Origin | None, where: str
+    recording: Recording, cameras: Mapping[str, str], episodes: Sequence[int], origin: HubOrigin | None, where: str
 ) -> dict[str, np.ndarray]:
     """Place, state and action of all rows; of the files that the task uses, those missing are fetched or named."""
     missing = recording.missing(cameras.values(), episodes)

@@ -23,9 +23,9 @@ from kuavo_train.evaluation.options import Options
 from kuavo_train.evaluation.paired_comparison import differ, judge
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.videos import Caption, picked, write_video
+from kuavo_train.reading import Json
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.runs.files import now, write_json
-from kuavo_train.runs.records import Json
 
 EPISODES = 50  # per task in simulation, unless said otherwise
 VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here

@@ -14,7 +14,7 @@ from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
 from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.options import Options
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 from kuavo_train.runs.trained_run import TrainedRun, stage_folder_above
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from kuavo_train.evaluation.environment import Environment
-from kuavo_train.runs.records import ClosedLoop, Json
+from kuavo_train.reading import Json
+from kuavo_train.runs.records import ClosedLoop
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from kuavo_train.evaluation.episodes import Episode
 from kuavo_train.metrics.intervals import PairedOutcomes, mean_interval, paired_bootstrap, wilson
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 Episodes = Mapping[Hashable, Episode]
 """Key that pairs the episodes of different policies, such as (task, seed) → episode."""

@@ -18,7 +18,7 @@ from kuavo_train.data.task import Task
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent
 from kuavo_train.probing.memory_walk import MemoryProbe, seeded_noise
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 
 def swap_instructions(probe: MemoryProbe, names: Sequence[str], *, advance: Callable[[], object]) -> list[Json]:

@@ -15,7 +15,7 @@ import torch
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 FEWEST_EPISODES = 4  # of each of both sides, for a point of the probe's curve
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kuavo_train.probing.memory_decisions import Question
+from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.style import INK, MUTED, STYLE, TASK_COLOURS
-from kuavo_train.runs.records import Json
 
 WIDTH = 9.0  # inches
 LABELS = {

@@ -20,7 +20,8 @@ from kuavo_train.metrics.intervals import paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.probing.memory_decisions import donor_of
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk
-from kuavo_train.runs.records import HeldOutMeasure, HeldOutScores, Json
+from kuavo_train.reading import Json
+from kuavo_train.runs.records import HeldOutMeasure, HeldOutScores
 from lerobot_policy_smolvla_memory.memory import MemoryState
 
 INTERVENTIONS = ("on", "reset", "swapped")

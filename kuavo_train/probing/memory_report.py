@@ -20,8 +20,8 @@ from kuavo_train.probing.memory_decisions import (
 )
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
 from kuavo_train.probing.simulated_cues import cues_of, question_of
+from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most

@@ -19,8 +19,8 @@ from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
+from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import stored_limits
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.findings import Findings

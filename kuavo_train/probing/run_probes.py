@@ -15,8 +15,8 @@ from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
 from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
+from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 from kuavo_train.runs.trained_run import TrainedRun
 

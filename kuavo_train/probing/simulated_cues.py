@@ -13,9 +13,8 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.probing.memory_decisions import Question
-from kuavo_train.reading import read_json
+from kuavo_train.reading import Json, read_json
 from kuavo_train.runs.files import read_lines
-from kuavo_train.runs.records import Json
 
 
 def cues_of(task: Task) -> dict[int, Json]:

@@ -4,7 +4,7 @@ from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.errors import ConfigError
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 from kuavo_train.runs.trained_run import TrainedRun
 
 

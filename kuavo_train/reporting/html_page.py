@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
+from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_text
-from kuavo_train.runs.records import Json
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -21,12 +21,13 @@ from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reading import Json
 from kuavo_train.reporting.comparability import check_comparable
 from kuavo_train.reporting.run_checks import run_checks
 from kuavo_train.reporting.run_metrics import interval_record, performance_matrix, task_verdict
 from kuavo_train.reporting.strategy_section import gate_readings, probe_records, strategy_facts
 from kuavo_train.runs.files import write_text
-from kuavo_train.runs.records import MEASURES, ClosedLoop, Json, Measure, TaskRecord
+from kuavo_train.runs.records import MEASURES, ClosedLoop, Measure, TaskRecord
 from kuavo_train.runs.stored_run import StoredRun, StoredStage
 
 SIGN_CONVENTION = (

@@ -6,7 +6,8 @@ Each check passes, fails, or (None) could not be made because the run did not wr
 from collections.abc import Callable
 
 from kuavo_train.metrics.number_format import integer
-from kuavo_train.runs.records import GroupRecord, Json, ReplayAudit
+from kuavo_train.reading import Json
+from kuavo_train.runs.records import GroupRecord, ReplayAudit
 from kuavo_train.runs.stored_run import StoredRun
 
 Outcome = tuple[bool | None, str]

@@ -14,7 +14,8 @@ from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
-from kuavo_train.runs.records import MEASURES, Json, Measure, TaskRecord, ValidationRecord
+from kuavo_train.reading import Json
+from kuavo_train.runs.records import MEASURES, Measure, TaskRecord, ValidationRecord
 from kuavo_train.runs.stored_run import StoredRun
 
 

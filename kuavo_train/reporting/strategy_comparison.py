@@ -19,10 +19,11 @@ from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import Interval, hierarchical_bootstrap
 from kuavo_train.metrics.verdict import RetentionLimits, judge
+from kuavo_train.reading import Json
 from kuavo_train.reporting.comparability import check_comparable
 from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.run_metrics import change_since_learnt, performance_matrix
-from kuavo_train.runs.records import CLOSED_LOOP, MEASURES, Json, Measure, ReplayAudit, ValidationRecord
+from kuavo_train.runs.records import CLOSED_LOOP, MEASURES, Measure, ReplayAudit, ValidationRecord
 from kuavo_train.runs.stored_run import StoredRun
 
 JOINT, REFERENCE = "joint", "replay"

@@ -1,6 +1,6 @@
 """What a strategy, the gate and the probes left in a run folder beside the losses, for matrix.json."""
 
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 from kuavo_train.runs.stored_run import StoredRun
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.metrics.number_format import FORMATS, integer, number, signed, whole_percent
 from kuavo_train.metrics.verdict import VERDICTS
+from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import Analysis
 from kuavo_train.reporting.strategy_comparison import JOINT, Comparison, StrategyNumbers
-from kuavo_train.runs.records import Json
 
 NOT_SETTLED = "not settled"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
+from kuavo_train.reading import Json
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.reporting.run_analysis import SIGN_CONVENTION, Analysis, write_matrix, write_numbers
 from kuavo_train.reporting.strategy_comparison import Comparison, Estimate
 from kuavo_train.reporting.text_report import about_intervals, evidence, outcome
 from kuavo_train.runs.files import in_one_move
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import finished_cells
 
 TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "lr", "grad_norm", "samples_per_s")

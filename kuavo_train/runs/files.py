@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 
 class JsonLines:

@@ -6,12 +6,10 @@ task may never have been performed in closed loop. Values are those of the file,
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from kuavo_train.metrics.intervals import Interval
-
-Json = dict[str, Any]
-"""An object of a JSON file."""
+from kuavo_train.reading import Json
 
 Kind = Literal["start", "epoch", "end"]
 """When a validation was made: before the first stage, after an epoch, at a stage's end."""

@@ -14,9 +14,9 @@ from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import Problems
-from kuavo_train.reading import ANOTHER_RUN
+from kuavo_train.reading import ANOTHER_RUN, Json
 from kuavo_train.runs.files import now, write_json
-from kuavo_train.runs.records import DatasetRecord, Json, RunRecord, StatisticsRecord, TaskRecord
+from kuavo_train.runs.records import DatasetRecord, RunRecord, StatisticsRecord, TaskRecord
 from kuavo_train.runs.settings import is_free
 from kuavo_train.runs.stored_run import read_run_record
 

@@ -16,10 +16,9 @@ from typing import Any
 import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.reading import read_json, read_yaml
+from kuavo_train.reading import Json, read_json, read_yaml
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
-from kuavo_train.runs.records import Json
 from kuavo_train.training.checkpoint import CheckpointFolder
 
 

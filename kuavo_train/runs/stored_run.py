@@ -6,8 +6,6 @@ compared with anything before. After a resume the steps since the last checkpoin
 the later line is the one that counts.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.reading import TRAIN_AGAIN, read_json
+from kuavo_train.reading import TRAIN_AGAIN, Json, read_json
 from kuavo_train.runs.files import read_lines
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.runs.records import (
     GateRecord,
     GroupRecord,
-    Json,
     Kind,
     ReplayAudit,
     RunRecord,
@@ -32,6 +29,7 @@ from kuavo_train.runs.records import (
     ValidationRecord,
     with_played,
 )
+from kuavo_train.training.manifest import MANIFEST, manifest_hash
 
 OUTPUTS = Path("outputs")
 """Where runs are, unless `outputs` says another folder."""
@@ -208,9 +206,9 @@ def _check_no_hole(run: StoredRun) -> None:
 def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
     """The checkpoint whose numbers the stage reports, where it is still there, is the one it wrote, in this run."""
     folder = stage.folder / str(stage.record.checkpoint)
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         return
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / MANIFEST)
     ours = {"run": run.record.run, "seed": run.record.seed, "normalization": run.record.normalization.hash}
     for key, expected in ours.items():
         if manifest.get(key) != expected:
@@ -218,8 +216,7 @@ def _check_own_checkpoint(run: StoredRun, stage: StoredStage) -> None:
                 f"{folder} is a checkpoint of another run: its {key} is {manifest.get(key)}, that of {run.folder} is "
                 f"{expected}; move it back there, and train stage {stage.index} of this run again"
             )
-    # As kuavo_train.training.checkpoint hashes it.
-    found = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    found = manifest_hash(manifest)
     if found != stage.record.checkpoint_hash:
         raise RunFolderError(
             f"{folder} is not the checkpoint that {stage.folder.name} reports on: its hash is {found[:12]}…, that in "

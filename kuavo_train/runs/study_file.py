@@ -6,9 +6,8 @@ from pathlib import Path
 
 from kuavo_train.compose import stages_to_run
 from kuavo_train.config import RunConfig
-from kuavo_train.reading import read_json
+from kuavo_train.reading import Json, read_json
 from kuavo_train.runs.files import write_json
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.settings import Difference, is_free, refuse
 
 FIND_AGAIN = "restore it from a copy, or delete it: the same command finds its runs again"

@@ -23,8 +23,8 @@ from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.images.frames import open_frames
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task, open_task
-from kuavo_train.errors import ConfigError, RunFolderError, require
-from kuavo_train.reading import read_yaml
+from kuavo_train.errors import ConfigError, require
+from kuavo_train.reading import Json, read_yaml
 from kuavo_train.runs.records import TaskRecord
 from kuavo_train.runs.stored_run import StoredRun, StoredStage
 from kuavo_train.training.checkpoint import Checkpoint, CheckpointFolder
@@ -73,10 +73,9 @@ class TrainedRun:
         require(path.is_file(), str(path), "be there", "no file")
         # `absolute`, not `resolve`: run folders may be reached through a link of the user's own
         folder = self.folder.absolute()
+        settings: Json = read_yaml(path, keys=("stage",))
         try:
-            config = resolve(OmegaConf.create(read_yaml(path, keys=("stage",))))
-        except RunFolderError:
-            raise
+            config = resolve(OmegaConf.create(settings))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         data = replace(config.data, root=moved(config.data.root, config.outputs, folder.parent))

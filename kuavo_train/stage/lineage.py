@@ -11,9 +11,10 @@ from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import content_hash
 from kuavo_train.errors import ConfigError
-from kuavo_train.reading import ANOTHER_RUN, read_json
+from kuavo_train.reading import ANOTHER_RUN
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.settings import differences, refuse, shared_differences
+from kuavo_train.runs.stored_run import read_run_record
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.policy_factory import policy_config_class, policy_defaults
 
@@ -78,14 +79,14 @@ def processes_here() -> int:
 def _other_datasets(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:
     """What is to be said of the stage's own that lie elsewhere now and are not what the run was trained with."""
     path = config.run_folder / "run.json"
-    tasks = read_json(path, keys=("tasks",), remedy=ANOTHER_RUN)["tasks"] if path.is_file() else []
-    known = {task["name"]: task["dataset"] for task in tasks}
+    tasks = read_run_record(path, remedy=ANOTHER_RUN).tasks if path.is_file() else ()
+    known = {task.name: task.dataset for task in tasks}
     return [
-        f"the dataset of {stage.name} (was {was['hash'][:12]}… in {was['root']}, is {found[:12]}… in {stage.root})"
+        f"the dataset of {stage.name} (was {str(was.hash)[:12]}… in {was.root}, is {found[:12]}… in {stage.root})"
         for stage in curriculum
         if stage.name in mixture_of(config).learns
-        if (was := known.get(stage.name)) and was["root"] != str(Path(stage.root)) and Path(stage.root).is_dir()
-        if (found := content_hash(Path(stage.root))) != was["hash"]
+        if (was := known.get(stage.name)) and was.root != str(Path(stage.root)) and Path(stage.root).is_dir()
+        if (found := content_hash(Path(stage.root))) != was.hash
     ]
 
 

@@ -82,10 +82,8 @@ def _open(config: RunConfig, curriculum: Sequence[StageConfig], agreement: Agree
         opened = open_stage(config, curriculum, start, accelerator, Findings())
     where = f"stage {stage.index} ({stage.name}) of run {config.run}, in {opened.folder.path}"
     accelerator.print(f"\n{where}\n{describe(opened.findings)}", flush=True)
-    process, processes = (
-        accelerator.process_index,
-        accelerator.num_processes,
-    )  # each computes a share of what is missing
+    # Each process computes a share of what is missing.
+    process, processes = accelerator.process_index, accelerator.num_processes
     agreement.repeatable(
         lambda: opened.images.fill(process=process, processes=processes, progress=accelerator.is_main_process)
     )

@@ -27,9 +27,9 @@ from safetensors.torch import load_model
 from kuavo_train.errors import ConfigError
 from kuavo_train.reading import read_json
 from kuavo_train.training.lora import adapters_merged
+from kuavo_train.training.manifest import MANIFEST, manifest_hash
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 
-MANIFEST = "manifest.json"
 LINKS = ("last", "best")
 FALL_BACK = "delete the checkpoint folder to fall back to the one before"
 
@@ -49,8 +49,7 @@ class Checkpoint:
 
     @property
     def hash(self) -> str:
-        """One hash for the whole checkpoint: that of its manifest."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        return manifest_hash(self.manifest)
 
     def training_state(self) -> dict[str, Any]:
         return torch.load(self.folder / "training_state" / "state.pt", map_location="cpu", weights_only=True)

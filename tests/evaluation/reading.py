@@ -7,10 +7,10 @@ from pathlib import Path
 from kuavo_train.command_line import parse
 from kuavo_train.evaluation.options import Options
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import Analysis, analyse, write_matrix
 from kuavo_train.reporting.strategy_comparison import Comparison, compare
 from kuavo_train.reporting.write_report import write_report
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredRun
 
 QUICK = RetentionLimits(resamples=500)

@@ -6,9 +6,9 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
+from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.run import heat_map
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, draw_limits, short_name
-from kuavo_train.runs.records import Json
 
 
 def comparison_figures(comparison: Json) -> dict[str, Callable[[], Figure | None]]:

@@ -6,8 +6,8 @@ from itertools import cycle
 import numpy as np
 from matplotlib.figure import Figure
 
+from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, short_name
-from kuavo_train.runs.records import Json
 
 
 def evaluation_figures(found: Json) -> dict[str, Callable[[], Figure | None]]:

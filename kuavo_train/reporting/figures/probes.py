@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kuavo_train.metrics.number_format import number, percent
+from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.style import INK, MUTED, TASK_COLOURS, WIDTH, log_if_wide, short_name
-from kuavo_train.runs.records import Json
 
 PALE = "#a9b8c9"
 

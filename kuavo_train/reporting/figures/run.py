@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 
 from kuavo_train.metrics.number_format import MINUS, number, percent
 from kuavo_train.metrics.verdict import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
+from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.style import (
     GREY,
     INK,
@@ -22,7 +23,6 @@ from kuavo_train.reporting.figures.style import (
     log_if_wide,
     short_name,
 )
-from kuavo_train.runs.records import Json
 from kuavo_train.runs.stored_run import StoredStage
 
 VERDICT_COLOURS = {WELL_RETAINED: "#2e7d5b", SLIGHT_DEGRADATION: "#c58a1b", SIGNIFICANT_FORGETTING: "#b5412f"}

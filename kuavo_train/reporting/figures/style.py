@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from kuavo_train.runs.records import Json
+from kuavo_train.reading import Json
 
 INK, MUTED, GRID, GREY = "#1c2430", "#667085", "#e4e7ec", "#f2f4f7"
 TASK_COLOURS = ("#2f5d8c", "#c9772b", "#3f8f6f", "#8a5a9e", "#b0486a", "#6b7280", "#a3892b", "#3b8ea5")
