@@ -248,6 +248,20 @@ def test_every_part_of_a_steps_time_is_told(small_run: Overrides, monkeypatch: p
         assert record["samples_per_s"] == round(2 * 4 / whole, 2)
 
 
+def test_the_memorys_own_loss_is_reported_apart_from_that_on_the_actions(small_run: Overrides) -> None:
+    lines = []
+    for weight in (0, 5):
+        configs = compose_run(
+            small_run("training.max_steps=1", f"policy.mem_action_loss={weight}", f"run=weight{weight}")
+        )
+        assert run(configs, 0) == 0
+        lines += stage_folder(configs[0]).metrics.read()
+    without, heavy = lines
+    assert "memory_loss" not in without
+    assert heavy["memory_loss"] > 0
+    assert heavy["loss"] < without["loss"] + heavy["memory_loss"]  # not five times that on top
+
+
 @pytest.mark.parametrize(("stop_after", "depth"), [(1, 0), (3, 2)])
 def test_an_interrupted_stage_resumes_to_bit_identical_weights(
     small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, depth: int

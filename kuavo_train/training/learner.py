@@ -105,7 +105,7 @@ class Learner:
             TrainingDiverged: loss or gradient is not finite; the weights are as before.
         """
         torch.manual_seed(seed)
-        reports: list[dict[str, torch.Tensor]] = []
+        losses, reports = [], []
         for number, batch in enumerate(batches):
             window.mark("data")
             augment = partial(self.augment, step=step, number=number)
@@ -117,11 +117,12 @@ class Learner:
                 window.mark("forward")
                 self.accelerator.backward((loss if extra is None else loss + extra) / len(batches))
                 window.mark("backward")
-            reports.append({"loss": loss.detach(), **_named(outputs)})
+            losses.append(loss.detach())
+            reports.append({"loss": loss.detach(), **_parts_of_loss(outputs)})
         of_strategy = self.extra_loss.add_gradient()
         grad_norm = self.accelerator.clip_grad_norm_(_trainable(self.policy.parameters()), self.grad_clip_norm)
         means = {name: torch.stack([each[name] for each in reports]).mean().item() for name in reports[0]}
-        mean_loss = means["loss"]
+        mean_loss = torch.stack(losses).mean().item()
         if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
             raise TrainingDiverged(f"loss {mean_loss} and gradient norm {float(grad_norm)}")
         self.optimizer.step()
@@ -153,9 +154,11 @@ class Learner:
         self.recurrence.load_state_dict(state["memory"])
 
 
-def _named(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The parts of a loss that `SmolVLAMemoryPolicy` reports: of the actions, and of the memory's own."""
-    return {name: outputs[name] for name in ("loss", "memory_loss")} if "memory_loss" in outputs else {}
+def _parts_of_loss(outputs: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+    """Those that `SmolVLAMemoryPolicy` reports: on the actions, and of the memory's own."""
+    if outputs is None or "memory_loss" not in outputs:
+        return {}
+    return {name: outputs[name] for name in ("loss", "memory_loss")}
 
 
 def _trainable(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
