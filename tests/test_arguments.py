@@ -47,6 +47,7 @@ def test_keys_of_a_kind_go_into_a_dictionary_of_what_was_given() -> None:
         (["task=it", "sizes=3,x"], "sizes must be a whole number, got 'x'"),
         (["task=it", "sizes=3,3"], "sizes must be values with commas between, each once, got '3,3'"),
         (["task=it", "speed=fast"], "speed must be a number, got 'fast'"),
+        (["task=it", "speed=inf"], "speed must be a number, got 'inf'"),
         (["task=it", "colour=green"], "colour must be one of red, blue, got 'green'"),
         (["task=it", "loud=yes"], "loud must be one of true, false, got 'yes'"),
         (["task=it", "folder="], "folder must be a path, got ''"),

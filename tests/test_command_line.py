@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from forked import Forked, send, when
 
+from kuavo_train.command_line import check_sweep
+from kuavo_train.errors import ConfigError
+from kuavo_train.keys import parsed
 from kuavo_train.training.learner import Learner
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -132,6 +136,22 @@ def test_a_wrong_command_ends_in_a_line_in_a_process_of_its_own(tmp_path: Path) 
     assert_refused(refused, message)
     assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "meet"),
+    [
+        (["seed=0,1"], True),
+        (["seed=0"], False),
+        (["seed=0,1", "run=mine"], True),
+        (["seed=0,1", "run=mine-${seed}"], False),
+        (["profile=smoke,embedded", "seed=0,1"], False),
+        (["run=one,other"], False),
+    ],
+)
+def test_a_sweep_is_refused_where_its_jobs_meet_in_one_folder(words: list[str], *, meet: bool) -> None:
+    with pytest.raises(ConfigError, match="-m must give each job a run") if meet else nullcontext():
+        check_sweep([parsed(word) for word in words])
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:

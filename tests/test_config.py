@@ -13,7 +13,7 @@ from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig, LoraConfig, Ru
 from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
-from kuavo_train.keys import words_for_hydra
+from kuavo_train.keys import fits, words_for_hydra
 
 RECIPES = {  # task → epochs, lr, warm-up, decay, replay
     "moving_grasp": (100, 5e-5, 1500, 25000, {"moving_grasp": 1.0}),
@@ -235,6 +235,7 @@ def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:
 SETTABLE = [  # override, section, field, what it is then
     ("stage.environment=my_module:my/Env-v0", "stage", "environment", "my_module:my/Env-v0"),
     ("stage.environment_settings.renderer=egl", "stage", "environment_settings", {"renderer": "egl"}),
+    ("stage.environment_settings.wind=inf", "stage", "environment_settings", {"wind": float("inf")}),
     ("stage.replay={weighing: 1.0}", "stage", "replay", {"weighing": 1.0}),
     ("stage.replay.moving_grasp=0.1 stage.replay.weighing=0.9", "stage", "replay",
      {"moving_grasp": 0.1, "weighing": 0.9}),
@@ -257,6 +258,27 @@ def test_every_key_is_set_from_the_command_line_without_a_plus_and_a_mapping_rep
     (config,) = compose_with("task2_weighing", words)
     holder = getattr(config, section)
     assert (holder[field] if isinstance(holder, dict) else getattr(holder, field)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "fitting"),
+    [
+        (1, float, True),
+        (True, float, False),
+        (float("nan"), float, False),
+        (True, int, False),
+        (1.5, int, False),
+        (None, int, False),
+        (None, int | None, True),
+        ([1, 2], tuple[int, int], True),
+        ([1, 2, 3], tuple[int, int], False),
+        ([1, 2, 3], tuple[int, ...], True),
+        (["a", 2], list[str], False),
+        ("ab", list[str], False),
+    ],
+)
+def test_a_value_fits_a_type_or_does_not(value: object, kind: object, *, fitting: bool) -> None:
+    assert fits(value, kind) == fitting
 
 
 BAD_OVERRIDES = [  # override, what the message must name

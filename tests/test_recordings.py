@@ -105,7 +105,9 @@ def test_an_info_that_says_the_impossible_is_refused(
     with pytest.raises(ConfigError, match=message):
         open_task(replace(configs[0].stage, root=str(root)), replace(configs[0].data, cameras=[HEAD]))
     (root / "meta" / "info.json").write_text('{"fps": 1')
-    with pytest.raises(ConfigError, match=r"must have a meta/info.json that can be read, got JSONDecodeError"):
+    with pytest.raises(
+        ConfigError, match=r"a meta/info.json that can be read, got JSONDecodeError.*; copy the file again"
+    ):
         opened()
 
 
@@ -285,6 +287,19 @@ def test_a_clock_that_stands_still_is_refused_by_episode_and_frame(opened: Opene
         ConfigError, match=r"timestamps of episode 0 must span the 1.30 s from its frame 0 to frame 13, got 0 and"
     ):
         opened()
+
+
+def test_a_clock_may_be_slow_by_a_half_but_must_tell_numbers(opened: Opened, root: Path) -> None:
+    edit_table(root / DATA, lambda table: table.update(table[["timestamp"]] * 1.2))
+    assert opened().notes[0].startswith("timestamps of episodes 0, 1, 2, 3, 4 are not frame_index / fps")
+    edit_table(root / DATA, lambda table: table.update(table[["timestamp"]] * 1.4))
+    with pytest.raises(ConfigError, match=r"timestamps of episode 0 must span .*, got 0 and 2.184 s \(and episodes"):
+        opened()
+    edit_table(root / DATA, lambda table: table.update(table[["timestamp"]] / 1.68))
+    put(DATA, {(27, "timestamp"): float("nan")})(root)
+    with pytest.raises(ConfigError, match=r"timestamps of episode 1 must span .*, got 0 and nan s;"):
+        opened()
+    assert opened(episodes=[2, 4]).notes == ()  # the clock of an episode that is not used tells nothing
 
 
 def test_rows_of_a_task_that_the_table_lacks_are_told_to_be_wrong(opened: Opened, root: Path) -> None:

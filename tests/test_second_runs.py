@@ -19,6 +19,7 @@ from forked import interrupted_in_step
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
@@ -194,6 +195,11 @@ DAMAGED = [  # file of a run, who reads it, what is told to do
         lambda run: CheckpointFolder(run / "stage3_placement" / "checkpoints").latest(),
         "delete the checkpoint folder",
     ),
+    (
+        "stage3_placement/checkpoints/000002/pretrained_model/tasks.json",
+        lambda run: KnownTasks.load(run / "stage3_placement" / "checkpoints" / "000002" / "pretrained_model"),
+        "train the stage again",
+    ),
 ]
 
 
@@ -206,6 +212,12 @@ def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
     (copy / file).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{file} (is not (JSON|YAML)|lacks) .*{remedy}"):
         read(copy)
+
+
+def test_a_folder_in_a_files_place_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").mkdir()
+    with pytest.raises(ConfigError, match=r"stage.json is not JSON .*directory.*train the stage again"):
+        _ = StageFolder(tmp_path).about
 
 
 def test_a_lock_file_that_is_no_text_is_anothers_until_it_is_old(tmp_path: Path) -> None:
