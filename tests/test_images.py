@@ -279,5 +279,7 @@ def test_a_video_that_does_not_decode_is_named(configs: list[RunConfig], config:
     assert decoded.shapes
     video = next(root.rglob("*.mp4"))
     video.write_bytes(b"no video")
-    with pytest.raises(ConfigError, match=r"weighing: video .* must decode, got an error at frame \d+ of episode \d"):
+    with pytest.raises(
+        ConfigError, match=r"weighing: video .* must decode, got an error at frame \d+ of episode \d.*; copy the file"
+    ):
         planned(config, decoded, None, episodes=[0, 1]).fill(progress=False)

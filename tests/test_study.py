@@ -71,6 +71,13 @@ def test_what_a_study_cannot_mean_is_refused_before_anything_is_trained(override
         compose_cells([override, ONE])
 
 
+def test_a_study_has_no_place_below_a_file() -> None:
+    with pytest.raises(
+        ConfigError, match=r"outputs must be a folder, or a place for one \(.*test_study.py is a file\)"
+    ):
+        study.main([f"outputs={__file__}/outputs", "profile=smoke", "strategy=sequential", "seed=0", ONE])
+
+
 def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skipped(
     small_run: Overrides,
     tmp_path: Path,

@@ -467,6 +467,7 @@ def test_page_and_terminal_tell_of_one_reading_of_the_run(run, monkeypatch, caps
     ("arguments", "message"),
     [
         (["run=outputs/none"], "error: outputs/none does not exist"),
+        ([f"run={__file__}"], "test_report.py is no folder: give the folder of a run"),
         (["outputs/none"], "arguments must be key=value with a key of run, joint"),
         (["run=a", "run=b"], "run must be given once"),
         (["run=outputs/one", "slight_change=much"], "slight_change must be a number, got 'much'"),
