@@ -23,7 +23,8 @@ from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.lease import held
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.runs.stored_run import StoredRun
+from kuavo_train.runs.stored_run import StoredRun, finished_cells
+from kuavo_train.runs.study_file import StudyFile
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
@@ -188,7 +189,8 @@ DAMAGED = [  # file of a run, who reads it, what is told to do
     ("stage3_placement/config.yaml", lambda run: StageFolder(run / "stage3_placement").settings, "train the stage"),
     ("stage3_placement/config.yaml", lambda run: TrainedRun.open(run).settings, "train the stage again"),
     ("stage3_placement/parameters.json", StoredRun.open, "train the stage again"),
-    ("run.json", StoredRun.open, "restore it from a copy"),
+    ("stage3_placement/replay_audit.json", StoredRun.open, "train the stage again"),
+    ("run.json", StoredRun.open, "(restore it from a copy|it was not written by this trainer)"),
     ("normalization.json", TrainedRun.open, "choose another run=NAME"),
     (
         "stage3_placement/checkpoints/000002/manifest.json",
@@ -204,7 +206,9 @@ DAMAGED = [  # file of a run, who reads it, what is told to do
 
 
 @pytest.mark.parametrize(("file", "read", "remedy"), DAMAGED, ids=[f"{n}-{item[0]}" for n, item in enumerate(DAMAGED)])
-@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"\xff\xfe"], ids=["empty", "cut off", "no text"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"status": "fin', b"\xff\xfe", b"{}"], ids=["empty", "cut off", "no text", "{}"]
+)
 def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
     simulated_run: Path, tmp_path: Path, file: str, read: Callable[[Path], Any], remedy: str, content: bytes
 ) -> None:
@@ -212,6 +216,27 @@ def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
     (copy / file).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{file} (is not (JSON|YAML)|lacks) .*{remedy}"):
         read(copy)
+
+
+def test_a_damaged_stage_is_named_where_the_links_to_its_checkpoints_were_lost(
+    simulated_run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(simulated_run / "stage3_placement", tmp_path / "stage", symlinks=True)
+    (copy / "checkpoints" / "best").unlink()
+    (copy / "stage.json").write_text("")
+    with pytest.raises(ConfigError, match=r"stage.json is not JSON .*train the stage again"):
+        CheckpointFolder(copy / "checkpoints").at("best")
+
+
+def test_a_study_file_that_lacks_its_parts_is_named_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"study.json lacks 'cells': "):
+        finished_cells(path)
+    with pytest.raises(
+        ConfigError, match=r"study.json lacks 'overrides', 'cells': .*delete it: the same command finds"
+    ):
+        StudyFile(path, "mine", [])
 
 
 def test_a_folder_in_a_files_place_is_named_with_what_to_do(tmp_path: Path) -> None:
