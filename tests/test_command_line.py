@@ -68,7 +68,7 @@ def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(
 
 
 def test_ctrl_c_in_a_pipeline_ends_with_a_checkpoint_and_the_same_command_continues_with_resume(
-    small_run: Overrides, here: Here, forked: Callable[..., Forked]
+    small_run: Overrides, here: Here, forked: Callable[..., Forked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def press_ctrl_c_when_training() -> None:
         read, write = os.pipe()  # to a `tee`, which Ctrl-C ends before us
@@ -86,11 +86,16 @@ def test_ctrl_c_in_a_pipeline_ends_with_a_checkpoint_and_the_same_command_contin
     refused = here("kuavo_train", *overrides)
     assert refused.returncode == 2
     assert "continue with resume=true" in refused.stderr
+    learn, steps = Learner.learn, []
+    monkeypatch.setattr(
+        Learner, "learn", lambda *words, step, **named: steps.append(step) or learn(*words, step=step, **named)
+    )
     again = here("kuavo_train", *overrides, "resume=true")
     assert again.returncode == 0, again.stderr[-3000:]
+    assert steps == [3, 4]
     assert (stage / "checkpoints" / "last").resolve().name == "000005"
     metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5]  # each step was made once
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5]
 
 
 def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
