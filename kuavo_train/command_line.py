@@ -27,14 +27,15 @@ from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.config_folders import quoted
 from kuavo_train.errors import ConfigError, RunError, one_of, require
 from kuavo_train.interruption import end_on_signals
-from kuavo_train.keys import parsed, words_for_hydra
+from kuavo_train.keys import Annotation, parsed, words_for_hydra
+from kuavo_train.reading import JsonValue
 
 SETS_THE_FOLDER = {"run", "outputs", "profile", "policy", "task"}
 """What a sweep may vary so that its jobs write into folders of their own: a run is named by profile and policy."""
 
 
 def option(meaning: str, default: Any = MISSING, *, takes: str | type | None = None) -> Any:
-    """A field of a command's options.
+    """A field of a command's options; of `Any` type to a checker, as one of `dataclasses.field` without a default is.
 
     Args:
         meaning: what --help says of it.
@@ -59,7 +60,9 @@ def parse[T](options: type[T], words: Sequence[str], *, help: str | None) -> T:
     if {"-h", "--help", "help"} & set(words):
         print(usage(options, help or ""))
         raise SystemExit(0)
-    known, given = _arguments(options), dict[str, Any]()
+    known = _arguments(options)
+    given: dict[str, object] = {}
+    mappings: dict[str, dict[str, object]] = {}
     for word in words:
         key, equals, text = word.partition("=")
         argument = _argument(known, key) if equals else None
@@ -67,13 +70,15 @@ def parse[T](options: type[T], words: Sequence[str], *, help: str | None) -> T:
             raise ConfigError(
                 f"arguments must be key=value with a key of {', '.join(known)}, got {word!r}{nearest(key, known)}"
             )
-        place = given if argument.within is None else given.setdefault(argument.field, {})
+        place = given if argument.within is None else mappings.setdefault(argument.field, {})
         name = key.removeprefix(argument.within or "")
         require(name not in place, key, "be given once", word)
         place[name] = _value(key, text, argument.kind)
     for argument in known.values():
-        require(argument.default is not MISSING or argument.field in given, argument.field, "be given", "nothing")
-    return options(**given)
+        require(
+            argument.default is not MISSING or argument.field in given | mappings, argument.field, "be given", "nothing"
+        )
+    return options(**given, **mappings)
 
 
 def usage(options: type, help: str) -> str:
@@ -94,16 +99,16 @@ class _Argument:
     """
 
     field: str
-    kind: Any
+    kind: Annotation
     meaning: str
-    default: Any
+    default: object
     within: str | None = None
     any_key: bool = False
 
     @property
     def type_name(self) -> str:
         kind, several = _item(self.kind)
-        names = {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER", bool: "true|false", Any: "VALUE"}
+        names = {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER", bool: "true|false", JsonValue: "VALUE"}
         name = "|".join(get_args(kind)) if get_origin(kind) is Literal else names[kind]
         return f"{name},…" if several else name
 
@@ -127,7 +132,7 @@ def _arguments(options: type) -> dict[str, _Argument]:
             found[each.name] = _Argument(each.name, kinds[each.name], meaning, each.default)
         elif isinstance(takes, str):
             prefix, dot, _ = takes.rpartition(".")
-            found[takes] = _Argument(each.name, Any if dot else str, meaning, None, f"{prefix}{dot}", True)
+            found[takes] = _Argument(each.name, JsonValue if dot else str, meaning, None, f"{prefix}{dot}", True)
         else:
             inner = get_type_hints(takes)
             found |= {of.name: _Argument(each.name, inner[of.name], meaning, of.default, "") for of in fields(takes)}
@@ -148,14 +153,14 @@ def nearest(key: str, keys: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _item(kind: Any) -> tuple[Any, bool]:
+def _item(kind: Annotation) -> tuple[Annotation, bool]:
     """A kind of value without None, and whether it is several of it."""
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not NoneType)
     return (get_args(kind)[0], True) if get_origin(kind) is tuple else (kind, False)
 
 
-def _value(key: str, text: str, kind: Any) -> Any:
+def _value(key: str, text: str, kind: Annotation) -> object:
     kind, several = _item(kind)
     if not several:
         return _single(key, text, kind)
@@ -164,7 +169,7 @@ def _value(key: str, text: str, kind: Any) -> Any:
     return tuple(_single(key, part, kind) for part in parts)
 
 
-def _single(key: str, text: str, kind: Any) -> Any:
+def _single(key: str, text: str, kind: Annotation) -> object:
     if get_origin(kind) is Literal:
         one_of(key, text, get_args(kind))
     elif kind is int:
@@ -181,7 +186,7 @@ def _single(key: str, text: str, kind: Any) -> Any:
     elif kind is Path:
         require(bool(text), key, "be a path", text)
         return Path(text)
-    elif kind is Any:
+    elif kind is JsonValue:
         try:
             return safe_load(text)
         except YAMLError as error:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
 
 import draccus
 import hydra
@@ -23,6 +22,7 @@ from kuavo_train.config_folders import ConfigFolders, TaskFile
 from kuavo_train.data.mixture import dealt_out, learns_all_at_once
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
+from kuavo_train.reading import Json, JsonValue
 
 OF_A_TASKS_DATA = (
     "episodes",
@@ -121,7 +121,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         problems.attempt(check_key, key)
     problems.raise_all()
     try:
-        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain: JsonValue = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     for key, number in _endless(plain):
@@ -134,7 +134,7 @@ def resolve(composed: DictConfig) -> RunConfig:
     return _decode(RunConfig, plain)
 
 
-def _keys(values: Any, where: str = "") -> Iterator[str]:
+def _keys(values: JsonValue, where: str = "") -> Iterator[str]:
     """Those of a configuration and of its sections."""
     for name, value in values.items():
         key = f"{where}{name}"
@@ -143,7 +143,7 @@ def _keys(values: Any, where: str = "") -> Iterator[str]:
             yield from _keys(value, f"{key}.")
 
 
-def _endless(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+def _endless(value: JsonValue, key: str = "") -> Iterator[tuple[str, float]]:
     """Key and number of what is NaN or without end and passes comparisons; a user's environment may take such."""
     if isinstance(value, float) and not math.isfinite(value):
         yield key, value
@@ -155,7 +155,7 @@ def _endless(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _endless(each, key)
 
 
-def _decode[T](into: type[T], plain: Any, where: str = "") -> T:
+def _decode[T](into: type[T], plain: JsonValue, where: str = "") -> T:
     """Raises `ConfigError` naming the key, of what kind it must be, and the value."""
     try:
         return draccus.decode(into, plain)
@@ -166,9 +166,9 @@ def _decode[T](into: type[T], plain: Any, where: str = "") -> T:
         if lacking is not None:
             missing = lacking[1].replace("`", "")
             raise ConfigError(f"{where.rstrip('.') or 'the configuration'} must have {missing}, got nothing") from error
-        told = re.match(r"`([\w.]+)`: (.*)", str(error), re.DOTALL)
-        key, value = (told[1], OmegaConf.select(OmegaConf.create(plain), told[1])) if told else ("", None)
-        if told is None or section_of(where + key) is not None:
+        named = re.match(r"`([\w.]+)`: (.*)", str(error), re.DOTALL)
+        key, value = (named[1], OmegaConf.select(OmegaConf.create(plain), named[1])) if named else ("", None)
+        if named is None or section_of(where + key) is not None:
             raise ConfigError(where + " ".join(str(error).split())) from error
         raise ConfigError(f"{where}{key} must be {described(where + key)}, got {value!r}") from error
 
@@ -198,7 +198,7 @@ def _joint_stage(configs: Sequence[RunConfig]) -> RunConfig:
 def without_data(stage: StageConfig) -> StageConfig:
     """The recipe alone, without what is said of the task's own dataset and simulation."""
     own = (item for item in fields(StageConfig) if item.name in OF_A_TASKS_DATA)
-    empty: dict[str, Any] = {
+    empty: Json = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in own
     }
     return replace(stage, **empty)

@@ -3,7 +3,7 @@
 Hydra composes YAML; compose.py turns the result into the frozen dataclasses below, once, in the runnable
 modules. Below them there is no DictConfig. Every dataclass checks itself and names key, rule and value.
 
-Imports nothing of the project, so that anything may import it.
+Imports of the project only errors, the limits of verdicts and the names of JSON.
 """
 
 import re
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reading import Json
 
 # Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`.
 OmegaConf.register_new_resolver("times", lambda value, factor: float(f"{value * factor:.9g}"), replace=True)
@@ -91,7 +91,7 @@ class StageConfig:
     scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
     simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
     environment: str | None = None  # gymnasium's id of another environment to roll the task out in, "module:id"
-    environment_settings: dict[str, Any] = field(default_factory=dict)  # of that environment
+    environment_settings: Json = field(default_factory=dict)  # of that environment
 
     def __post_init__(self) -> None:
         require(
@@ -146,7 +146,7 @@ class AugmentationConfig:
 
     max_num_transforms: int = 3  # applied to a clip, of those in `tfs`
     random_order: bool = False  # whether they are applied in another order each time
-    tfs: dict[str, Any] | None = None  # name → {weight, type, kwargs}; None: LeRobot's own, of colour, sharpness, place
+    tfs: Json | None = None  # name → {weight, type, kwargs}; None: LeRobot's own, of colour, sharpness, place
 
     def __post_init__(self) -> None:
         key, count = "data.augmentation.max_num_transforms", self.max_num_transforms
@@ -384,14 +384,14 @@ class RunConfig:
     training: TrainingConfig
     validation: ValidationConfig
     forgetting: ForgettingConfig
-    policy: dict[str, Any]  # `type`, `pretrained_path` and fields of that policy's LeRobot config
+    policy: Json  # `type`, `pretrained_path` and fields of that policy's LeRobot config
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
     tiny_vlm: TinyVLMConfig | None = None
     ewc: EwcConfig | None = None
     merge: MergeConfig | None = None
-    strategy_settings: dict[str, Any] = field(default_factory=dict)  # of a strategy without a section of its own
+    strategy_settings: Json = field(default_factory=dict)  # of a strategy without a section of its own
     passes: dict[str, int] = field(default_factory=dict)  # with all_tasks: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
     learn: list[str] | None = None  # names of the tasks to learn, in order; None learns every task that has a file

@@ -8,11 +8,10 @@ Both may be given. DIR is relative to the folder that the command is called in.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -161,9 +160,9 @@ def _yaml_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[!.]*.yaml"))
 
 
-def _check_unique(key: str, said: Sequence[tuple[Any, TaskFile]]) -> None:
+def _check_unique(key: str, said: Sequence[tuple[Hashable, TaskFile]]) -> None:
     """Raises `ConfigError` where two files say the same."""
-    by_value: dict[Any, TaskFile] = {}
+    by_value: dict[Hashable, TaskFile] = {}
     for value, file in said:
         other = by_value.setdefault(value, file)
         require(other is file or value is None, f"{other.path} and {file.path}: {key}", "be unique", value)

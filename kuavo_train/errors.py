@@ -4,7 +4,6 @@ Imports nothing of the project, so that anything may import it.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 
 class ConfigError(ValueError):
@@ -35,7 +34,7 @@ class Interrupted(BaseException):
 class Problems(list[str]):
     """All that is wrong, each thing once, reported at once instead of the first thing only."""
 
-    def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+    def attempt[**P, T](self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
         """The function's result; None when it raised `ConfigError`, which then is among the problems."""
         try:
             return function(*arguments, **named)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from kuavo_sim.children import STOP_SIGNALS
@@ -38,7 +39,7 @@ class Listening:
         finally:
             self._gives_up = before
 
-    def hear(self, number: int, _frame: Any = None) -> None:
+    def hear(self, number: int, _frame: FrameType | None = None) -> None:
         if self.number is not None:
             # A launcher of several processes hands on what the terminal has sent to all of them already.
             if number == signal.SIGINT and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -109,5 +110,5 @@ class Lasting:
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # whatever else a stream has
         return getattr(self._stream, name)

@@ -21,6 +21,10 @@ from hydra.errors import HydraException
 from kuavo_train.config import RunConfig
 from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.errors import ConfigError, require
+from kuavo_train.reading import JsonValue
+
+Annotation = Any
+"""Of a field: a class, or a union or a generic of classes, for which Python 3.12 has no common type."""
 
 NEAREST = 3
 OF_HYDRA = "hydra"  # its own keys begin with it
@@ -35,23 +39,23 @@ KINDS = {
 }
 
 
-def kind_of(key: str) -> Any:
-    """The annotation of a key, `Any` for one inside an open mapping, None for one that does not exist."""
-    kind: Any = RunConfig
+def kind_of(key: str) -> Annotation:
+    """The annotation of a key, `JsonValue` for one inside an open mapping, None for one that does not exist."""
+    kind: Annotation = RunConfig
     for name in key.split("."):
         section = _section(kind)
         if section is None:
-            return Any if any(_is_open(each) for each in _alternatives(kind)) else None
+            return JsonValue if any(_is_open(each) for each in _alternatives(kind)) else None
         kind = _fields(section).get(name)
     return kind
 
 
-def section_of(key: str) -> Any:
+def section_of(key: str) -> Annotation:
     """The dataclass that a key is a section of; None where it is none."""
     return _section(kind_of(key))
 
 
-def optional_sections(section: Any = RunConfig, where: str = "") -> Iterator[tuple[str, Any]]:
+def optional_sections(section: Annotation = RunConfig, where: str = "") -> Iterator[tuple[str, Annotation]]:
     """Key and dataclass of every section that may be null."""
     for name, kind in _fields(section).items():
         if (inner := _section(kind)) is not None:
@@ -65,24 +69,25 @@ def described(key: str) -> str:
     return in_words(kind_of(key))
 
 
-def in_words(kind: Any) -> str:
+def in_words(kind: Annotation) -> str:
     """A type as what a value of YAML must be."""
     names = []
     for each in _alternatives(kind):
-        plain = typing.get_origin(each) or each
+        plain: Annotation = typing.get_origin(each) or each
         items = [KINDS[item] for item in typing.get_args(each)[:1] if plain in (list, tuple) and item in KINDS]
         word = KINDS.get(plain, "a mapping of settings" if is_dataclass(plain) else "null")
         names.append(f"{word} of {items[0].removeprefix('a ')}s" if items and items[0] != KINDS[str] else word)
     return " or ".join(names)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def fits(value: JsonValue, kind: Annotation) -> bool:
     """Whether a value of YAML is of the type; a type that says more than what stands in YAML takes any."""
     return any(_fits(value, each) for each in _alternatives(kind))
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    plain, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+def _fits(value: JsonValue, kind: Annotation) -> bool:
+    plain: Annotation = typing.get_origin(kind) or kind
+    items = typing.get_args(kind)
     if plain is types.NoneType:
         return value is None
     if plain is float:
@@ -112,7 +117,7 @@ def _nearest(key: str) -> str:
 
 
 @cache
-def _fields(section: Any) -> dict[str, Any]:
+def _fields(section: Annotation) -> dict[str, Annotation]:
     """Name → annotation of a dataclass's fields, worked out once: each key of each configuration asks for it."""
     return typing.get_type_hints(section)
 
@@ -165,27 +170,27 @@ def _for_hydra(word: str, override: Override, folders: ConfigFolders) -> list[st
     if _section(kind) is not None:
         valid = value is None or isinstance(value, dict)
         require(valid, key, f"be {described(key)}, such as {key}.{next(_keys_of(_section(kind)))}=…", value)
-    elif isinstance(value, dict) and is_open and kind is not Any:
+    elif isinstance(value, dict) and is_open and kind is not JsonValue:
         return [f"++{key}=null", f"++{word}"]  # in place of what is there, if anything is
     return [f"++{word}"]
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def _alternatives(kind: Annotation) -> tuple[Annotation, ...]:
     """Those of `A | B`, else the kind alone."""
     return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
-def _section(kind: Any) -> Any:
+def _section(kind: Annotation) -> Annotation:
     """The dataclass that a key of this kind is a section of; None where it is none."""
     return next((each for each in _alternatives(kind) if is_dataclass(each)), None)
 
 
-def _is_open(kind: Any) -> bool:
+def _is_open(kind: Annotation) -> bool:
     """Whether it may hold any keys."""
-    return kind is Any or typing.get_origin(kind) is dict
+    return kind is JsonValue or typing.get_origin(kind) is dict
 
 
-def _keys_of(section: Any) -> Iterator[str]:
+def _keys_of(section: Annotation) -> Iterator[str]:
     for name, kind in _fields(section).items():
         yield name
         if inner := _section(kind):

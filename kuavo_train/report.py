@@ -17,12 +17,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kuavo_train.command_line import errors_in_one_line, option, parse
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.interruption import main_ends_on_signals
 from kuavo_train.metrics.verdict import RetentionLimits
+from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import analyse, stored_limits
 from kuavo_train.reporting.strategy_comparison import compare
 from kuavo_train.reporting.text_report import comparison_table, summary_table
@@ -36,7 +37,7 @@ class Options:
     joint: Path | None = option("folder of a jointly trained run on the same data, for intransigence", None)
     runs: str | None = option("folders of runs, of a study, or that hold runs, with commas between: compare them", None)
     output: Path | None = option("where the comparison goes", None)
-    limits: dict[str, Any] = option("of the verdict; none: as the report was last written", takes=RetentionLimits)
+    limits: Json = option("of the verdict; none: as the report was last written", takes=RetentionLimits)
 
     def __post_init__(self) -> None:
         apart = [("output", "run")] if self.runs is None else [("run", "runs"), ("joint", "runs")]

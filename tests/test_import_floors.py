@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 OURS = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
 FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not import each other
     {"errors", "metrics"},
-    {"config", "interruption", "reading"},
+    {"interruption", "reading"},
+    {"config"},
     {"config_folders", "data"},
     {"keys"},
     {"compose"},

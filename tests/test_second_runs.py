@@ -27,7 +27,7 @@ from kuavo_train.runs.stored_run import StoredRun, finished_cells
 from kuavo_train.runs.study_file import StudyFile
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
-from kuavo_train.training.checkpoint import CheckpointFolder
+from kuavo_train.training.checkpoint import CheckpointFolder, Contents
 
 Overrides = Callable[..., list[str]]
 
@@ -114,8 +114,7 @@ class Weights(torch.nn.Linear):
 def saved(folder: Path, *steps: int, best: int | None = None) -> CheckpointFolder:
     checkpoints = CheckpointFolder(folder)
     for step in steps:
-        parts = {"policy": Weights(1, 1), "processors": (), "documents": {}, "about": {}}
-        checkpoints.save(step, training_state={"step": step}, **parts)
+        checkpoints.save(step, Contents(Weights(1, 1), processors=(), documents={}, about={}), {"step": step})
     if best is not None:
         checkpoints.point("best", best)
     return checkpoints

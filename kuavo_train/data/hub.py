@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -95,10 +94,11 @@ def one_line(error: BaseException) -> str:
 
 def remedy(error: BaseException) -> str:
     """What to do about an error of the hub."""
-    chain: list[Any] = [error]
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    status = next((each.response.status_code for each in chain if getattr(each, "response", None) is not None), None)
+    responses = (getattr(each, "response", None) for each in chain)
+    status = next((response.status_code for response in responses if response is not None), None)
 
     def any_is(*kinds: type[BaseException]) -> bool:
         return any(isinstance(each, kinds) for each in chain)

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -190,7 +189,7 @@ def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> P
         axes = figure.add_subplot(grid[place, :])
         for number, column in enumerate(columns):
             name = task.action_names[column]
-            colour: Any = f"C{number}"
+            colour = f"C{number}"
             axes.plot(times, task.action[rows, column], "--", color=colour, linewidth=0.9)
             if name in task.state_names:
                 axes.plot(times, task.state[rows, task.state_names.index(name)], color=colour, linewidth=1.2)

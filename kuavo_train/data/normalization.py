@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
-from kuavo_train.reading import ANOTHER_RUN, read_json
+from kuavo_train.reading import ANOTHER_RUN, Json, read_json
 
 # A joint that hardly moves must not turn sensor noise into the loudest signal. In rad, m or claw units.
 STD_FLOOR = 1e-2
@@ -34,7 +33,7 @@ class Normalization:
     """
 
     source: str
-    statistics: dict[str, dict[str, list[Any]]]
+    statistics: dict[str, Json]
 
     @property
     def hash(self) -> str:
@@ -56,7 +55,7 @@ class Normalization:
             for feature in self.statistics
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {"source": self.source, "hash": self.hash, "statistics": self.statistics}
 
     @classmethod
@@ -87,7 +86,7 @@ def fit_normalization(tasks: Sequence[Task], source: str) -> Normalization:
 
     A dimension's statistics come from the tasks that have it.
     """
-    statistics: dict[str, dict[str, list[Any]]] = {}
+    statistics: dict[str, Json] = {}
     for feature in (OBS_STATE, ACTION):
         columns: dict[str, list[np.ndarray]] = {}
         for task in tasks:
@@ -121,7 +120,7 @@ def normalization_from_checkpoint(folder: Path, space: FeatureSpace) -> Normaliz
 
     states = sorted(folder.glob("policy_preprocessor*normalizer*.safetensors"))
     stored = load_file(states[0]) if states else {}
-    statistics: dict[str, dict[str, list[Any]]] = {}
+    statistics: dict[str, Json] = {}
     for feature, names in ((OBS_STATE, space.state_names), (ACTION, space.action_names)):
         values = {kind: stored.get(f"{feature}.{kind}") for kind in ("mean", "std", "min", "max")}
         if values["mean"] is None or values["std"] is None or len(values["mean"]) != len(names):

@@ -6,11 +6,11 @@ are read by pyarrow, each of them named when it is missing or damaged; nothing i
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from lerobot.datasets.utils import DEFAULT_DATA_PATH, DEFAULT_TASKS_PATH, DEFAUL
 
 from kuavo_train.config import said
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json
 
 PLACE = ("episode_index", "frame_index", "index", "timestamp", "task_index")
 """Columns beside the features that every row has."""
@@ -43,7 +44,7 @@ class Recording:
 
     root: Path
     fps: float
-    features: dict[str, dict[str, Any]]
+    features: dict[str, Json]
     data_path: str
     video_path: str
     episodes: dict[str, np.ndarray]
@@ -132,9 +133,10 @@ class Recording:
         first = int(ends[group - 1]) if group else 0
         file, number = self._groups[group]
         held = _read_group(self.root / file, number, key)[row - first]
-        if held is not None and held.get("bytes") is not None:
-            return held["bytes"]
-        path = self.root / str((held or {}).get("path"))
+        encoded = None if held is None else held.get("bytes")
+        if encoded is not None:
+            return encoded
+        path = self.root / str(held and held.get("path"))
         if not path.is_file():
             raise ConfigError(f"{key} of row {row} must be a picture in {self.root / file} or a file, got {path}")
         return path.read_bytes()
@@ -206,7 +208,7 @@ def recorded_fps(root: Path) -> float | None:
         return None
 
 
-def _read_info(root: Path, where: str) -> dict[str, Any]:
+def _read_info(root: Path, where: str) -> Json:
     path = root / INFO_PATH
     try:
         info = json.loads(path.read_text())
@@ -238,7 +240,7 @@ def _read_info(root: Path, where: str) -> dict[str, Any]:
     return info
 
 
-def _read_episodes(files: Sequence[Path], info: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+def _read_episodes(files: Sequence[Path], info: Json, where: str) -> dict[str, np.ndarray]:
     """Columns of meta/episodes with numbers in them, by episode."""
     tables = []
     for file in files:
@@ -298,8 +300,16 @@ def _read_parquet(path: Path, keys: Sequence[str]) -> pa.Table:
         raise ConfigError(f"{path} must be a whole parquet file, got {said(error)}; {_COPY_AGAIN}") from error
 
 
+class StoredPicture(TypedDict, total=False):
+    bytes: bytes | None
+    path: str | None
+
+
+"""As `datasets` stores it: encoded, or in a file of its own, or both."""
+
+
 @lru_cache(maxsize=GROUPS_AT_ONCE)
-def _read_group(path: Path, number: int, key: str) -> list[dict[str, Any] | None]:
+def _read_group(path: Path, number: int, key: str) -> list[StoredPicture | None]:
     try:
         with pq.ParquetFile(path) as file:
             return file.read_row_group(number, columns=[key])[key].to_pylist()

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from kuavo_train.data.replay_quota import Quota
 from kuavo_train.data.task import Task
+from kuavo_train.reading import Json
 
 
 class Draw(NamedTuple):
@@ -145,7 +146,7 @@ class Order(ABC):
         episodes_drawn: Sequence[Mapping[int, Sequence[int]]],
         *,
         batches_per_step: int = 1,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Declared against really drawn: what replay_audit.json holds.
 
         Where shares were changed, `declared` is what the segments declare, weighted by their samples.
@@ -187,7 +188,7 @@ class Order(ABC):
             "segments": segments,
         }
 
-    def _drawn(self, frames: Sequence[int]) -> dict[str, Any]:
+    def _drawn(self, frames: Sequence[int]) -> Json:
         return {
             task.name: {"frames": count, "share": count / sum(frames)}
             for task, count in zip(self.tasks, frames, strict=True)

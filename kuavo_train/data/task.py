@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lerobot.datasets.utils import INFO_PATH
@@ -31,6 +30,7 @@ from kuavo_train.data.task_checks import (
     segment_notes,
 )
 from kuavo_train.errors import ConfigError, Problems, require
+from kuavo_train.reading import JsonValue
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _read_feature(
 def _feature_names(
     recording: Recording, own: Sequence[str] | None, key: str, width: int, where: str
 ) -> tuple[str, ...]:
-    names: Any = own or recording.features[key].get("names") or []
+    names: JsonValue = own or recording.features[key].get("names") or []
     if isinstance(names, dict):  # Kuavo's converters write {"motors": [...]} or {"state_names": [...]}
         names = [name for group in names.values() for name in group]
     if len(names) != width or len(set(names)) != width:

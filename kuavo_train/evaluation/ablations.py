@@ -6,22 +6,21 @@ Weights, noise and layouts stay what they are. A policy that was never trained w
 a loss says that it leans on it, not that a policy trained without it would do as badly.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from lerobot.utils.constants import OBS_IMAGES
 
 from kuavo_train.evaluation.robot_policy import Policy
-
-Observation = Mapping[str, Any]
+from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 
 
 class Ablatable(Policy, Protocol):
     """What can be ablated; see `SmolVLAPolicyWrapper`."""
 
-    def predict_chunk(self, observation: Observation) -> Any: ...
+    def predict_chunk(self, observation: Observation) -> Actions: ...
     def forget(self) -> None: ...
 
 
@@ -41,7 +40,7 @@ def _show_one_camera(_policy: Ablatable, observation: Observation) -> Observatio
 
 ABLATIONS: dict[str, tuple[str, Callable[[Ablatable, Observation], Observation]]] = {
     "language": ("no instruction", _no_instruction),
-    "memory": ("memory forgotten before every look", _forget),
+    "memory": ("memory forgotten before every query", _forget),
     "cameras": ("all cameras but the first black", _show_one_camera),
 }
 """Name → what it does, in words and in deed."""
@@ -61,10 +60,10 @@ class Ablated:
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         self.policy.reset(indices, seeds=seeds)
 
-    def select_action(self, observation: Observation) -> Any:
+    def select_action(self, observation: Observation) -> Actions:
         return self.policy.select_action(self._change(observation))
 
-    def predict_chunk(self, observation: Observation) -> Any:
+    def predict_chunk(self, observation: Observation) -> Actions:
         return self.policy.predict_chunk(self._change(observation))
 
     def memory_norms(self) -> np.ndarray | None:

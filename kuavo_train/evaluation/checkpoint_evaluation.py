@@ -6,7 +6,6 @@ A row is one variant of a checkpoint: as it is, at another horizon, or without s
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_sim.tasks import TASKS
@@ -27,6 +26,7 @@ from kuavo_train.reading import Json
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.runs.files import now, write_json
 
+Played = tuple[str, int]  # task and seed of an episode
 EPISODES = 50  # per task in simulation, unless said otherwise
 VIDEO_BACKEND = "pyav"  # reads every dataset; speed does not matter here
 
@@ -88,7 +88,7 @@ def _unseen_by_all(contestants: Sequence[Contestant], opened: Sequence[Task]) ->
 def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], options: Options) -> Json:
     places = {(c.name, task): c.environment(task, options) for c in contestants for task in tasks}
     seeds = evaluation_seeds(options.n_episodes or EPISODES, seed=options.seed)
-    played: dict[str, dict[Any, Episode]] = {}
+    played: dict[str, dict[Played, Episode]] = {}
     rows: list[Json] = []
     for contestant in contestants:
         policy = contestant.policy(options)
@@ -157,7 +157,9 @@ def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: flo
     return films
 
 
-def _summary_of(rollouts: Mapping[str, Rollouts], episodes: Mapping[Any, Episode], reference: Mapping | None) -> Json:
+def _summary_of(
+    rollouts: Mapping[str, Rollouts], episodes: Mapping[Played, Episode], reference: Mapping[Played, Episode] | None
+) -> Json:
     """The numbers of a row: task by task, and over all of them."""
     tasks = []
     for name, rolled in rollouts.items():

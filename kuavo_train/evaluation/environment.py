@@ -1,13 +1,13 @@
 """Where a task is performed in closed loop, and from which layouts."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import gymnasium
 
 from kuavo_sim import ENVIRONMENT_IDS, EVALUATION_SEED_START
 from kuavo_train.config import RolloutConfig, SimulationConfig, StageConfig
 from kuavo_train.errors import ConfigError, one_of
+from kuavo_train.reading import Json
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Environment:
 
     id: str
     task: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     max_steps: int | None = None
 
     @property

@@ -21,6 +21,7 @@ import numpy as np
 from kuavo_sim.children import born_deaf, follow_parent, let_children_hear
 from kuavo_sim.cpus import usable_cpus
 from kuavo_train.evaluation.environment import Environment
+from kuavo_train.wrapper.policy.robot_io import Observation
 
 STEP_TIMEOUT = 120.0  # seconds until a process that does not answer is given up
 
@@ -45,7 +46,7 @@ class Seen:
 
     pictures: dict[str, np.ndarray]
     state: np.ndarray
-    info: dict[str, Any]
+    info: dict[str, Any]  # what an environment adds is its own
     reward: float = 0.0
     ended: bool = False
 
@@ -158,11 +159,11 @@ def _check_action(action: np.ndarray, environment: gymnasium.Env) -> None:
         raise ValueError(f"actions must be of shape {wanted}, got {action.shape}")
 
 
-def seen_in(observation: Mapping[str, Any], info: Mapping[str, Any], **more: Any) -> Seen:
+def seen_in(observation: Observation, info: Mapping[str, Any], *, reward: float = 0.0, ended: bool = False) -> Seen:
     """Raises ValueError for an environment that does not observe as LeRobot's do."""
     pixels = observation.get("pixels") if isinstance(observation, Mapping) else None
     if not isinstance(pixels, Mapping) or "agent_pos" not in observation:
         got = sorted(observation) if isinstance(observation, Mapping) else f"no mapping, {type(observation).__name__}"
         raise ValueError(f'observations must be {{"pixels": {{camera: picture}}, "agent_pos": state}}, got {got}')
     pictures = {camera: np.asarray(picture) for camera, picture in pixels.items()}
-    return Seen(pictures, np.asarray(observation["agent_pos"], np.float32), dict(info), **more)
+    return Seen(pictures, np.asarray(observation["agent_pos"], np.float32), dict(info), reward, ended)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter as clock  # in s
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +17,14 @@ from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.environment_pool import seen_in
 from kuavo_train.evaluation.robot_policy import Policy
 from kuavo_train.evaluation.rollout import observation_of
+from kuavo_train.reading import Json
+from kuavo_train.wrapper.policy.robot_io import Observation
 
 WARM_UP, QUERIES = 3, 30
 MIB = 2**20
 
 
-def time_queries(policy: Policy, environment: Environment, seed: int) -> dict[str, Any] | None:
+def time_queries(policy: Policy, environment: Environment, seed: int) -> Json | None:
     """Milliseconds per query and per action, a query's shared among its chunk; None where the environment fails.
 
     `QUERIES` queries after a warm-up, in episodes from `seed` on.
@@ -37,7 +38,7 @@ def time_queries(policy: Policy, environment: Environment, seed: int) -> dict[st
     for _ in range(WARM_UP + QUERIES):
         spent = []
         for _ in range(policy.n_action_steps):
-            observation = robot.look()
+            observation = robot.observe()
             began = clock()
             action = policy.select_action(observation)
             spent.append(1000 * (clock() - began))
@@ -63,7 +64,7 @@ class _Robot:
     def _begin(self) -> None:
         self._seen = seen_in(*self.environment.reset(seed=self._seed))
 
-    def look(self) -> dict[str, Any]:
+    def observe(self) -> Observation:
         return observation_of([self._seen], self._task)
 
     def act(self, action: np.ndarray) -> None:

@@ -8,7 +8,6 @@ as far as the episode goes. They are averaged within episodes first, so that int
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
-from typing import Any
 
 import numpy as np
 from lerobot.utils.constants import OBS_STATE
@@ -20,6 +19,8 @@ from kuavo_train.data.task import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap
 from kuavo_train.reading import Json
+
+Columns = slice | np.ndarray  # of the actions
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
 
 def judge_errors(errors: Mapping[int, Errors], names: Sequence[str], reference: Mapping[int, Errors] | None) -> Json:
     """The numbers of one policy on one task, and how it differs from `reference` on the episodes both walked."""
-    groups: dict[str, Any] = {"all": slice(None), **columns_by_group(names)}
+    groups: dict[str, Columns] = {"all": slice(None), **columns_by_group(names)}
     first = next(iter(errors.values())).error
     return {
         "episodes": sorted(errors),
@@ -105,11 +106,11 @@ def judge_errors(errors: Mapping[int, Errors], names: Sequence[str], reference: 
     }
 
 
-def _scores(errors: Mapping[int, Errors], columns: Any) -> dict[int, float]:
+def _scores(errors: Mapping[int, Errors], columns: Columns) -> dict[int, float]:
     return {episode: float(np.nanmean(each.error[:, columns])) for episode, each in errors.items()}
 
 
-def _difference(errors: Mapping[int, Errors], reference: Mapping[int, Errors], columns: Any) -> Json | None:
+def _difference(errors: Mapping[int, Errors], reference: Mapping[int, Errors], columns: Columns) -> Json | None:
     both = errors.keys() & reference.keys()
     if not both:
         return None
@@ -117,7 +118,7 @@ def _difference(errors: Mapping[int, Errors], reference: Mapping[int, Errors], c
     return asdict(paired_bootstrap(other, mine))
 
 
-def _mean_at(errors: Mapping[int, Errors], step: int, columns: Any) -> float | None:
+def _mean_at(errors: Mapping[int, Errors], step: int, columns: Columns) -> float | None:
     """Mean over the episodes in which a chunk reaches so far."""
     values = [np.nanmean(each.error[step, columns]) for each in errors.values() if not np.isnan(each.error[step]).all()]
     return float(np.mean(values)) if values else None

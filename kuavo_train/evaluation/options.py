@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.command_line import nearest, option
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS
+from kuavo_train.reading import Json
 
 NOT_WITH_DATA = ("environment", "environment_settings", "max_steps", "n_action_steps", "videos", "workers")
 
@@ -30,7 +30,7 @@ class Options:
     ablate: tuple[str, ...] = option(f"what is taken away, a row each: {', '.join(ABLATIONS)}", ())
     videos: int = option("per checkpoint and task", 0)
     environment: str | None = option("gymnasium's module:id in place of kuavo_sim's", None)
-    environment_settings: dict[str, Any] = option("a setting of the environment", takes="environment.KEY")
+    environment_settings: Json = option("a setting of the environment", takes="environment.KEY")
     data: Path | None = option("LeRobot dataset, or a folder of them by task, in place of a simulator", None)
 
     def __post_init__(self) -> None:

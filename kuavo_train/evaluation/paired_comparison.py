@@ -5,7 +5,7 @@ intervals over episodes, differences of means paired ones (see `statistics`). An
 for nobody, and its seed for no difference.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +14,6 @@ from kuavo_train.evaluation.episodes import Episode
 from kuavo_train.metrics.intervals import PairedOutcomes, mean_interval, paired_bootstrap, wilson
 from kuavo_train.reading import Json
 
-Episodes = Mapping[Hashable, Episode]
 """Key that pairs the episodes of different policies, such as (task, seed) → episode."""
 
 MEANS: dict[str, Callable[[Episode], float]] = {
@@ -25,7 +24,7 @@ MEANS: dict[str, Callable[[Episode], float]] = {
 }
 
 
-def judge(episodes: Episodes) -> Json:
+def judge[K](episodes: Mapping[K, Episode]) -> Json:
     """One policy's numbers; `success` and all means are None when no episode could be played."""
     played = {key: episode for key, episode in episodes.items() if episode.error is None}
     failures = [f"seed {episode.seed}: {episode.error}" for episode in episodes.values() if episode.error is not None]
@@ -41,7 +40,7 @@ def judge(episodes: Episodes) -> Json:
     }
 
 
-def _funnel(played: Episodes) -> list[Json]:
+def _funnel[K](played: Mapping[K, Episode]) -> list[Json]:
     """Sub-goal by sub-goal, in order: how many episodes reached it, and in which step at the median."""
     names = next(iter(played.values())).subgoals
     rows = []
@@ -54,13 +53,13 @@ def _funnel(played: Episodes) -> list[Json]:
     return rows
 
 
-def _branches(played: Episodes) -> Json | None:
+def _branches[K](played: Mapping[K, Episode]) -> Json | None:
     """Of the episodes that came to act on a cue, how many on the right one; None where none did."""
     acted = [episode.right_branch for episode in played.values() if episode.right_branch is not None]
     return {"right": sum(acted), **asdict(wilson(sum(acted), len(acted)))} if acted else None
 
 
-def differ(episodes: Episodes, reference: Episodes) -> Json | None:
+def differ[K](episodes: Mapping[K, Episode], reference: Mapping[K, Episode]) -> Json | None:
     """`episodes` less `reference`, over the keys that both have played; None when there is none."""
     pairs = [
         key

@@ -1,9 +1,11 @@
 """What drives a robot in closed loop."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+
+from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 
 
 class Policy(Protocol):
@@ -12,5 +14,5 @@ class Policy(Protocol):
     @property
     def n_action_steps(self) -> int: ...
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None: ...
-    def select_action(self, observation: Mapping[str, Any]) -> Any: ...
+    def select_action(self, observation: Observation) -> Actions: ...
     def memory_norms(self) -> np.ndarray | None: ...

@@ -15,7 +15,6 @@ as `info["is_success"]`. What else kuavo_sim reports is taken where it is there:
 import io
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
@@ -26,6 +25,7 @@ from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.environment_pool import STEP_TIMEOUT, Act, Begin, Failure, Robots, Seen
 from kuavo_train.evaluation.episodes import Episode, Rollouts, Trace
 from kuavo_train.evaluation.robot_policy import Policy
+from kuavo_train.wrapper.policy.robot_io import Observation
 
 
 def roll_out(
@@ -158,7 +158,7 @@ def _roughness(actions: Sequence[np.ndarray]) -> float:
     return float(np.abs(np.diff(np.stack(actions), 2, axis=0)).mean()) if len(actions) > 2 else 0.0
 
 
-def observation_of(seen: Sequence[Seen], task: str) -> dict[str, Any]:
+def observation_of(seen: Sequence[Seen], task: str) -> Observation:
     """What the policy is shown, of B robots: each camera [B, H, W, 3], the state [B, S], and the task of all."""
     cameras = {
         f"{OBS_IMAGES}.{camera}": np.stack([each.pictures[camera] for each in seen]) for camera in seen[0].pictures

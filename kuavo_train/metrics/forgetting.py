@@ -24,6 +24,9 @@ from typing import Any
 
 import numpy as np
 
+Value = Any
+"""A number, or an array of one for each resample: numpy computes with both alike, and metrics are of the same kind."""
+
 
 class MissingCellError(ValueError):
     """A metric needs a cell of the matrix that was never measured."""
@@ -260,7 +263,7 @@ def _require_success(matrix: PerformanceMatrix) -> None:
         raise ValueError(f"LIBERO's metrics are defined on success rates, not on {matrix.measure}")
 
 
-def _best(scores: Iterable[Any]) -> Any:
+def _best[T: (float, np.ndarray)](scores: Iterable[T]) -> T:
     return functools.reduce(np.maximum, scores)
 
 

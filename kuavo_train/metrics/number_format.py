@@ -1,7 +1,6 @@
 """How numbers read, in the page, in the figures and in the terminal: one place, so that all three agree."""
 
 from collections.abc import Callable
-from typing import Any
 
 ABSENT = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -51,10 +50,10 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _or_absent(form: Callable[[Any], str]) -> Callable[[Any], str]:
+def _or_absent[T](form: Callable[[T], str]) -> Callable[[T | None], str]:
     return lambda value: ABSENT if value is None else form(value)
 
 
-_FORMS: tuple[Callable[[Any], str], ...] = (number, signed, percent, whole_percent, share, integer, seconds)
+_FORMS = (number, signed, percent, whole_percent, share, integer, seconds)
 FORMATS = {form.__name__: _or_absent(form) for form in _FORMS} | {"text": _or_absent(str)}
 """Name → format; every one shows None as a dash."""

@@ -46,7 +46,7 @@ def watched_attention(policy: PreTrainedPolicy) -> Iterator[WatchedAttention]:
     embed, velocity, attend = model.embed, model.velocity, backbone.attend
     seen = WatchedAttention([])
 
-    def watched_embed(*observation: Any) -> Any:
+    def watched_embed(*observation: Any) -> Any:  # hands on what the network's own takes and gives
         prefix = embed(*observation)
         seen.state_place = prefix.context.shape[1]
         return prefix
@@ -57,7 +57,7 @@ def watched_attention(policy: PreTrainedPolicy) -> Iterator[WatchedAttention]:
         seen.weights.append((scores + bias[:, None]).softmax(dim=-1).mean(dim=(0, 1, 2)).cpu().numpy())
         return attend(query, key, value, bias)
 
-    def watched_velocity(*arguments: Any) -> Any:
+    def watched_velocity(*arguments: Any) -> Any:  # likewise
         backbone.attend = watched_attend
         try:
             return velocity(*arguments)

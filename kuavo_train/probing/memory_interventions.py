@@ -10,7 +10,6 @@ swapped add to it comes from the memory alone.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from lerobot.policies.pretrained import PreTrainedPolicy
 
@@ -38,11 +37,11 @@ class InterveningValidator(Validator):
             yield batch, self.memory_of(place, batch), lambda memory: None
 
 
-def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[str, Sequence[int]]) -> list[Json]:
+def validate_with(probe: MemoryProbe, validator: Validator, donors: Mapping[str, Sequence[int]]) -> list[Json]:
     """One record per task named in `donors`: its validation under each intervention, and what they change.
 
     Args:
-        about: the fields of `Validator`.
+        validator: that of every validation.
         donors: task → for each of its held-out episodes the place among them of the one that gives its memory.
     """
     names = list(donors)
@@ -58,9 +57,9 @@ def validate_with(probe: MemoryProbe, about: Mapping[str, Any], donors: Mapping[
         return _states(walks[place])[query].select([donors[task.name][row] for row in rows])
 
     validators = {
-        "on": Validator(**about),
-        "reset": InterveningValidator(**about),
-        "swapped": InterveningValidator(**about, memory_of=donated),
+        "on": validator,
+        "reset": InterveningValidator(**vars(validator)),
+        "swapped": InterveningValidator(**vars(validator), memory_of=donated),
     }
     found = {name: validator.validate_all_tasks(probe.policy, names) for name, validator in validators.items()}
     return [_record(dict(zip(found, records, strict=True))) for records in zip(*found.values(), strict=True)]

@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from kuavo_train.config import RunConfig
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
-from kuavo_train.evaluation.validation import Validator
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import number, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
+from kuavo_train.probing.validated_run import NothingToProbe, validator_of
 from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import stored_limits
 from kuavo_train.runs.stored_run import StoredStage
@@ -187,7 +186,7 @@ def _relearn(
         averaged=False,
     )
     dataset = run.dataset(stage.order.tasks, stage.built.policy.config)
-    validator = Validator(**validation_fields(run, dataset, stage.built.preprocessor))
+    validator = validator_of(run, dataset, stage.built.preprocessor)
     curve: list[tuple[int, Scores]] = []
 
     class Measured(TrainerHooks):

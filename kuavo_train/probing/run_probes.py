@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -14,7 +13,7 @@ from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
-from kuavo_train.probing.validated_run import NothingToProbe, validation_fields
+from kuavo_train.probing.validated_run import NothingToProbe, validator_of
 from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
 from kuavo_train.runs.stored_run import StoredStage
@@ -54,7 +53,7 @@ def memory(run: TrainedRun) -> Json:
         for stage in bar:
             bar.set_postfix_str(stage.name)
             probe = _probe(run, stage)
-            found = validate_with(probe, validation_fields(run, probe.dataset, probe.preprocessor), donors)
+            found = validate_with(probe, validator_of(run, probe.dataset, probe.preprocessor), donors)
             for place, record in enumerate(found):
                 asked = questions.get(record["task"])
                 record["decision"] = _decide(probe, place, asked) if asked else None
@@ -87,7 +86,7 @@ PROBES: dict[str, Callable[..., Json]] = {
 }
 
 
-def run_probe(name: str, folder: Path, **settings: Any) -> Path:
+def run_probe(name: str, folder: Path, **settings: int) -> Path:
     """Run a probe and write report/probes/<name>.json; returns its path.
 
     Args:

@@ -4,7 +4,7 @@ from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.errors import ConfigError
-from kuavo_train.reading import Json
+from kuavo_train.evaluation.validation import Validator
 from kuavo_train.runs.trained_run import TrainedRun
 
 
@@ -12,14 +12,14 @@ class NothingToProbe(ConfigError):
     """The run has nothing that the probe could measure."""
 
 
-def validation_fields(run: TrainedRun, dataset: MixedDataset, preprocessor: PolicyProcessorPipeline) -> Json:
-    """The fields of a `Validator` that validates as the run did."""
+def validator_of(run: TrainedRun, dataset: MixedDataset, preprocessor: PolicyProcessorPipeline) -> Validator:
+    """One that validates as the run did."""
     settings = run.settings.validation
-    return {
-        "dataset": dataset,
-        "normalization": run.normalization,
-        "preprocessor": preprocessor,
-        "draws": settings.draws,
-        "batch_size": settings.batch_size,
-        "autocast": run.autocast,
-    }
+    return Validator(
+        dataset,
+        run.normalization,
+        preprocessor,
+        draws=settings.draws,
+        batch_size=settings.batch_size,
+        autocast=run.autocast,
+    )

@@ -1,7 +1,6 @@
 """Whether runs were validated on the same questions: only then do their losses compare."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.runs.stored_run import StoredRun
@@ -22,7 +21,7 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
                 )
 
 
-def _questions(run: StoredRun) -> dict[str, Any]:
+def _questions(run: StoredRun) -> dict[str, object]:
     """What decides the meaning of a held-out loss, by name."""
     draws = {line.held_out.draws for stage in run.stages for line in stage.validations}
     return {
@@ -35,7 +34,7 @@ def _questions(run: StoredRun) -> dict[str, Any]:
     }
 
 
-def _short(answer: Any) -> str:
+def _short(answer: object) -> str:
     """Hashes by their beginning, so that an error stays a line."""
     if isinstance(answer, dict):
         return ", ".join(f"{key} {_short(value)}" for key, value in answer.items())

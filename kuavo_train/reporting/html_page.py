@@ -7,13 +7,12 @@ up in the record that is stored as JSON beside the page, so that the two cannot 
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kuavo_train.metrics.number_format import ABSENT, FORMATS
-from kuavo_train.reading import Json
+from kuavo_train.reading import Json, JsonValue
 from kuavo_train.runs.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,9 +65,9 @@ def write_page(path: Path, template: str, record: Json, figures: Mapping[str, Pa
     return path
 
 
-def look_up(record: Json, pointer: str) -> Any:
+def look_up(record: Json, pointer: str) -> JsonValue:
     """What a JSON pointer such as /verdicts/0/loss_now points at (RFC 6901, without its escapes)."""
-    found: Any = record
+    found: JsonValue = record
     for key in pointer.removeprefix("/").split("/"):
         found = found[int(key)] if isinstance(found, list) else found[key]
     return found

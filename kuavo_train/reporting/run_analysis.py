@@ -14,14 +14,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import PerformanceMatrix
 from kuavo_train.metrics.intervals import wilson
 from kuavo_train.metrics.verdict import RetentionLimits
-from kuavo_train.reading import Json
+from kuavo_train.reading import Json, JsonValue
 from kuavo_train.reporting.comparability import check_comparable
 from kuavo_train.reporting.run_checks import run_checks
 from kuavo_train.reporting.run_metrics import interval_record, performance_matrix, task_verdict
@@ -402,7 +401,7 @@ def _missing(run: StoredRun, matrices: Mapping[Measure, PerformanceMatrix]) -> l
     return missing
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: JsonValue) -> JsonValue:
     """JSON knows no NaN: a value that is not finite (a diverged training loss) becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -6,11 +6,10 @@ interval is bootstrapped.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics import forgetting
-from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
+from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix, Value
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
 from kuavo_train.metrics.number_format import number, percent, whole_percent
 from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
@@ -20,7 +19,7 @@ from kuavo_train.runs.stored_run import StoredRun
 
 
 def performance_matrix(
-    run: StoredRun, measure: Measure, value_of: Callable[[ValidationRecord, Measure], Any] = ValidationRecord.cell
+    run: StoredRun, measure: Measure, value_of: Callable[[ValidationRecord, Measure], Value] = ValidationRecord.cell
 ) -> PerformanceMatrix | None:
     """R of a run for one measure, rows for finished stages; None if it was never measured.
 

@@ -10,13 +10,12 @@ import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics import forgetting
-from kuavo_train.metrics.forgetting import PerformanceMatrix
+from kuavo_train.metrics.forgetting import PerformanceMatrix, Value
 from kuavo_train.metrics.intervals import Interval, hierarchical_bootstrap
 from kuavo_train.metrics.verdict import RetentionLimits, judge
 from kuavo_train.reading import Json
@@ -150,7 +149,7 @@ class Arm:
     def partial(self) -> bool:
         return any(stage not in _stages(run) for run in self.runs.values() for stage in run.learnt_in.values())
 
-    def per_seed(self, measure: Measure, statistic: Callable[[PerformanceMatrix], Any]) -> PerSeed:
+    def per_seed(self, measure: Measure, statistic: Callable[[PerformanceMatrix], Value]) -> PerSeed:
         """The statistic of every seed's R. Raises ValueError where a cell is missing or nothing is defined."""
         values = {seed: statistic(matrix) for seed, matrix in self.matrices[measure].items()}
         if not values:
@@ -346,7 +345,7 @@ def _metrics(
     return found
 
 
-def _final_values(matrix: PerformanceMatrix) -> dict[str, Any]:
+def _final_values(matrix: PerformanceMatrix) -> dict[str, Value]:
     return {task: matrix.value(matrix.last_stage, task) for task in matrix.learnt_tasks}
 
 
@@ -355,7 +354,7 @@ def _task(arm: Arm, task: str, combine: _Combined) -> TaskOfStrategy:
     if task not in matrix.learnt_tasks:
         return TaskOfStrategy(task)
 
-    def over_seeds(statistic: Callable[[PerformanceMatrix], Any]) -> Estimate:
+    def over_seeds(statistic: Callable[[PerformanceMatrix], Value]) -> Estimate:
         return combine(arm.per_seed("loss", statistic))
 
     found = TaskOfStrategy(
@@ -381,7 +380,7 @@ def _task(arm: Arm, task: str, combine: _Combined) -> TaskOfStrategy:
 
 
 def _success(arm: Arm, task: str, combine: _Combined) -> SuccessOfStrategy:
-    def over_seeds(statistic: Callable[[PerformanceMatrix], Any]) -> Estimate | None:
+    def over_seeds(statistic: Callable[[PerformanceMatrix], Value]) -> Estimate | None:
         with contextlib.suppress(ValueError):  # not learnt yet, or not rolled out then
             found = combine(arm.per_seed("success", statistic), "success")
             # Widened for few seeds, an interval may reach beyond what a share can be.

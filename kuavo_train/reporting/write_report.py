@@ -1,10 +1,9 @@
 """Reports written: the page of a run, with its figures and tables, or of several runs side by side."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.reading import Json
@@ -121,7 +120,7 @@ def _cells_of(run: Json) -> list[Json]:
     ]
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Json]) -> None:
     """What a row has beyond the columns is left out."""
     with in_one_move(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.reading import Json
+from kuavo_train.reading import Json, JsonValue
 
 
 class JsonLines:
@@ -58,7 +57,7 @@ def read_lines(path: Path) -> list[Json]:
     return records
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: JsonValue) -> None:
     write_text(path, json.dumps(content, indent=1))
 
 

@@ -11,12 +11,11 @@ import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.reading import Json, read_json, read_yaml
+from kuavo_train.reading import Json, JsonValue, read_json, read_yaml
 from kuavo_train.runs.files import JsonLines, write_json, write_text
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.training.checkpoint import CheckpointFolder
@@ -55,12 +54,12 @@ class StageFolder:
         """From now on the stage's files mean these settings."""
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
-    def tell(self, **values: Any) -> None:
+    def tell(self, **values: JsonValue) -> None:
         """Update stage.json in one move; None takes a value out."""
         about = {**(self.about if self.status != "absent" else {}), **values}
         write_json(self.path / "stage.json", {key: value for key, value in about.items() if value is not None})
 
-    def tell_end(self, **values: Any) -> None:
+    def tell_end(self, **values: JsonValue) -> None:
         """As `tell`, also on a full disk, where only what lies on it already can be written over."""
         try:
             self.tell(**values)

@@ -6,10 +6,14 @@ A stage's config.yaml is what its files mean. A key that differs later is obeyed
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json, JsonValue
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PLACES = "where files lie; what lies there is hashed or compared"
 FOLLOWED = "training's keys follow it, and are compared"
@@ -90,16 +94,14 @@ class Difference:
     """A key whose value is not what it was."""
 
     key: str
-    was: Any
-    now: Any
+    was: object
+    now: object
 
     def __str__(self) -> str:
         return f"{self.key} (was {_text(self.was)}, is {_text(self.now)})"
 
 
-def differences(
-    was: Mapping[str, Any], now: RunConfig, *, policy_defaults: Mapping[str, Any], first: bool, finished: bool
-) -> list[Difference]:
+def differences(was: Json, now: RunConfig, *, policy_defaults: Json, first: bool, finished: bool) -> list[Difference]:
     """The keys in which a stage would be another than it was begun as.
 
     Args:
@@ -113,9 +115,7 @@ def differences(
     return [each for each in _compare(was, now, policy_defaults) if not _among(each.key, free)]
 
 
-def shared_differences(
-    was: Mapping[str, Any], now: RunConfig, *, policy_defaults: Mapping[str, Any]
-) -> list[Difference]:
+def shared_differences(was: Json, now: RunConfig, *, policy_defaults: Json) -> list[Difference]:
     """The keys in which a stage would not belong to the run of another, whose config.yaml `was` is."""
     found = _compare(was, now, policy_defaults)
     return [each for each in found if _among(each.key, SHARED) and not is_free(each.key)]
@@ -133,16 +133,18 @@ def refuse(different: Iterable[object], what: str) -> None:
         raise ConfigError(f"{what}: {listed}; {PUT_BACK}")
 
 
-def _compare(was: Mapping[str, Any], now: Any, policy_defaults: Mapping[str, Any], where: str = "") -> list[Difference]:
+def _compare(
+    was: Mapping[str, JsonValue], now: "DataclassInstance", policy_defaults: Json, where: str = ""
+) -> list[Difference]:
     found = []
     for field in fields(now):
         key, value = f"{where}{field.name}", getattr(now, field.name)
         before = was.get(field.name, _default(field))
         if before is MISSING:
             continue
-        if is_dataclass(value) and isinstance(before, Mapping):
+        if is_dataclass(value) and not isinstance(value, type) and isinstance(before, Mapping):
             found += _compare(before, value, policy_defaults, f"{key}.")
-        elif key == "policy":
+        elif key == "policy" and isinstance(before, Mapping):
             pairs = [{**policy_defaults, **each} for each in (before, value)]
             names = dict.fromkeys([*pairs[0], *pairs[1]])
             found += [Difference(f"policy.{name}", *(pair.get(name) for pair in pairs)) for name in names]
@@ -151,14 +153,14 @@ def _compare(was: Mapping[str, Any], now: Any, policy_defaults: Mapping[str, Any
     return [each for each in found if each.was != each.now]
 
 
-def _default(field: Field) -> Any:
+def _default(field: Field) -> object:
     """What a key held before there was such a key."""
     if field.default_factory is not MISSING:
         return _plain(field.default_factory())
     return field.default
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As YAML holds it."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
@@ -167,6 +169,6 @@ def _among(key: str, keys: Iterable[str]) -> bool:
     return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

@@ -11,10 +11,9 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kuavo_train.errors import RunFolderError
-from kuavo_train.reading import TRAIN_AGAIN, Json, read_json
+from kuavo_train.reading import TRAIN_AGAIN, Json, JsonValue, read_json
 from kuavo_train.runs.files import read_lines
 from kuavo_train.runs.lease import living_holder
 from kuavo_train.runs.records import (
@@ -276,7 +275,7 @@ def _lines(path: Path, keys: tuple[str, ...]) -> list[Json]:
     return lines
 
 
-def _require(content: Any, keys: Iterable[str], where: Path | str) -> None:
+def _require(content: JsonValue, keys: Iterable[str], where: Path | str) -> None:
     missing = [key for key in keys if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise RunFolderError(f"{where} lacks {', '.join(map(repr, missing))}: it was not written by this trainer")

@@ -6,10 +6,11 @@ without a word.
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.images.plan import size_text
@@ -72,7 +73,7 @@ def agreement_problems(tasks: Sequence[Task], image_shapes: Mapping[str, Mapping
     return problems
 
 
-def width_problems(policy_config: Any, normalization: Normalization) -> list[str]:
+def width_problems(policy_config: PreTrainedConfig, normalization: Normalization) -> list[str]:
     space = normalization.space
     return [
         f"policy.{key} must be at least {len(names)}, the number of dimensions of all tasks together, "
@@ -82,7 +83,7 @@ def width_problems(policy_config: Any, normalization: Normalization) -> list[str
     ]
 
 
-def precision_problems(policy: Any) -> list[str]:
+def precision_problems(policy: PreTrainedPolicy) -> list[str]:
     """A step of training is smaller than what the weights of a narrower type can tell apart."""
     trained, problems = trainable_parameters(policy), []
     for group, names in parameter_groups(policy).items():
@@ -95,7 +96,7 @@ def precision_problems(policy: Any) -> list[str]:
     return problems
 
 
-def precision_notes(policy: Any, stored: Mapping[str, torch.dtype]) -> list[str]:
+def precision_notes(policy: PreTrainedPolicy, stored: Mapping[str, torch.dtype]) -> list[str]:
     parameters, notes = dict(policy.named_parameters()), []
     for group, names in parameter_groups(policy).items():
         before = {name: stored.get(name.replace(".base_layer.", "."), parameters[name].dtype) for name in names}
@@ -143,13 +144,13 @@ def task_notes(task: Task, claw_limits: Sequence[float] | None) -> list[str]:
 
 def _instruction_notes(task: Task) -> list[str]:
     """What the dataset says was to be done, where the task has another instruction."""
-    told = task.instructions
-    agrees = len(told.recorded) == 1 and set(told.recorded) <= set(told.texts)
-    if told.own or agrees or not told.recorded:
+    instructions = task.instructions
+    agrees = len(instructions.recorded) == 1 and set(instructions.recorded) <= set(instructions.texts)
+    if instructions.own or agrees or not instructions.recorded:
         return []
     return [
-        f"the dataset says {listed_counts(told.recorded, 'episode')}, its task's file another instruction, which is "
-        "trained; instruction: dataset takes what the dataset says"
+        f"the dataset says {listed_counts(instructions.recorded, 'episode')}, its task's file another instruction, "
+        "which is trained; instruction: dataset takes what the dataset says"
     ]
 
 

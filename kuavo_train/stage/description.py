@@ -2,10 +2,11 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from kuavo_train.data.images.plan import size_text
+from kuavo_train.stage.facts import TaskFacts
 from kuavo_train.stage.findings import CHECKPOINTS_AT_ONCE, Findings
+from kuavo_train.training.parameter_groups import GroupCounts
 
 
 def describe(findings: Findings) -> str:
@@ -32,7 +33,7 @@ def describe(findings: Findings) -> str:
     return "\n".join([*(part for part in parts if part), *(f"  note: {note}" for note in findings.notes)])
 
 
-def _task_table(tasks: Sequence[Mapping[str, Any]], token_limit: int | None) -> str:
+def _task_table(tasks: Sequence[TaskFacts], token_limit: int | None) -> str:
     columns = ("task", "train", "held out", "frames", "hours", "fps", "tokens", "share")
     rows = [
         (
@@ -53,14 +54,12 @@ def _task_table(tasks: Sequence[Mapping[str, Any]], token_limit: int | None) -> 
     )
 
 
-def _name_width(tasks: Sequence[Mapping[str, Any]]) -> int:
+def _name_width(tasks: Sequence[TaskFacts]) -> int:
     """Of the column that tasks are named in."""
     return max([14, *(len(task["name"]) + 1 for task in tasks)])
 
 
-def _groups_of_tasks(
-    title: str, tasks: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]
-) -> list[str]:
+def _groups_of_tasks(title: str, tasks: Sequence[TaskFacts], text: Callable[[TaskFacts], str]) -> list[str]:
     """A line for all tasks of which `text` says the same."""
     groups: dict[str, list[str]] = {}
     for task in tasks:
@@ -71,7 +70,7 @@ def _groups_of_tasks(
     ]
 
 
-def _cameras_text(task: Mapping[str, Any]) -> str:
+def _cameras_text(task: TaskFacts) -> str:
     texts = []
     for camera, about in task["cameras"].items():
         name = camera.rsplit(".", 1)[-1]
@@ -85,14 +84,14 @@ def _groups_text(groups: Mapping[str, int]) -> str:
     return f"{sum(groups.values())} = " + " + ".join(f"{count} {group}" for group, count in groups.items())
 
 
-def _instruction_text(task: Mapping[str, Any], width: int) -> str:
+def _instruction_text(task: TaskFacts, width: int) -> str:
     first, others = f"  {task['name']:<{width}} ", " " * (width + 3)
     more = len(task["instructions"]) - 1
     text = task["instruction"] + (f" (and {more} more)" if more else "")
     return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=others)
 
 
-def _parameter_table(groups: Sequence[Mapping[str, Any]]) -> str:
+def _parameter_table(groups: Sequence[GroupCounts]) -> str:
     total = sum(group["parameters"] for group in groups)
     trained = sum(group["parameters"] for group in groups if group["trainable"])
     width = max(12, *(len(group["group"]) for group in groups))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
 from transformers import AutoTokenizer
 
 from kuavo_train.config import RunConfig, StageConfig
@@ -33,6 +33,7 @@ from kuavo_train.stage.checks import (
     task_notes,
     width_problems,
 )
+from kuavo_train.stage.facts import Facts, TaskFacts
 from kuavo_train.training.lora import adapted_state
 from kuavo_train.training.parameter_groups import parameter_counts
 
@@ -55,11 +56,11 @@ class Findings:
         notes: what is worth a look but stops nothing.
     """
 
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     problems: Problems = field(default_factory=Problems)
     notes: list[str] = field(default_factory=list)
 
-    def attempt[T](self, function: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+    def attempt[**P, T](self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
         """The function's result; None when it raised `ConfigError`, which then is a problem."""
         return self.problems.attempt(function, *arguments, **named)
 
@@ -114,7 +115,7 @@ class Findings:
             self.notes += policy_notes(policy_config.type, tasks)
         self.problems += width_problems(policy_config, normalization)
 
-    def look_at_policy(self, config: RunConfig, policy: Any, stored: Mapping[str, torch.dtype]) -> None:
+    def look_at_policy(self, config: RunConfig, policy: PreTrainedPolicy, stored: Mapping[str, torch.dtype]) -> None:
         """Parameters per group and their types, and the memory and disk that they take.
 
         Args:
@@ -144,7 +145,7 @@ class Findings:
             "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained + apart + averaged),
             "free": shutil.disk_usage(there).free,
         }
-        self.problems += room_problems(config, **{key: self.facts[key] for key in ("memory_bytes", "disk_bytes")})
+        self.problems += room_problems(config, self.facts["memory_bytes"], self.facts["disk_bytes"])
 
     def look_at_plan(self, config: RunConfig, shares: Mapping[str, float], steps: int, images: Images) -> None:
         """
@@ -173,7 +174,7 @@ class Findings:
         return json.dumps({**self.facts, "notes": self.notes, "problems": self.problems}, indent=1, ensure_ascii=False)
 
 
-def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int]:
+def token_counts(policy_config: PreTrainedConfig, instructions: Sequence[str]) -> list[int]:
     """Tokens of each instruction as the policy reads it; of a policy without language, none."""
     traits = PolicyTraits.of(policy_config)
     if traits.token_limit is None or traits.vlm_name is None:  # π0 brings its tokenizer along, under no name
@@ -182,7 +183,7 @@ def token_counts(policy_config: Any, instructions: Sequence[str]) -> list[int]:
     return [len(tokenizer(instruction + "\n").input_ids) for instruction in instructions]
 
 
-def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> TaskFacts:
     frames = len(task.train_rows)
     return {
         "name": task.name,

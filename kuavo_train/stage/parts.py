@@ -1,9 +1,8 @@
 """A stage put together: the learner, its samples, what is measured and saved, and what a strategy sees of it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.runs.lease import Lease, NoLease
@@ -16,6 +15,7 @@ from kuavo_train.stage.stage_view import view_of
 from kuavo_train.strategies.strategy import StageView
 from kuavo_train.training.learner import Learner
 from kuavo_train.training.parameter_groups import ParameterGroup
+from kuavo_train.training.state import State
 from kuavo_train.training.trainer import Batches, Progress
 
 
@@ -41,7 +41,7 @@ class Stage:
 def begin(opened: OpenedStage, agreement: Agreement, lease: Lease | NoLease) -> Iterator[Stage]:
     """The opened stage, at its beginning or where it was left. However it ends, its files say how."""
     resumed = opened.start.resumed
-    state = {} if resumed is None else resumed.training_state()
+    state: State = {} if resumed is None else resumed.training_state()
     batches = _batches(opened)
     progress = _deal_as_before(opened, batches, Progress(**state.get("progress", {})))
     open_folder(opened)
@@ -81,7 +81,7 @@ def _deal_as_before(opened: OpenedStage, batches: Batches, progress: Progress) -
     return replace(progress, drawn=[{} for _ in progress.drawn], drawn_episodes={})
 
 
-def _learner(opened: OpenedStage, state: Mapping[str, Any]) -> Learner:
+def _learner(opened: OpenedStage, state: State) -> Learner:
     """With the state of the checkpoint that the stage resumes from, where it does."""
     learner = Learner.of(
         opened.built.policy,

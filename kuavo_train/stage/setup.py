@@ -1,14 +1,16 @@
 """What a stage needs, opened: data, policy, order of samples, where images come from, simulators."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
@@ -89,7 +91,7 @@ class OpenedStage:
         return KnownTasks.of(self.learnt, self.normalization)
 
     @property
-    def processors(self) -> tuple[Any, Any]:
+    def processors(self) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
         return self.built.preprocessor, self.built.postprocessor
 
     def dataset(self, tasks: Sequence[Task]) -> MixedDataset:
@@ -210,18 +212,33 @@ class Opening:
         """With the weights it starts from, frozen as the stage wants it."""
         config, findings, weights = self.config, self.findings, self.start.weights
         is_first = not stages_before(config, self.curriculum)
-        wanted: dict[str, Any] = {
-            "normalization": data.normalization,
-            "frozen": config.training.freeze_first_stage if is_first else config.training.freeze,
-            "checkpoint": weights.pretrained_model if weights else None,
-            "device": self.accelerator.device,
-        }
-        instructions = [text for task in data.tasks for text in task.instructions.texts]
-        about: dict[str, Any] = {"image_shapes": data.image_shapes, "instructions": instructions}
-        policy_config = findings.need(findings.attempt(configure_policy, config, **about, **wanted))
+        frozen = config.training.freeze_first_stage if is_first else config.training.freeze
+        checkpoint, device = weights.pretrained_model if weights else None, self.accelerator.device
+        policy_config = findings.need(
+            findings.attempt(
+                configure_policy,
+                config,
+                normalization=data.normalization,
+                image_shapes=data.image_shapes,
+                instructions=[text for task in data.tasks for text in task.instructions.texts],
+                frozen=frozen,
+                checkpoint=checkpoint,
+                device=device,
+            )
+        )
         findings.look_at_policy_config(policy_config, data.tasks, data.normalization)
         torch.manual_seed(step_seed(config.seed, config.stage.index))  # new weights are a function of the seed
-        built = findings.need(findings.attempt(build_policy, config, policy_config, **wanted))
+        built = findings.need(
+            findings.attempt(
+                build_policy,
+                config,
+                policy_config,
+                normalization=data.normalization,
+                frozen=frozen,
+                checkpoint=checkpoint,
+                device=device,
+            )
+        )
         findings.look_at_policy(config, built.policy, built.stored)
         return built
 
@@ -296,28 +313,29 @@ def _environments(
     return environments
 
 
-def _order(config: RunConfig, tasks: Sequence[Task], policy: Any, strategy: Strategy, processes: int) -> Order:
+def _order(
+    config: RunConfig, tasks: Sequence[Task], policy: PreTrainedPolicy, strategy: Strategy, processes: int
+) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
     shares = strategy.shares(config, {task.name: len(task.train_rows) for task in tasks})
-    about: dict[str, Any] = {
-        "seed": config.seed,
-        "stage": config.stage.index,
-        "tasks": [task for task in tasks if task.name in shares],
-        "shares": shares,
-        "batch_size": config.training.batch_size,
-        "processes": processes,
-    }
-    depth = PolicyTraits.of(policy.config).memory_depth
-    if depth == 0:
-        return SampleOrder(**about)
-    stride, jitter = policy.config.n_action_steps, config.training.query_jitter
+    kind: Callable[..., Order] = SampleOrder
+    if depth := PolicyTraits.of(policy.config).memory_depth:
+        stride, jitter = policy.config.n_action_steps, config.training.query_jitter
+        kind = partial(ClipOrder, depth=depth, stride=stride, jitter=jitter)
     try:
-        return ClipOrder(depth=depth, stride=stride, jitter=jitter, **about)
+        return kind(
+            seed=config.seed,
+            stage=config.stage.index,
+            tasks=[task for task in tasks if task.name in shares],
+            shares=shares,
+            batch_size=config.training.batch_size,
+            processes=processes,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def fresh_memory(order: Order, policy: Any, exchange: Exchange = dict) -> Recurrence:
+def fresh_memory(order: Order, policy: PreTrainedPolicy, exchange: Exchange = dict) -> Recurrence:
     """Nothing remembered yet in any stream; `exchange` as `CarriedMemory` takes it."""
     if not isinstance(order, ClipOrder):
         return NoRecurrence()

@@ -1,15 +1,14 @@
 """What a stage saves: its policy, with all that a robot and a resumed training need of it."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from accelerate.utils import gather_object
 
 from kuavo_train.data import checkpoint_tasks
+from kuavo_train.reading import Json
 from kuavo_train.runs.lease import Lease, NoLease
 from kuavo_train.stage.setup import OpenedStage
-from kuavo_train.training.checkpoint import Checkpoint
+from kuavo_train.training.checkpoint import Checkpoint, Contents
 from kuavo_train.training.learner import Learner
 from kuavo_train.training.trainer import Progress
 
@@ -36,29 +35,29 @@ class StageCheckpoints:
         checkpoints = opened.folder.checkpoints
         training_state = {**self.learner.state_dict(), "progress": asdict(of_all)}
         with self.learner.average.applied():
-            checkpoints.save(progress.step, training_state=training_state, **self._contents({}))
+            checkpoints.save(progress.step, self._contents({}), training_state)
         if progress.best_step is not None:
             checkpoints.point("best", progress.best_step)
         checkpoints.prune(keep={progress.step, progress.best_step or progress.step})
         opened.folder.tell(total_steps=opened.timetable.steps)
 
-    def save_result(self, name: str, about: Mapping[str, Any], step: int) -> Checkpoint:
+    def save_result(self, name: str, about: Json, step: int) -> Checkpoint:
         """The policy as it stands, under a name, and as `best` from here on; nothing resumes from it."""
         checkpoints = self.opened.folder.checkpoints
         if self.opened.accelerator.is_main_process:
-            checkpoints.save_weights(name, step=step, **self._contents(about))
+            checkpoints.save_weights(name, step, self._contents(about))
             checkpoints.point("best", name)
         self.opened.accelerator.wait_for_everyone()
         return checkpoints.at(name)
 
-    def _contents(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """What `CheckpointFolder` writes: policy, processors, what a robot must know, and where it comes from."""
+    def _contents(self, about: Json) -> Contents:
+        """Policy, processors, what a robot must know, and where it comes from."""
         opened, config = self.opened, self.opened.config
-        return {
-            "policy": self.learner.bare_policy,
-            "processors": opened.processors,
-            "documents": {checkpoint_tasks.FILE_NAME: opened.known_tasks.to_json()},
-            "about": {
+        return Contents(
+            policy=self.learner.bare_policy,
+            processors=opened.processors,
+            documents={checkpoint_tasks.FILE_NAME: opened.known_tasks.to_json()},
+            about={
                 "run": config.run,
                 "stage": config.stage.folder_name,
                 "seed": config.seed,
@@ -66,4 +65,4 @@ class StageCheckpoints:
                 "samples": config.training.batch_size * opened.accelerator.num_processes,  # of a batch
                 **about,
             },
-        }
+        )

@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 from hashlib import sha256
-from typing import Any
 
 from kuavo_train.errors import Interrupted, RunError
-from kuavo_train.reading import read_json
+from kuavo_train.reading import JsonValue, read_json
 from kuavo_train.runs.files import now, write_json
 from kuavo_train.runs.run_facts import write_run_facts
 from kuavo_train.stage.remedies import told_in_one_line
@@ -45,7 +44,7 @@ def true_end(opened: OpenedStage, progress: Progress) -> Iterator[None]:
     """However the stage ends, stage.json says how, and what the user can mend is reported in a line."""
     folder = opened.folder
 
-    def tell(**values: Any) -> None:
+    def tell(**values: JsonValue) -> None:
         if opened.accelerator.is_main_process:
             folder.tell_end(steps=progress.step, **values)
 

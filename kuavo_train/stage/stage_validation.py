@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from accelerate.utils import gather_object
+from lerobot.policies.pretrained import PreTrainedPolicy
 from tqdm import tqdm
 
 from kuavo_train.evaluation.environment import evaluation_seeds
@@ -24,7 +24,7 @@ class StageValidation:
     """Of a policy as it stands; every record also goes to validation.jsonl, every episode to rollouts.jsonl."""
 
     opened: OpenedStage
-    policy: Any
+    policy: PreTrainedPolicy
     agreement: Agreement
     tracker: Tracker
 

@@ -1,12 +1,12 @@
 """A stage's training: the trainer, and what a stage does between its steps."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from kuavo_train.evaluation.validation import mean_loss
+from kuavo_train.reading import Json
 from kuavo_train.stage.parts import Stage
 from kuavo_train.stage.setup import OpenedStage
 from kuavo_train.stage.stage_files import forget_unfinished_validation
@@ -45,7 +45,7 @@ class StageHooks(TrainerHooks):
 
     stage: Stage
 
-    def report(self, values: dict[str, Any], step: int) -> None:
+    def report(self, values: Json, step: int) -> None:
         if self.stage.view.is_main:
             self.stage.opened.folder.metrics.append({"step": step, **values})
             self.stage.view.report(

@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
 
 import draccus
 
@@ -44,7 +43,7 @@ def _named(name: str) -> type[Strategy]:
     return found
 
 
-def _settings(kind: type[Strategy], config: RunConfig) -> Any:
+def _settings(kind: type[Strategy], config: RunConfig) -> object:
     known = ", ".join(field.name for field in fields(kind.Settings))
     rule = f"be one of {known}" if known else "not be there, since the strategy has no settings"
     for name, value in config.strategy_settings.items():  # a dataclass without fields would take any name

@@ -8,13 +8,13 @@ frozen ones are the same at both ends.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kuavo_train.config import MergeConfig
+from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
 from kuavo_train.strategies.strategy import StageView, Strategy
 from kuavo_train.training.checkpoint import Checkpoint, load_weights
@@ -58,13 +58,13 @@ def sweep_merges(
     new: Mapping[str, Tensor],
     alphas: Sequence[float],
     validate: Callable[[], Mapping[str, float]],
-) -> dict[str, Any]:
+) -> Json:
     """Try every α and leave `policy` at the one with the least mean loss; what merge.json holds.
 
     Args:
         validate: task → held-out loss of `policy` as it stands, over all tasks seen.
     """
-    sweep: list[dict[str, Any]] = []
+    sweep: list[Json] = []
     for alpha in alphas:
         set_merged_weights(policy, old, new, alpha)
         losses = dict(validate())

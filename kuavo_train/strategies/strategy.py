@@ -6,7 +6,7 @@ settings. `strategy=` names it: a module of this package (`replay`: `Replay` in 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.data.batch import Batch
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.metrics.intervals import Scores
+from kuavo_train.reading import Json
 from kuavo_train.runs.run_folder import StageFolder
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
@@ -22,6 +23,10 @@ from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
 @dataclass(frozen=True)
 class NoSettings:
     pass
+
+
+class Repeatable(Protocol):
+    def __call__[T](self, work: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class StageView:
     first_clips: Callable[[int], Iterator[Batch]]
     new_forward: Callable[[], Callable[[Batch], Tensor]]
     losses: Callable[[], Mapping[str, float]]
-    save_result: Callable[[str, Mapping[str, Any], int], Checkpoint]
-    repeatable: Callable[[Callable[[], Any]], Any]
+    save_result: Callable[[str, Json, int], Checkpoint]
+    repeatable: Repeatable
     report: Callable[[dict[str, float], int], None]
 
 
@@ -78,7 +83,7 @@ class Strategy:
 
     Settings: ClassVar[type] = NoSettings
 
-    def __init__(self, settings: Any = None):
+    def __init__(self, settings: Any = None):  # of the strategy's own class `Settings`
         self.settings = settings
 
     def shares(self, config: RunConfig, frames: Mapping[str, int]) -> dict[str, float]:

@@ -14,10 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -25,9 +24,10 @@ from lerobot.processor import PolicyProcessorPipeline
 from safetensors.torch import load_model
 
 from kuavo_train.errors import ConfigError
-from kuavo_train.reading import read_json
+from kuavo_train.reading import Json, read_json
 from kuavo_train.training.lora import adapters_merged
 from kuavo_train.training.manifest import MANIFEST, manifest_hash
+from kuavo_train.training.state import State
 from lerobot_policy_smolvla_memory.precision import make_room, stored_dtypes
 
 LINKS = ("last", "best")
@@ -37,7 +37,7 @@ FALL_BACK = "delete the checkpoint folder to fall back to the one before"
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Json
 
     @property
     def step(self) -> int:
@@ -51,7 +51,7 @@ class Checkpoint:
     def hash(self) -> str:
         return manifest_hash(self.manifest)
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> State:
         return torch.load(self.folder / "training_state" / "state.pt", map_location="cpu", weights_only=True)
 
     def verify(self) -> None:
@@ -66,6 +66,21 @@ class Checkpoint:
                 )
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds but for its training state.
+
+    Attributes:
+        documents: name → text of files that go beside the weights.
+        about: what the manifest says beside the step and the hashes.
+    """
+
+    policy: PreTrainedPolicy
+    processors: Sequence[PolicyProcessorPipeline]
+    documents: Mapping[str, str]
+    about: Json
+
+
 class CheckpointFolder:
     """The checkpoints of one stage."""
 
@@ -75,51 +90,25 @@ class CheckpointFolder:
     def save(
         self,
         step: int,
-        *,
-        policy: PreTrainedPolicy,
-        processors: tuple[PolicyProcessorPipeline, ...],
-        training_state: dict[str, Any],
-        documents: Mapping[str, str],
-        about: dict[str, Any],
+        contents: Contents,
+        training_state: State,
     ) -> Checkpoint:
-        """Write the checkpoint of `step` and let `last` point to it. A step already there is kept.
-
-        Args:
-            documents: name → text of files that go beside the weights.
-        """
-        about = {"step": step, **about}
-        checkpoint = self._write(_folder_name(step), about, policy, processors, documents, training_state)
+        """Write the checkpoint of `step` and let `last` point to it. A step already there is kept."""
+        checkpoint = self._write(_folder_name(step), step, contents, training_state)
         self.point("last", step)
         return checkpoint
 
-    def save_weights(
-        self,
-        name: str,
-        *,
-        step: int,
-        policy: PreTrainedPolicy,
-        processors: tuple[PolicyProcessorPipeline, ...],
-        documents: Mapping[str, str],
-        about: dict[str, Any],
-    ) -> Checkpoint:
+    def save_weights(self, name: str, step: int, contents: Contents) -> Checkpoint:
         """Write a checkpoint that no training resumes from. One already there is kept."""
-        return self._write(name, {"step": step, **about}, policy, processors, documents, None)
+        return self._write(name, step, contents, None)
 
-    def _write(
-        self,
-        name: str,
-        about: dict[str, Any],
-        policy: PreTrainedPolicy,
-        processors: tuple[PolicyProcessorPipeline, ...],
-        documents: Mapping[str, str],
-        training_state: dict[str, Any] | None,
-    ) -> Checkpoint:
+    def _write(self, name: str, step: int, contents: Contents, training_state: State | None) -> Checkpoint:
         """Whole or not at all: what is half-written when something fails, such as the disk's room, is removed."""
         if not (self.folder / name / MANIFEST).is_file():
             partial = self.folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                self._write_into(partial, about, policy, processors, documents, training_state)
+                self._write_into(partial, step, contents, training_state)
                 _remove(self.folder / name)  # a part of a checkpoint, of a copy that was cut off
                 partial.rename(self.folder / name)
             except BaseException:
@@ -128,28 +117,20 @@ class CheckpointFolder:
             _flush(self.folder)
         return self.at(name)
 
-    def _write_into(
-        self,
-        partial: Path,
-        about: dict[str, Any],
-        policy: PreTrainedPolicy,
-        processors: tuple[PolicyProcessorPipeline, ...],
-        documents: Mapping[str, str],
-        training_state: dict[str, Any] | None,
-    ) -> None:
+    def _write_into(self, partial: Path, step: int, contents: Contents, training_state: State | None) -> None:
         model, state = partial / "pretrained_model", partial / "training_state"
         model.mkdir(parents=True)
-        with adapters_merged(policy):
-            policy.save_pretrained(model)
-        for processor in processors:
+        with adapters_merged(contents.policy):
+            contents.policy.save_pretrained(model)
+        for processor in contents.processors:
             processor.save_pretrained(model)
-        for file, text in documents.items():
+        for file, text in contents.documents.items():
             (model / file).write_text(text)
         if training_state is not None:
             state.mkdir()
             torch.save(training_state, state / "state.pt")
         files = {path.relative_to(partial).as_posix(): _sha256(path) for path in _files(partial)}
-        (partial / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
+        (partial / MANIFEST).write_text(json.dumps({"step": step, **contents.about, "files": files}, indent=1))
         for path in [*_files(partial), *partial.iterdir(), partial]:
             _flush(path)
 
@@ -176,7 +157,7 @@ class CheckpointFolder:
     def at(self, step: int | str) -> Checkpoint:
         """The checkpoint of a step, or of the name that is given to one. Raises `ConfigError` where there is none."""
         name = _folder_name(step)
-        places = [self.folder / name, self.folder / f".{name}.old", *self._told(name)]
+        places = [self.folder / name, self.folder / f".{name}.old", *self._in_stage_record(name)]
         folder = next((place for place in places if (place / MANIFEST).is_file()), None)
         if folder is None:
             raise ConfigError(f"there must be a checkpoint at {self.folder / name}, got none")
@@ -187,7 +168,7 @@ class CheckpointFolder:
         keys = ("step", "files")
         return Checkpoint(folder.resolve(), read_json(folder / MANIFEST, keys=keys, remedy=FALL_BACK))
 
-    def _told(self, name: str) -> list[Path]:
+    def _in_stage_record(self, name: str) -> list[Path]:
         """Where a finished stage says that its result is, for a copy that lost the links."""
         stage = self.folder.parent / "stage.json"
         if name != "best" or not stage.is_file():

@@ -8,13 +8,14 @@ such as how much a memory weighs that has joined, are training's own.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kuavo_train.errors import ConfigError
 from kuavo_train.training.parameter_groups import trainable_parameters
+from kuavo_train.training.state import State
 
 
 class Average(Protocol):
@@ -30,9 +31,9 @@ class Average(Protocol):
     def keep(self) -> None:
         """The policy has the averages from here on: training is over."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> State: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Also gives the policy training's own weights. Raises `ConfigError` for the state of another setting."""
 
 
@@ -49,10 +50,10 @@ class NoAverage:
     def keep(self) -> None:
         pass
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         if state:
             raise ConfigError("training.ema must be as when the stage began, a number, got null; set it back")
 
@@ -95,13 +96,13 @@ class MovingAverage:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """To be taken outside of `applied`, and stored before the next step."""
         trained = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return {"steps": self.steps, "averages": dict(self.averages), "trained": trained}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         if state.keys() != {"steps", "averages", "trained"} or state["averages"].keys() != self.averages.keys():
             raise ConfigError(f"training.ema must be as when the stage began, got {self.decay:g}; set it back")
         self.steps = state["steps"]

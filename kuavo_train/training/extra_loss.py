@@ -5,9 +5,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kuavo_train.data.batch import Prepared
+
+Outputs = Mapping[str, Any] | None
+"""What a policy's forward returns beside the loss, of a kind of its own; None of Diffusion."""
+
 
 class ExtraLoss(Protocol):
-    def of_batch(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> Tensor | None:
+    def of_batch(self, batch: Prepared, outputs: Outputs) -> Tensor | None:
         """A differentiable scalar that is added to the loss of a batch; None for nothing.
 
         Args:
@@ -22,7 +27,7 @@ class ExtraLoss(Protocol):
 class NoExtraLoss:
     """Also what a loss of one kind begins with: it says only what it adds."""
 
-    def of_batch(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> Tensor | None:
+    def of_batch(self, batch: Prepared, outputs: Outputs) -> Tensor | None:
         return None
 
     def add_gradient(self) -> dict[str, float]:
@@ -35,7 +40,7 @@ class ExtraLosses:
     def __init__(self, losses: Sequence[ExtraLoss]):
         self.losses = losses
 
-    def of_batch(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> Tensor | None:
+    def of_batch(self, batch: Prepared, outputs: Outputs) -> Tensor | None:
         found = [extra for loss in self.losses if (extra := loss.of_batch(batch, outputs)) is not None]
         return sum(found[1:], found[0]) if found else None
 

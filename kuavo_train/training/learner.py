@@ -1,11 +1,11 @@
 """What training changes, one optimizer step at a time: the policy, and all that moves with it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,10 @@ from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
 from kuavo_train.errors import RunError
 from kuavo_train.training.carried_memory import NoRecurrence, Recurrence
 from kuavo_train.training.ema import Average, NoAverage, average_of
-from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
+from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss, Outputs
 from kuavo_train.training.lora import adapted_state, restore_adapted
 from kuavo_train.training.optimizer import build_optimizer
+from kuavo_train.training.state import State
 from kuavo_train.training.step_metrics import MetricsWindow
 
 
@@ -136,7 +137,7 @@ class Learner:
         """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
         return nullcontext() if last else self.accelerator.no_sync(self.policy)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """All that a resume needs beside the weights of a checkpoint."""
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -146,7 +147,7 @@ class Learner:
             "memory": self.recurrence.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         restore_adapted(self.bare_policy, state["adapted"])
         self.average.load_state_dict(state.get("average", {}))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -154,7 +155,7 @@ class Learner:
         self.recurrence.load_state_dict(state["memory"])
 
 
-def _parts_of_loss(outputs: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+def _parts_of_loss(outputs: Outputs) -> dict[str, torch.Tensor]:
     """Those that `SmolVLAMemoryPolicy` reports: on the actions, and of the memory's own."""
     if outputs is None or "memory_loss" not in outputs:
         return {}

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from peft.tuners.lora import Linear as AdaptedLinear
 from torch import nn
 
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,24 @@ class ParameterGroup:
     trainable: bool
     fingerprint: str
 
-    def as_begun(self) -> dict[str, Any]:
+    def as_begun(self) -> Json:
         """The group in parameters.json when a stage begins; its end adds to it."""
         record = asdict(self)
         record["fingerprint_before"] = record.pop("fingerprint")
         return record
 
     @classmethod
-    def when_begun(cls, record: dict[str, Any]) -> "ParameterGroup":
+    def when_begun(cls, record: Json) -> "ParameterGroup":
         return cls(record["group"], record["parameters"], record["trainable"], record["fingerprint_before"])
+
+
+class GroupCounts(TypedDict):
+    """`dtype` names the types that the group is held in."""
+
+    group: str
+    parameters: int
+    trainable: bool
+    dtype: str
 
 
 def parameter_groups(policy: nn.Module) -> dict[str, list[str]]:
@@ -81,7 +91,7 @@ def trainable_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def parameter_counts(policy: nn.Module) -> list[dict[str, Any]]:
+def parameter_counts(policy: nn.Module) -> list[GroupCounts]:
     """Of every group its name, its number of parameters, whether it is trained, and in which types it is held."""
     parameters = dict(policy.named_parameters())
     return [
@@ -123,7 +133,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[ParameterGroup]) -> dict[str, Any]:
+def compare_fingerprints(before: Sequence[ParameterGroup], after: Sequence[ParameterGroup]) -> Json:
     """What parameters.json holds. Raises `RuntimeError` when a frozen group changed."""
     rows = []
     for then, now in zip(before, after, strict=True):

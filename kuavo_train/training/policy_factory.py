@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 from huggingface_hub import constants, hf_hub_download
@@ -29,6 +29,7 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import fits, in_words
+from kuavo_train.reading import Json, JsonValue
 from kuavo_train.training.ema import check_average
 from kuavo_train.training.lora import ADAPTED_GROUP, add_adapters
 from kuavo_train.training.parameter_groups import check_freezing, freeze
@@ -60,7 +61,7 @@ class BuiltPolicy:
     stored: Mapping[str, torch.dtype]
 
 
-def policy_defaults(kind: str) -> dict[str, Any]:
+def policy_defaults(kind: str) -> Json:
     """What a policy's LeRobot config holds where a configuration says nothing. Raises `ConfigError` for no policy."""
     defaults = {}
     for item in fields(_policy_class(kind).config_class):
@@ -70,7 +71,7 @@ def policy_defaults(kind: str) -> dict[str, Any]:
     return defaults
 
 
-def policy_config_class(policy: Mapping[str, Any]) -> type[PreTrainedConfig]:
+def policy_config_class(policy: Json) -> type[PreTrainedConfig]:
     """The class of the policy's LeRobot config, which has every field that is given; looked up before data is opened.
 
     Raises:
@@ -235,7 +236,7 @@ def _policy_class(kind: str) -> type[PreTrainedPolicy]:
 
 def _lerobot_config(
     config_class: type[PreTrainedConfig],
-    values: dict[str, Any],
+    values: Json,
     *,
     normalization: Normalization,
     image_shapes: Mapping[str, tuple[int, ...]],
@@ -258,7 +259,7 @@ def _lerobot_config(
         raise ConfigError(f"policy: {error}") from error
 
 
-def _as_field(name: str, value: Any) -> Any:
+def _as_field(name: str, value: JsonValue) -> object:
     """What LeRobot's config holds for a value of YAML."""
     if name == "normalization_mapping":
         return {kind: NormalizationMode(mode) for kind, mode in value.items()}
@@ -330,9 +331,9 @@ def _not_had(key: str, source: str | Path, error: Exception) -> str:
     reason = said(error)
     if Path(source).is_dir():
         return f"{key} must be something to load policy weights from, got the folder {source}: {reason}"
-    asked = "only in the local cache (offline)" if constants.HF_HUB_OFFLINE else f"at {constants.ENDPOINT}"
+    where = "only in the local cache (offline)" if constants.HF_HUB_OFFLINE else f"at {constants.ENDPOINT}"
     return (
-        f"{key} must be a folder, or a hub id that can be had, got {source}, looked for {asked}: {one_line(error)}; "
+        f"{key} must be a folder, or a hub id that can be had, got {source}, looked for {where}: {one_line(error)}; "
         f"{remedy(error)}\n"
         f"Nothing is put in its place. Without the hub, copy it here and give the folder: {key}=/path/to/"
         f"{Path(source).name}; a mirror of the hub: hf_endpoint=https://…"

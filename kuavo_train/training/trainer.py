@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, final
+from typing import TypedDict, final
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -22,6 +22,7 @@ from kuavo_train.data.batch import Batch
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.sampler import Order, StepSampler
 from kuavo_train.errors import Interrupted
+from kuavo_train.reading import Json
 from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.learner import Learner, TrainingDiverged
 from kuavo_train.training.step_metrics import STEP_PARTS, MetricsWindow
@@ -61,7 +62,7 @@ class SizeChange(TypedDict):
 class TrainerHooks:
     """What is done between steps. Each does nothing unless it is overridden."""
 
-    def report(self, values: dict[str, Any], step: int) -> None:
+    def report(self, values: Json, step: int) -> None:
         """Metrics, every `log_every` steps and at the end."""
 
     def epoch_done(self, step: int, epoch: int) -> Decision:

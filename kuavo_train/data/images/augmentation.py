@@ -7,7 +7,7 @@ have their own. Parameters are a pure function of (seed, stage, process, step, b
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -60,11 +60,13 @@ class ClipAugmentation:
 
 
 def _transforms(config: AugmentationConfig) -> ImageTransforms:
-    about: dict[str, Any] = {"max_num_transforms": config.max_num_transforms, "random_order": config.random_order}
+    about = ImageTransformsConfig(
+        enable=True, max_num_transforms=config.max_num_transforms, random_order=config.random_order
+    )
     try:
         if config.tfs is not None:
-            about["tfs"] = {name: ImageTransformConfig(**transform) for name, transform in config.tfs.items()}
-        return ImageTransforms(ImageTransformsConfig(enable=True, **about))
+            about.tfs = {name: ImageTransformConfig(**transform) for name, transform in config.tfs.items()}
+        return ImageTransforms(about)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"data.augmentation.tfs must be LeRobot's image transforms, got {config.tfs}: {error}"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 from uuid import uuid4
 
 import numpy as np
@@ -30,6 +30,7 @@ from kuavo_sim.cpus import usable_cpus
 from kuavo_train.data.images.source import ImageSource
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json
 
 PIECE = 64  # frames held in memory at once, per thread that decodes
 
@@ -44,9 +45,7 @@ class EpisodeCache:
         dtype: of the arrays.
     """
 
-    def __init__(
-        self, folder: Path, task: Task, key: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: type
-    ):
+    def __init__(self, folder: Path, task: Task, key: Json, shapes: Mapping[str, tuple[int, ...]], dtype: type):
         self.task, self.key, self.shapes, self.dtype = task, dict(key), dict(shapes), np.dtype(dtype)
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         self.path = folder / f"{task.name}-{digest[:16]}"
@@ -133,6 +132,14 @@ class EpisodeCache:
     @cached_property
     def _filled(self) -> np.memmap:
         return np.memmap(self.path / "filled", np.uint8, "r")
+
+
+class How(TypedDict, total=False):
+    """Which share of the episodes is filled, and whether a bar shows it: as `fill` takes them."""
+
+    process: int
+    processes: int
+    progress: bool
 
 
 def fill(

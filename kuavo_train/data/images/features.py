@@ -4,17 +4,18 @@ While vision encoder and connector are frozen and pictures are not augmented, ev
 embeddings again, at most of the cost of a step. They are stored as bfloat16 (numpy has none: as its 16 bits).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
 
-from kuavo_train.data.images.episode_cache import EpisodeCache, fill
+from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.source import ImageSource
+from kuavo_train.reading import Json
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Encoder:
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
-    settings: Mapping[str, Any]
+    settings: Json
     image_key: Callable[[str], str]
     device: torch.device
 
@@ -60,7 +61,7 @@ def feature_cache(decoded: DecodedFrames, encoder: Encoder, folder: Path) -> Epi
 
 
 def fill_features(
-    cache: EpisodeCache, encoder: Encoder, frames: ImageSource, episodes: Sequence[int], **how: Any
+    cache: EpisodeCache, encoder: Encoder, frames: ImageSource, episodes: Sequence[int], **how: Unpack[How]
 ) -> None:
-    """Embed the episodes that are missing; `how` as in `cache.fill`."""
+    """Embed the episodes that are missing; `how` as `How` says."""
     fill(cache, episodes, frames, convert=encoder.bits, description=f"embed {cache.task.name}", **how)

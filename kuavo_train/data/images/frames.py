@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
 from kuavo_train.config import DataConfig, said
-from kuavo_train.data.images.episode_cache import EpisodeCache, fill
+from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json
 
 DECODE_TOLERANCE_S = 1e-4
 
@@ -39,7 +40,7 @@ class DecodedFrames:
         self.video_backend = video_backend
 
     @property
-    def key(self) -> dict[str, Any]:
+    def key(self) -> Json:
         """Everything that decides what the frames look like."""
         return {
             "dataset": self.task.content_hash,
@@ -135,8 +136,8 @@ def frame_cache(decoded: DecodedFrames, folder: Path) -> EpisodeCache:
     return EpisodeCache(folder / "frames", decoded.task, decoded.key, decoded.shapes, np.uint8)
 
 
-def fill_frames(cache: EpisodeCache, decoded: DecodedFrames, episodes: Sequence[int], **how: Any) -> None:
-    """Decode the episodes that are missing; `how` as in `cache.fill`."""
+def fill_frames(cache: EpisodeCache, decoded: DecodedFrames, episodes: Sequence[int], **how: Unpack[How]) -> None:
+    """Decode the episodes that are missing; `how` as `How` says."""
     fill(cache, episodes, decoded, convert=torch.Tensor.numpy, description=f"decode {decoded.task.name}", **how)
 
 

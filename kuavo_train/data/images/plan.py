@@ -11,9 +11,10 @@ The rule, applied in this order and shown in the stage's table:
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 from kuavo_train.config import DataConfig
-from kuavo_train.data.images.episode_cache import EpisodeCache
+from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.source import ImageSource
@@ -69,7 +70,7 @@ def plan_images(
         )
         return _frames(config, decoded, episodes, over)
 
-    def fill(**how: object) -> None:
+    def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
             frames = frame_cache(decoded[name], config.cache_folder)
             there = not frames.missing(cache.missing(episodes[name]))
@@ -99,7 +100,7 @@ def _frames(
         description = f"  images: decoded anew for every batch, data.frame_cache=false {because}"
         return Images(decoded, str, lambda **_: None, description, _look(caches))
 
-    def fill(**how: object) -> None:
+    def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
             fill_frames(cache, decoded[name], episodes[name], **how)
 

@@ -6,19 +6,19 @@ out each other's plans. Here every robot has queries of its own.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-Batch = dict[str, Any]
+from kuavo_train.data.batch import Prepared
 
 
 class RobotByRobot:
     """Queried like `SmolVLAMemoryPolicy`, with `seeds`, one of each robot, in place of noise. It remembers nothing."""
 
-    def __init__(self, policy: Any):
+    def __init__(self, policy: PreTrainedPolicy):
         self.policy, self.config = policy, policy.config
         self.frames = len(policy.config.observation_delta_indices or (0,))
         self.reset()
@@ -26,7 +26,7 @@ class RobotByRobot:
     def reset(self, indices: Sequence[int] | None = None) -> None:
         """A new episode begins, for all robots or for some: nothing planned, nothing seen before."""
         if indices is None:
-            self._seen: list[deque[Batch]] = []  # of each robot, the frames that the policy looks at
+            self._seen: list[deque[dict[str, Tensor]]] = []  # of each robot, the frames that the policy looks at
             self._planned: list[list[Tensor]] = []
             return
         for index in indices if self._seen else ():
@@ -43,16 +43,16 @@ class RobotByRobot:
         """A seed of each robot: what the policy itself draws is a function of it."""
         return [int(generator.integers(2**63)) for generator in generators]
 
-    def select_action(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
+    def select_action(self, batch: Prepared, seeds: Sequence[int]) -> Tensor:
         """The next action [B, A], normalized, of a plan made every `n_action_steps` calls."""
-        self._look(batch, len(seeds))
+        self._observe(batch, len(seeds))
         for robot, (planned, seed) in enumerate(zip(self._planned, seeds, strict=True)):
             if not planned:
                 planned += self._plan(robot, seed)[: self.config.n_action_steps]
         return torch.stack([planned.pop(0) for planned in self._planned])
 
-    def predict_action_chunk(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
-        """All that is planned from this look, [B, T, A], normalized.
+    def predict_action_chunk(self, batch: Prepared, seeds: Sequence[int]) -> Tensor:
+        """All that is planned from this observation, [B, T, A], normalized.
 
         Raises:
             ValueError: the policy looks at frames that such a walk does not show.
@@ -62,10 +62,10 @@ class RobotByRobot:
                 f"policy {self.config.type} looks at {self.frames} frames in a row: it can be queried for single "
                 "actions, not for what it plans at one frame"
             )
-        self._look(batch, len(seeds))
+        self._observe(batch, len(seeds))
         return torch.stack([self._plan(robot, seed) for robot, seed in enumerate(seeds)])
 
-    def _look(self, batch: Batch, robots: int) -> None:
+    def _observe(self, batch: Prepared, robots: int) -> None:
         if not self._seen:
             self._seen = [deque(maxlen=self.frames) for _ in range(robots)]
             self._planned = [[] for _ in range(robots)]

@@ -23,9 +23,8 @@ order, so processes or threads that drive different robots each need a wrapper o
 import difflib
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +34,15 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
+from numpy.typing import ArrayLike
 
+from kuavo_train.data.batch import Prepared
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.images.frames import resized
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
+from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 
 LIKE_A_TRAINED_ONE = 0.6
@@ -74,7 +76,9 @@ class SmolVLAPolicyWrapper:
             seed: of what the policy draws at random, as the noise that actions are denoised from; None draws one.
         """
         policy.eval()
-        self._policy: Any = policy if isinstance(policy, SmolVLAMemoryPolicy) else RobotByRobot(policy)
+        self._policy: SmolVLAMemoryPolicy | RobotByRobot = (
+            policy if isinstance(policy, SmolVLAMemoryPolicy) else RobotByRobot(policy)
+        )
         self._traits = PolicyTraits.of(self._policy.config)
         (self._preprocess, self._postprocess), self.known = processors, known
         self.cameras = {camera: tuple(f.shape[1:]) for camera, f in policy.config.image_features.items()}
@@ -192,7 +196,7 @@ class SmolVLAPolicyWrapper:
         for index in indices:
             self._calls[index] = 0
 
-    def select_action(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+    def select_action(self, observation: Observation) -> Actions:
         """The next action, from a new look at the observation every `n_action_steps` calls.
 
         Another instruction than at the last call begins a new task: what was planned and remembered of the old one
@@ -214,9 +218,9 @@ class SmolVLAPolicyWrapper:
                 long for the policy, or another batch size than since the last reset.
         """
         with self._lock:
-            return self._ask(self._policy.select_action, observation)
+            return self._query(self._policy.select_action, observation)
 
-    def predict_chunk(self, observation: Mapping[str, Any]) -> np.ndarray | list[np.ndarray]:
+    def predict_chunk(self, observation: Observation) -> Actions:
         """All that the policy plans from one look: T actions, of which `select_action` carries out `n_action_steps`.
 
         Every call is a look, and the memory advances by it. An episode is walked with this or with `select_action`, not
@@ -228,11 +232,9 @@ class SmolVLAPolicyWrapper:
             [T, A] float32 in robot units; for B robots [B, T, A], or a list where their tasks differ in dimensions.
         """
         with self._lock:
-            return self._ask(self._policy.predict_action_chunk, observation)
+            return self._query(self._policy.predict_action_chunk, observation)
 
-    def _ask(
-        self, policy: Callable[..., torch.Tensor], observation: Mapping[str, Any]
-    ) -> np.ndarray | list[np.ndarray]:
+    def _query(self, policy: Callable[..., torch.Tensor], observation: Observation) -> Actions:
         """What `policy`, one of the policy's own methods, answers, in robot units and the dimensions of each task."""
         ready, columns, batched = self._prepare(observation)
         actions = self._postprocess(policy(ready, self._randomness()))
@@ -242,7 +244,7 @@ class SmolVLAPolicyWrapper:
             return chosen[0]
         return np.stack(chosen) if len({action.shape for action in chosen}) == 1 else chosen
 
-    def _prepare(self, observation: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[int]], bool]:
+    def _prepare(self, observation: Observation) -> tuple[Prepared, list[list[int]], bool]:
         """What the policy reads, the columns of its actions that each robot's task has, and whether it was a batch."""
         states = self._states(observation)
         batched, size = _array(observation[OBS_STATE]).ndim == 2, len(states)
@@ -264,7 +266,7 @@ class SmolVLAPolicyWrapper:
 
     # ------------------------------------------------------------------------------------- what an observation holds
 
-    def _states(self, observation: Mapping[str, Any]) -> np.ndarray:
+    def _states(self, observation: Observation) -> np.ndarray:
         """[B, S]"""
         if OBS_STATE not in observation:
             raise ValueError(f"the observation must hold {OBS_STATE}, got {', '.join(observation)}")
@@ -290,7 +292,7 @@ class SmolVLAPolicyWrapper:
             ]
         )
 
-    def _pictures(self, observation: Mapping[str, Any], camera: str, size: int, *, batched: bool) -> torch.Tensor:
+    def _pictures(self, observation: Observation, camera: str, size: int, *, batched: bool) -> torch.Tensor:
         """[B, 3, H, W] float in [0, 1], brought to the size of training as training did."""
         if camera not in observation:
             raise ValueError(
@@ -322,7 +324,7 @@ class SmolVLAPolicyWrapper:
             pictures = resized(pictures, trained)
         return pictures / 255
 
-    def _instructions_of(self, observation: Mapping[str, Any], size: int) -> list[str]:
+    def _instructions_of(self, observation: Observation, size: int) -> list[str]:
         given = observation.get("task")
         given = [given] * size if isinstance(given, str) else given
         if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each.strip() for each in given):
@@ -387,7 +389,7 @@ def planned_steps(config: PreTrainedConfig) -> int:
     return sum(offset >= 0 for offset in config.action_delta_indices)
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: ArrayLike | torch.Tensor) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 

@@ -1,0 +1,58 @@
+"""What preflight says of a stage, as its table shows it and `--json` gives it to machines."""
+
+from typing import TypedDict
+
+from kuavo_train.training.parameter_groups import GroupCounts
+
+
+class CameraFacts(TypedDict):
+    """Of a camera of a task. `size` is [height, width]; None where its videos do not decode."""
+
+    in_dataset: str
+    size: list[int] | None
+
+
+class TaskFacts(TypedDict):
+    """Of a task that could be opened.
+
+    `frames` and `hours` are of its training episodes. `share` is its part of the stage's samples, `tokens` are those of
+    its longest instruction; both are None until they are known. `state` and `action` are joint group → dimensions.
+    """
+
+    name: str
+    instruction: str
+    instructions: list[str]
+    train_episodes: int
+    held_out_episodes: int
+    frames: int
+    hours: float
+    fps: float
+    share: float | None
+    cameras: dict[str, CameraFacts]
+    state: dict[str, int]
+    action: dict[str, int]
+    unused: list[str]
+    tokens: int | None
+
+
+class TrainingFacts(TypedDict):
+    """`of` is the task that epochs are counted in."""
+
+    steps: int
+    samples_per_step: int
+    epochs: int
+    of: str
+    lr: float
+
+
+class Facts(TypedDict, total=False):
+    """As far as they could be found out. `widened`: layer → its dimensions before and now."""
+
+    tasks: list[TaskFacts]
+    token_limit: int | None
+    parameters: list[GroupCounts]
+    widened: dict[str, tuple[int, int]]
+    memory_bytes: dict[str, int]
+    disk_bytes: dict[str, int]
+    images: str
+    training: TrainingFacts
