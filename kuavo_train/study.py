@@ -57,7 +57,7 @@ def _carry_out(study: StudyFile, cells: Sequence[Cell]) -> int:
     for cell in cells:
         check_curriculum_settings(cell.configs)
     for cell in cells:
-        study.tell(cell, "finished" if cell.finished else "waiting")
+        study.write(cell, "finished" if cell.finished else "waiting")
     for number, cell in enumerate(cells, start=1):
         status = _run_cell(cell, study, f"run {number} of {len(cells)}: {cell.strategy}, seed {cell.seed}")
         if status:
@@ -91,7 +91,7 @@ def _for(strategy: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
-    """Train what the cell lacks; a failure is told and the study goes on, an interruption ends it with its status."""
+    """Train what the cell lacks; a failure is reported and the study goes on, an interruption ends it."""
     from kuavo_train.reporting.run_analysis import analyse
     from kuavo_train.reporting.write_report import write_report
 
@@ -99,7 +99,7 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
         print(f"{title} is finished in {cell.folder}", flush=True)
         return 0
     print(f"\n=== {title}, in {cell.folder}", flush=True)
-    study.tell(cell, "running")
+    study.write(cell, "running")
     began, outcome = time.monotonic(), "failed"
     try:
         status = train_all_stages(cell.configs)
@@ -114,7 +114,7 @@ def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
         outcome = "interrupted"
         raise
     finally:
-        study.tell(cell, outcome, seconds=time.monotonic() - began)
+        study.write(cell, outcome, seconds=time.monotonic() - began)
     return 0
 
 

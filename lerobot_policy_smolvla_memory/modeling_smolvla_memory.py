@@ -42,7 +42,6 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     image_features_key,
 )
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
-from lerobot_policy_smolvla_memory.looks import Looks
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, in_own_dtype, make_room, settle, stored_dtypes
 from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
@@ -53,6 +52,7 @@ from lerobot_policy_smolvla_memory.pretrained_weights import (
     take_rounded_weights_again,
     widened_weights,
 )
+from lerobot_policy_smolvla_memory.query_schedule import QuerySchedule
 from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
 
 # Which part of the model a parameter belongs to, by the path of its module.
@@ -330,7 +330,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     def _encode(
         self, batch: dict[str, Tensor], prefix: Prefix, memory: MemoryState | None, queries: int
     ) -> tuple[EncodedPrefix, MemoryState | None, Tensor | None]:
-        self._check_memory(memory, self._lanes(batch, queries), batch[OBS_STATE].device)
+        self._check_memory(memory, self._clips(batch, queries), batch[OBS_STATE].device)
         resets, padding = batch.get(MEMORY_RESET), batch.get(QUERY_IS_PAD)
         return self.model.encode(prefix, memory, queries=queries, reset=resets, skip=padding)
 
@@ -394,7 +394,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         there = torch.ones(len(features[0]), dtype=torch.bool, device=features[0].device)
         return [tokens.to(dtype) for tokens in features], [there] * len(features)
 
-    def _lanes(self, batch: dict[str, Tensor], queries: int) -> int:
+    def _clips(self, batch: dict[str, Tensor], queries: int) -> int:
         rows = len(batch[OBS_STATE])
         if queries < 1 or rows % queries:
             raise ValueError(f"{rows} rows of a batch do not divide into clips of {queries} queries each")
@@ -481,7 +481,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             self._memory: MemoryState | None = None
             self._chunk: Tensor | None = None  # [B, n_action_steps, A] of the last query of each element
             self._executed: list[int] = []  # how many actions of it each element has executed
-            self._looks = Looks(self.config.n_action_steps)
+            self._schedule = QuerySchedule(self.config.n_action_steps)
             return
         if self._memory is not None and self.model.memory is not None:
             self._memory = self._memory.put(indices, self.model.memory.initial(len(indices)).detach())
@@ -497,14 +497,14 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
         """One policy query: actions [B, T, A], normalized. The memory advances by one.
 
-        With `prev_chunk_left_over`, of LeRobot's real-time chunking, it advances as `Looks` says.
+        With `prev_chunk_left_over`, of LeRobot's real-time chunking, it advances as `QuerySchedule` says.
         """
         self.eval()
         batch = self._prepare_batch(batch)
         actions, memory = self.sample_actions_with(batch, self._memory, noise, **kwargs)
-        if self._looks.advances(kwargs.get("prev_chunk_left_over")):
+        if self._schedule.advances(kwargs.get("prev_chunk_left_over")):
             self._memory = memory
-        self._looks.plan(actions)
+        self._schedule.plan(actions)
         return actions
 
     @torch.no_grad()

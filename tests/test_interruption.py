@@ -32,14 +32,14 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="w
 PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
     ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
-    ("first validation", lambda: when(validation, "asks", send(signal.SIGINT)), 2, "interrupted", None),
+    ("first validation", lambda: when(validation, "query_of", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Learner, "learn", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
     ("dying", lambda: when(Learner, "learn", die), 9, "killed", 2),
-    ("validation", lambda: when(validation, "asks", send(signal.SIGTERM)), 15, "interrupted", 3),
+    ("validation", lambda: when(validation, "query_of", send(signal.SIGTERM)), 15, "interrupted", 3),
     ("rollout", lambda: when(Robots, "advance", send(signal.SIGUSR1), call=3), 10, "interrupted", 6),
     ("dying in a rollout", lambda: when(Robots, "advance", die, call=4), 9, "killed", 6),
-    ("last validation", lambda: when(validation, "asks", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
-    ("writing the end", lambda: when(StageFolder, "tell", send(signal.SIGTERM), call=3), 15, "finished", 6),
+    ("last validation", lambda: when(validation, "query_of", send(signal.SIGTERM), call=2), 15, "interrupted", 6),
+    ("writing the end", lambda: when(StageFolder, "write", send(signal.SIGTERM), call=3), 15, "finished", 6),
 ]
 
 

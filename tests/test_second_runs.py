@@ -70,7 +70,7 @@ def test_a_stage_goes_on_with_another_number_of_processes(
         run(configs)
     with interrupted_in_step(2):
         assert run(configs) == 143
-    stage_folder(configs[0]).tell(status="running")  # as a kill leaves it
+    stage_folder(configs[0]).write(status="running")  # as a kill leaves it
     assert stage_folder(configs[0]).status == StoredRun.open(configs[0].run_folder).stages[0].record.status == "killed"
     with interrupted_in_step(4):
         assert together(lambda: run(configs, resume=True)) == [143, 143]

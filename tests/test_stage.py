@@ -525,7 +525,7 @@ def test_a_tracked_stage_is_one_run_with_all_curves_that_goes_on(
     assert run(configs, 0) == 0
     folder = stage_folder(configs[0])
     assert {"loss", "forward_ms", "validation/moving_grasp/loss", "validation/weighing/action_error"} <= curves
-    folder.tell(status="interrupted")
+    folder.write(status="interrupted")
     assert run(configs, 0, resume=True) == 0
     assert run(configs, 1) == 0
     ids = [about["id"] for about in begun]

@@ -321,7 +321,7 @@ def test_a_merge_killed_after_its_result_is_concluded_to_the_same(
         shutil.rmtree(stage_folder(config).path)
     folder = stage_folder(configs[1])
     about = folder.about
-    folder.tell(status="running")
+    folder.write(status="running")
     assert run(configs, 1, resume=True) == 0
     assert folder.about["best"] == about["best"]
     assert folder.about["checkpoint_hash"] == about["checkpoint_hash"]

@@ -125,7 +125,7 @@ def overview(task: Task) -> str:
         f"{task.name}: {len(episodes)} episodes of {seconds.min():.1f} to {seconds.max():.1f} s, median "
         f"{np.median(seconds):.1f} s, {task.recording.fps} Hz",
         f"the dataset says {listed_counts(instructions.recorded, 'episode') or 'nothing of what is done'}",
-        f"the policy reads {listed_counts(instructions.told(task.episode, episodes), 'episode')}",
+        f"the policy reads {listed_counts(instructions.counts(task.episode, episodes), 'episode')}",
         *_table("state", states),
         *_table("action", actions),
         f"jumps, steps of more than {JUMP_OF_RANGE:.0%} of a joint's range and {JUMP_SPEED:g} rad/s: "
@@ -152,14 +152,14 @@ def _table(kind: str, rows: Sequence[JointStatistics]) -> list[str]:
 
 def _jumps_text(of_kinds: dict[str, list[JointStatistics]]) -> str:
     """Where to look: the first few."""
-    told = [
+    listed = [
         f"{kind} {row.name} in episode {episode}, frame {frame}"
         for kind, rows in of_kinds.items()
         for row in rows
         for episode, frame in row.jumps or ()
     ]
-    more = f"; and {len(told) - SAID_JUMPS} more" if len(told) > SAID_JUMPS else ""
-    return "; ".join(told[:SAID_JUMPS]) + more
+    more = f"; and {len(listed) - SAID_JUMPS} more" if len(listed) > SAID_JUMPS else ""
+    return "; ".join(listed[:SAID_JUMPS]) + more
 
 
 def save_sheet(task: Task, frames: DecodedFrames, episode: int, path: Path) -> Path:

@@ -31,7 +31,7 @@ class Instructions:
         """The same sentence in all of a task's rows."""
         return cls((text,), np.zeros(rows, dtype=np.int64), {})
 
-    def told(self, episode: np.ndarray, used: Sequence[int]) -> dict[str, int]:
+    def counts(self, episode: np.ndarray, used: Sequence[int]) -> dict[str, int]:
         """Instruction → in how many of the episodes `used`; `episode` [N] is that of each row."""
         places = {number: np.unique(self.of_row[episode == number]) for number in used}
         return {text: sum(place in found for found in places.values()) for place, text in enumerate(self.texts)}

@@ -255,14 +255,14 @@ def _read_episodes(files: Sequence[Path], info: Json, where: str) -> dict[str, n
             raise ConfigError(f"{where}: {EPISODES_DIR} must have whole numbers in {name}; convert the recording again")
     found = columns["episode_index"]
     there, counts = np.unique(found, return_counts=True)
-    told = info.get("total_episodes", len(found))
-    twice, absent = there[counts > 1], np.setdiff1d(np.arange(told), there)
-    beyond = np.setdiff1d(there, np.arange(told))
-    wrong = {"twice": twice, "not at all": absent, f"beyond the {told} of {INFO_PATH}": beyond}
+    counted = info.get("total_episodes", len(found))
+    twice, absent = there[counts > 1], np.setdiff1d(np.arange(counted), there)
+    beyond = np.setdiff1d(there, np.arange(counted))
+    wrong = {"twice": twice, "not at all": absent, f"beyond the {counted} of {INFO_PATH}": beyond}
     if any(map(len, wrong.values())):
         got = "; ".join(f"{episode_list(episodes)} {how}" for how, episodes in wrong.items() if len(episodes))
         raise ConfigError(
-            f"{where}: {EPISODES_DIR} must describe each of the {told} episodes that {INFO_PATH} counts once, got "
+            f"{where}: {EPISODES_DIR} must describe each of the {counted} episodes that {INFO_PATH} counts once, got "
             f"{got}; a recording that was cut off lacks its last ones: record or convert it again"
         )
     order = np.argsort(found)

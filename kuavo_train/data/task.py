@@ -156,7 +156,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
             attempt(check_finite, key, names, values, episode[in_use], frame[in_use], where)
             attempt(check_arms, key, names, values, where)
             attempt(check_claws, key, names, values, config.claw_limits, where)
-    told = attempt(
+    instructions = attempt(
         task_instructions,
         stage.instruction,
         recording,
@@ -172,12 +172,14 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     for key in videos:
         attempt(check_segments, recording, key, used, where)
     state, action = features[OBS_STATE], features[ACTION]
-    if state is None or action is None or cameras is None or split is None or told is None or len(problems) > before:
+    if state is None or action is None or cameras is None or split is None or instructions is None:
+        return None
+    if len(problems) > before:
         return None
     return Task(
         name=stage.name,
         index=stage.index,
-        instructions=told,
+        instructions=instructions,
         recording=recording,
         state_names=state[0],
         action_names=action[0],

@@ -61,12 +61,12 @@ def _refuse_rows(where: str, key: str, found: np.ndarray, expected: np.ndarray, 
     _refuse(where, wrong, lambda _: f"have {key} {expected[bad[0]]} at row {bad[0]}, got {found[bad[0]]}")
 
 
-def _refuse(where: str, wrong: np.ndarray, told: Callable[[int], str]) -> None:
+def _refuse(where: str, wrong: np.ndarray, rule: Callable[[int], str]) -> None:
     """Raise `ConfigError` where episodes are `wrong` [E], with the rule for the first."""
     episodes = np.flatnonzero(wrong)
     if len(episodes):
         others = f" (and {episode_list(episodes[1:])})" if len(episodes) > 1 else ""
-        raise ConfigError(f"{where} of episode {episodes[0]} must {told(int(episodes[0]))}{others}; {_AGAIN}")
+        raise ConfigError(f"{where} of episode {episodes[0]} must {rule(int(episodes[0]))}{others}; {_AGAIN}")
 
 
 def check_clock(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequence[int], where: str) -> None:
@@ -306,5 +306,5 @@ def _span(values: np.ndarray) -> tuple[float, float]:
 
 def listed_counts(counts: Mapping[str, int], unit: str, shown: int = 3) -> str:
     """Texts with how often each is found: "pick the red one" (12 episodes), …"""
-    told = [f'"{text}" ({n} {unit}{"s" * (n != 1)})' for text, n in counts.items()]
-    return ", ".join(told[:shown]) + (f" and {len(told) - shown} more" if len(told) > shown else "")
+    listed = [f'"{text}" ({n} {unit}{"s" * (n != 1)})' for text, n in counts.items()]
+    return ", ".join(listed[:shown]) + (f" and {len(listed) - shown} more" if len(listed) > shown else "")

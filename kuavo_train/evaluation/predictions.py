@@ -31,11 +31,11 @@ class Answers:
     memory: MemoryState | None = None
 
 
-Asks = Callable[[Prepared, Sequence[Key], MemoryState | None], Answers]
+QueryFunction = Callable[[Prepared, Sequence[Key], MemoryState | None], Answers]
 """(preprocessed rows, their keys, the memory before the query) → answers."""
 
 
-def asks(policy: PreTrainedPolicy, draws: int) -> Asks:
+def query_of(policy: PreTrainedPolicy, draws: int) -> QueryFunction:
     """How this policy is queried: SmolVLA with noise and time of our choice, any other by its own loss."""
     return FlowAnswers(policy, draws) if hasattr(policy, "flow_loss") else OwnAnswers(policy, draws)
 

@@ -1,8 +1,8 @@
 """validate_all_tasks: the same held-out questions at every stage.
 
 A policy's loss depends on what it draws at random, as noise and time of flow matching. Here that is a function of
-(task, episode, frame, draw); answers.py says how. Frames are visited as the robot would: in episode order, one every
-`n_action_steps`, memory carried from query to query. Training's random state is not touched.
+(task, episode, frame, draw); predictions.py says how. Frames are visited as the robot would: in episode order, one
+every `n_action_steps`, memory carried from query to query. Training's random state is not touched.
 """
 
 import time
@@ -24,7 +24,7 @@ from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
-from kuavo_train.evaluation.predictions import asks
+from kuavo_train.evaluation.predictions import query_of
 from kuavo_train.runs.records import EpisodeScore, HeldOutScores
 from lerobot_policy_smolvla_memory.memory import MemoryState
 
@@ -76,13 +76,14 @@ class Validator:
         task = self.dataset.tasks[place]
         by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
         constant = self._constant_prediction(task)
-        key, ask, device = zlib.crc32(task.name.encode()), asks(policy, self.draws), next(policy.parameters()).device
+        key, query = zlib.crc32(task.name.encode()), query_of(policy, self.draws)
+        device = next(policy.parameters()).device
         now = self.dataset.actions.tolist().index(0)
         for batch, memory, advance in self._queries(policy, place):
             prepared = preprocess(batch, self.preprocessor, device)
             episodes, frames = batch.origin.episode.tolist(), batch.origin.frame.tolist()
             with self.autocast():
-                answers = ask(prepared, [(key, *frame) for frame in zip(episodes, frames, strict=True)], memory)
+                answers = query(prepared, [(key, *frame) for frame in zip(episodes, frames, strict=True)], memory)
             advance(answers.memory)
             losses, predicted = answers.losses.float().cpu().numpy(), answers.actions.float()
             steps = slice(now, now + predicted.shape[1])

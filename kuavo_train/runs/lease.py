@@ -145,7 +145,7 @@ def _take(folder: Path, what: str) -> Lease:
         text = None if last is None else _read(last)
         if last is not None and (holder := _judge(last, text)) is not None:
             raise ConfigError(
-                f"{what} must be trained by one process at a time, got a second one: {_told(holder, last)}"
+                f"{what} must be trained by one process at a time, got a second one: {_described(holder, last)}"
             )
         number = 1 if last is None else 1 + int(last.name.rpartition("-")[2])
         with contextlib.suppress(FileExistsError, FileNotFoundError):  # another was quicker, or removed the folder
@@ -189,7 +189,7 @@ def _age(path: Path) -> float:
         return float("inf")
 
 
-def _told(holder: Holder, path: Path) -> str:
+def _described(holder: Holder, path: Path) -> str:
     who = f"process {holder.pid} on {holder.host} has had {path.parent} since {holder.since}"
     if holder.is_here:
         return f"{who}; wait for it, or stop it"

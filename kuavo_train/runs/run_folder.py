@@ -54,15 +54,15 @@ class StageFolder:
         """From now on the stage's files mean these settings."""
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
-    def tell(self, **values: JsonValue) -> None:
+    def write(self, **values: JsonValue) -> None:
         """Update stage.json in one move; None takes a value out."""
         about = {**(self.about if self.status != "absent" else {}), **values}
         write_json(self.path / "stage.json", {key: value for key, value in about.items() if value is not None})
 
-    def tell_end(self, **values: JsonValue) -> None:
-        """As `tell`, also on a full disk, where only what lies on it already can be written over."""
+    def write_end(self, **values: JsonValue) -> None:
+        """As `write`, also on a full disk, where only what lies on it already can be written over."""
         try:
-            self.tell(**values)
+            self.write(**values)
         except OSError:
             about = {**self.about, **values}
             with contextlib.suppress(OSError), open(self.path / "stage.json", "r+") as file:

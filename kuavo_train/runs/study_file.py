@@ -53,7 +53,7 @@ class StudyFile:
             )
             self.content = stored
 
-    def tell(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
+    def write(self, cell: Cell, status: str, *, seconds: float = 0.0) -> None:
         """Note a cell's status (waiting, running, finished, interrupted or failed) and the seconds spent on it now."""
         about = {"run": cell.run, "folder": str(cell.folder), "strategy": cell.strategy, "seed": cell.seed}
         cells = {each["run"]: each for each in self.content["cells"]}

@@ -41,7 +41,7 @@ def conclude(stage: Stage) -> None:
     card = model_card.model_card(config, opened.learnt, opened.order.shares, records, steps=progress.step)
     write_text(result.pretrained_model / model_card.FILE_NAME, card)
     folder.checkpoints.point("best", result.folder.name)  # a copy of it, where there are no links, has the card too
-    folder.tell(
+    folder.write(
         status="finished",
         steps=progress.step,
         seconds=round(progress.seconds, 1),

@@ -1,6 +1,6 @@
 """What a user can mend, as one line: a full disk, too little memory, a lost worker. All else is a fault of ours.
 
-with told_in_one_line(config):
+with reported_in_one_line(config):
     …
 """
 
@@ -21,7 +21,7 @@ PROCESS_GONE_TEXTS = ("Connection closed by peer", "Connection reset by peer", "
 
 
 @contextmanager
-def told_in_one_line(config: RunConfig) -> Iterator[None]:
+def reported_in_one_line(config: RunConfig) -> Iterator[None]:
     """Raises `RunError` in place of what the user can mend."""
     try:
         yield

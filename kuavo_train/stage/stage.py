@@ -17,7 +17,7 @@ from kuavo_train.stage.description import describe
 from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.lineage import start_of
 from kuavo_train.stage.parts import begin
-from kuavo_train.stage.remedies import told_in_one_line
+from kuavo_train.stage.remedies import reported_in_one_line
 from kuavo_train.stage.setup import OpenedStage, accelerator_for, open_stage, record_missing_data
 from kuavo_train.stage.training import train
 from kuavo_train.strategies.chosen import chosen_strategy
@@ -46,7 +46,7 @@ def _heeding_signals(config: RunConfig) -> Iterator[Agreement]:
     with listening() as listener:
         agreement = Agreement(listener, accelerator)
         try:
-            with told_in_one_line(config):
+            with reported_in_one_line(config):
                 yield agreement
             if listener.number is not None:  # in the midst of the last files: the stage is whole, but no other begins
                 raise Interrupted(listener.number)

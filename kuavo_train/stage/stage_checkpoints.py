@@ -39,7 +39,7 @@ class StageCheckpoints:
         if progress.best_step is not None:
             checkpoints.point("best", progress.best_step)
         checkpoints.prune(keep={progress.step, progress.best_step or progress.step})
-        opened.folder.tell(total_steps=opened.timetable.steps)
+        opened.folder.write(total_steps=opened.timetable.steps)
 
     def save_result(self, name: str, about: Json, step: int) -> Checkpoint:
         """The policy as it stands, under a name, and as `best` from here on; nothing resumes from it."""

@@ -8,7 +8,7 @@ from kuavo_train.errors import Interrupted, RunError
 from kuavo_train.reading import JsonValue, read_json
 from kuavo_train.runs.files import now, write_json
 from kuavo_train.runs.run_facts import write_run_facts
-from kuavo_train.stage.remedies import told_in_one_line
+from kuavo_train.stage.remedies import reported_in_one_line
 from kuavo_train.stage.setup import OpenedStage
 from kuavo_train.training.parameter_groups import ParameterGroup, take_fingerprints
 from kuavo_train.training.tracking import NoTracker, Tracker, make_tracker
@@ -34,7 +34,7 @@ def open_folder(opened: OpenedStage) -> None:
         "epochs": config.training.epochs,
         "result": config.validation.result,
     }
-    folder.tell(**stage, total_steps=opened.timetable.steps, status="running", reason=None, **began)
+    folder.write(**stage, total_steps=opened.timetable.steps, status="running", reason=None, **began)
     folder.answer_for(config)
     (folder.path / "checkpoints").mkdir(exist_ok=True)
 
@@ -44,23 +44,23 @@ def true_end(opened: OpenedStage, progress: Progress) -> Iterator[None]:
     """However the stage ends, stage.json says how, and what the user can mend is reported in a line."""
     folder = opened.folder
 
-    def tell(**values: JsonValue) -> None:
+    def write_end(**values: JsonValue) -> None:
         if opened.accelerator.is_main_process:
-            folder.tell_end(steps=progress.step, **values)
+            folder.write_end(steps=progress.step, **values)
 
     try:
-        with told_in_one_line(opened.config):
+        with reported_in_one_line(opened.config):
             yield
     except (Interrupted, KeyboardInterrupt):
-        tell(status="interrupted")
+        write_end(status="interrupted")
         raise
     except RunError as error:
-        tell(status="failed", reason=str(error))
+        write_end(status="failed", reason=str(error))
         last = folder.checkpoints.latest()
         kept = f"the last good checkpoint is {last.folder}" if last else "no checkpoint was written yet"
         raise type(error)(f"{error}; {kept}") from error
     except BaseException as error:
-        tell(status="failed", reason=f"{type(error).__name__}: {error}")
+        write_end(status="failed", reason=f"{type(error).__name__}: {error}")
         raise
 
 

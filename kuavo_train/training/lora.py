@@ -83,8 +83,8 @@ def restore_adapted(policy: nn.Module, state: Mapping[str, Mapping[str, Tensor]]
     then, now = ({name: _shapes(of) for name, of in each.items()} for each in (state, adapted_state(policy)))
     if then != now:
         raise ConfigError(
-            f"training.lora must be as when the stage began, with {_told(then)}, got {_told(now)}; set it back, or "
-            "begin the stage anew"
+            f"training.lora must be as when the stage began, with {_described(then)}, got {_described(now)}; set it "
+            "back, or begin the stage anew"
         )
     for name, layer in layers.items():
         layer.load_state_dict(state[name])
@@ -98,6 +98,6 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _told(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
+def _described(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
     ranks = {shape[0] for layer in shapes.values() for name, shape in layer.items() if name.startswith("lora_A.")}
     return f"{len(shapes)} adapted layers" + "".join(f" of rank {rank}" for rank in sorted(ranks))

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from lerobot_policy_smolvla_memory.looks import Looks
+from lerobot_policy_smolvla_memory.query_schedule import QuerySchedule
 
 PLAN = 50  # steps
 
 
 def advances(every: int, executed: list[int]) -> list[bool]:
     """Whether the memory advances at the first query and after each of these numbers of steps carried out."""
-    looks, generator, advanced, left = Looks(every), torch.Generator().manual_seed(0), [], None
+    schedule, generator, advanced, left = QuerySchedule(every), torch.Generator().manual_seed(0), [], None
     for steps in (0, *executed):
-        advanced.append(looks.advances(left if left is None else left[:, steps:][0]))
+        advanced.append(schedule.advances(left if left is None else left[:, steps:][0]))
         left = torch.randn(1, PLAN, 20, generator=generator)
-        looks.plan(left)
+        schedule.plan(left)
     return advanced
 
 
@@ -33,9 +33,9 @@ def test_it_advances_once_for_every_n_action_steps_carried_out(executed: list[in
 
 
 def test_it_advances_where_nothing_shows_how_much_was_carried_out() -> None:
-    looks = Looks(8)
-    assert looks.advances(None)
-    looks.plan(torch.ones(1, PLAN, 20))
-    assert looks.advances(None)
-    assert looks.advances(torch.zeros(10, 20))  # what LeRobot gives when the plan was used up
-    assert looks.advances(torch.zeros(10, 16))
+    schedule = QuerySchedule(8)
+    assert schedule.advances(None)
+    schedule.plan(torch.ones(1, PLAN, 20))
+    assert schedule.advances(None)
+    assert schedule.advances(torch.zeros(10, 20))  # what LeRobot gives when the plan was used up
+    assert schedule.advances(torch.zeros(10, 16))

@@ -8,7 +8,7 @@ were carried out.
 from torch import Tensor
 
 
-class Looks:
+class QuerySchedule:
     """Decides for each query whether the memory advances with it.
 
     It does with the first of an episode, and with the first after every `n_action_steps` carried out. Between them the
