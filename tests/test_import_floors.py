@@ -107,26 +107,36 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"lerobot.robot", "sheet"},
     {"lerobot", "record"},
 ]
+POLICY = [
+    {"configuration_smolvla_memory", "precision", "prefix", "query_schedule", "vlm_description"},
+    {"memory", "pretrained_weights", "processor_smolvla_memory"},
+    {"backbone", "lerobot_forward", "tiny_vlm"},
+    {"flow_model"},
+    {"modeling_smolvla_memory"},
+    {"lerobot_policy_smolvla_memory"},  # which registers them
+]
 
 
-def test_the_simulation_has_no_circle() -> None:
-    storeys = {name: number for number, storey in enumerate(SIMULATION) for name in storey}
-    modules = {_module(file): file for file in (REPOSITORY / "kuavo_sim").rglob("*.py")}
-    assert modules.keys() == storeys.keys()
+@pytest.mark.parametrize(("package", "storeys"), [("kuavo_sim", SIMULATION), ("lerobot_policy_smolvla_memory", POLICY)])
+def test_a_package_beside_has_no_circle(package: str, storeys: list[set[str]]) -> None:
+    height = {name: number for number, storey in enumerate(storeys) for name in storey}
+    modules = {_within(package, file): file for file in (REPOSITORY / package).rglob("*.py")}
+    assert modules.keys() == height.keys()
     for module, file in modules.items():
         for name in imported(file):
-            below = _of_simulation(name, storeys)
-            assert storeys[below] < storeys[module], f"{module} must not import {below}"
+            below = _module_of_package(package, name, modules)
+            assert height[below] < height[module], f"{module} must not import {below}"
 
 
-def _module(file: Path) -> str:
-    parts = file.relative_to(REPOSITORY / "kuavo_sim").with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__") or "kuavo_sim"
+def _within(package: str, file: Path) -> str:
+    """The dotted name of a module inside its package; of the package itself its own."""
+    parts = file.relative_to(REPOSITORY / package).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or package
 
 
-def _of_simulation(name: str, storeys: Mapping[str, int]) -> str:
-    """The module of kuavo_sim that an imported name is, or is in."""
-    module = name.removeprefix("kuavo_sim.") if name != "kuavo_sim" else name
-    while module not in storeys:
-        module = module.rpartition(".")[0] or "kuavo_sim"
+def _module_of_package(package: str, name: str, modules: Mapping[str, Path]) -> str:
+    """The module of a package that an imported name is, or is in."""
+    module = name.removeprefix(f"{package}.")
+    while module not in modules:
+        module = module.rpartition(".")[0] or package
     return module

@@ -1,0 +1,175 @@
+"""The network: SmolVLA's flow matching with a recurrent memory in its prefix.
+
+One policy query goes through three passes, in training and on the robot alike:
+
+    prefix    images, language and state through the vision-language model
+    memory    the memory tokens through the same layers; their output is the next memory
+    actions   the action expert, attending to the keys and values of both
+
+In the end layout the first pass does not depend on memory. The prefixes of all K queries of a clip are then
+encoded as one batch, only the M memory tokens recur, and the expert again takes all queries at once. In the
+start and both layouts images and language see the memory, so that the first two passes are one and recur.
+How the passes are computed is backbone.py's, or lerobot_forward.py's with `fast_forward: false`. Letters as in
+prefix.py.
+"""
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+from torch import Tensor
+
+from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
+from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMemoryConfig
+from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
+from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
+from lerobot_policy_smolvla_memory.precision import in_own_dtype
+from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
+from lerobot_policy_smolvla_memory.pretrained_weights import (
+    check_vlm_weights,
+    no_progress_bar,
+    take_rounded_weights_again,
+)
+
+EncodedPrefix = ExpertPrefix | CachedPrefix
+"""What the action expert attends to: of the fast forward, or of LeRobot's."""
+
+
+class MemoryFlowMatching(VLAFlowMatching):
+    """LeRobot's SmolVLA network with memory tokens in the prefix. With 0 tokens it has none of them."""
+
+    def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: Any = None):
+        compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
+        with no_progress_bar(), redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
+            if config.load_vlm_weights:
+                check_vlm_weights(config.vlm_model_name)
+            super().__init__(config, rtc_processor=rtc_processor)
+            if config.load_vlm_weights:
+                take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
+        config.compile_model = compile_expert
+        vlm = self.vlm_with_expert.get_vlm_model()
+        vlm.connector.register_forward_pre_hook(in_own_dtype)  # it may learn where the vision encoder does not
+        layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
+        self.backbone: Any = (
+            FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)
+            if config.fast_forward
+            else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
+        )
+        self.memory: RecurrentMemory | None = None
+        if config.num_mem_tokens == 0:
+            return
+        text_config = self.vlm_with_expert.config.text_config
+        self.memory = RecurrentMemory(
+            config.num_mem_tokens,
+            text_config.hidden_size,
+            init=config.mem_init,
+            update=config.mem_update,
+            cache_size=config.mem_cache_size if config.read_mem_from_cache else 0,
+            context_heads=self.vlm_with_expert.config.text_config.num_attention_heads
+            if config.mem_reads_context
+            else 0,
+            predicts=(config.chunk_size, config.action_feature.shape[0]) if config.mem_action_loss else None,
+            embedding=self.end_of_utterance_embedding(),
+        )
+        if not config.train_expert_only:
+            self._train_last_layers()
+
+    def end_of_utterance_embedding(self) -> Tensor:
+        """[H], where memory tokens begin with mem_init "embedding"."""
+        token = self.vlm_with_expert.processor.tokenizer.end_of_utterance_token_id
+        return self.vlm_with_expert.get_vlm_model().get_input_embeddings().weight[token].detach()
+
+    def _train_last_layers(self) -> None:
+        """LeRobot freezes the last layers and the final norm as unused; the memory's output uses them."""
+        text_model = self.vlm_with_expert.get_vlm_model().text_model
+        for module in (text_model.norm, *text_model.layers[-2:]):
+            module.requires_grad_(True)
+
+    def embed(
+        self,
+        images: Sequence[Tensor],
+        image_masks: Sequence[Tensor],
+        language: Tensor,
+        language_mask: Tensor,
+        state: Tensor,
+    ) -> Prefix:
+        """Images, language and state as embeddings.
+
+        Args:
+            images: per camera [B, 3, height, width] in [-1, 1], or [B, N, H] from `embed_image` before.
+            image_masks: per camera [B] bool; false where the camera is not there.
+            language: [B, N] token ids; language_mask: [B, N] bool.
+            state: [B, max_state_dim].
+        """
+        model = self.vlm_with_expert
+        scale = model.config.text_config.hidden_size**0.5
+        rows = len(state)
+        tokens, valid = [], []
+
+        def add(embeddings: Tensor, mask: Tensor) -> None:
+            tokens.append(embeddings.expand(rows, -1, -1))
+            valid.append(mask.expand(rows, embeddings.shape[1]))
+
+        for image, mask in zip(images, image_masks, strict=True):
+            embedded = image if image.dim() == 3 else model.embed_image(image)
+            if self.add_image_special_tokens:
+                begin, end = (
+                    model.embed_language_tokens(special.to(state.device))[None]
+                    for special in (self.global_image_start_token, self.image_end_token)
+                )
+                always = mask.new_ones(1, 1)
+                add(begin, always)
+                add(embedded * scale, mask[:, None])
+                add(end, always)
+            else:
+                add(embedded * scale, mask[:, None])
+        add(model.embed_language_tokens(language) * scale, language_mask)
+        context = torch.cat([each.to(tokens[-1].dtype) for each in tokens], dim=1)
+        return Prefix(context, torch.cat(valid, dim=1).bool(), self.state_proj(state)[:, None])
+
+    def encode(
+        self,
+        prefix: Prefix,
+        memory: MemoryState | None = None,
+        *,
+        queries: int = 1,
+        reset: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> tuple[EncodedPrefix, MemoryState | None, Tensor | None]:
+        """The vision-language model over the prefixes of K consecutive queries, memory handed on in between.
+
+        Args:
+            prefix: B = clips × K rows, clip-major.
+            memory: of the clips, before their first query; None begins with the initial one.
+            queries: K.
+            reset: [B] bool, rows before whose query the memory starts anew.
+            skip: [B] bool, rows after whose query the memory is as it was before.
+
+        Returns:
+            What the expert attends to for every row, the clips' memory after the last query, and the memory tokens
+            after every row's query [B, M, H]. All carry gradients, through all K queries.
+        """
+        encoding = self.backbone.begin(prefix, queries, self.memory)
+        if self.memory is None:
+            return encoding.finish(), None, None
+        if memory is None:
+            memory = self.memory.initial(len(prefix.valid) // queries)
+        context = self.memory.context(prefix.context, prefix.valid)
+        tokens = []
+        for query in range(queries):
+            rows = slice(query, None, queries)
+            if reset is not None:
+                memory = self.memory.reset(memory, reset[rows])
+            output = encoding.query(query, self.memory.read(memory))
+            written = self.memory.write(memory, output, context and context.query(query, queries))
+            memory = written if skip is None else written.where(skip[rows], memory)
+            tokens.append(memory.tokens)
+        return encoding.finish(), memory, lane_major(tokens)
+
+    def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
+        """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A]."""
+        embeddings, *_ = self.embed_suffix(x_t, time)
+        return self.action_out_proj(self.backbone.attend_prefix(prefix, embeddings).float())
