@@ -55,6 +55,24 @@ def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> N
     assert all(10 < count <= findings.facts["token_limit"] for count in tokens)
 
 
+def test_a_clip_stands_beside_the_episodes_in_seconds(small_run: Overrides) -> None:
+    """The small episodes last 1.4 s at 10 Hz, and a query is made every 4 frames."""
+    short = examine(small_run("policy.mem_backprop_depth=2", "policy.n_action_steps=4"))
+    said = "  clip     K = 2 queries × 4 steps / 10 Hz = 0.8 s; episodes last 1.4 – 1.4 s (median 1.4)"
+    assert f"{said}; cues further back are carried without gradient" in describe(short).splitlines()
+    assert short.facts["clip"] == {"queries": 2, "steps": 4}
+    assert [task["episode_seconds"] for task in short.facts["tasks"]] == [(1.4, 1.4, 1.4)] * 4
+    whole = examine(small_run("policy.mem_backprop_depth=4", "policy.n_action_steps=4"))
+    assert said.replace("K = 2", "K = 4").replace("= 0.8", "= 1.6") in describe(whole).splitlines()
+
+
+def test_where_no_memory_is_trained_through_time_there_is_no_clip(small_run: Overrides) -> None:
+    findings = examine(small_run("policy.mem_backprop_depth=0"))
+    assert findings.problems == []
+    assert "clip" not in findings.facts
+    assert not [line for line in describe(findings).splitlines() if line.startswith("  clip")]
+
+
 def test_training_and_preflight_find_the_same(small_run: Overrides) -> None:
     overrides = small_run("run=wrong", "policy.max_state_dim=4", "tracking=online", "training.freeze_first_stage=[arm]")
     configs, problems = compose_run(overrides), examine(overrides).problems

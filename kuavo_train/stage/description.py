@@ -2,9 +2,10 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from kuavo_train.data.images.plan import size_text
-from kuavo_train.stage.facts import TaskFacts
+from kuavo_train.stage.facts import ClipFacts, TaskFacts
 from kuavo_train.stage.findings import CHECKPOINTS_AT_ONCE, Findings
 from kuavo_train.training.parameter_groups import GroupCounts
 
@@ -24,6 +25,8 @@ def describe(findings: Findings) -> str:
         parts.append(_room_text(facts["memory_bytes"], facts["disk_bytes"]))
     if "images" in facts:
         parts.append(facts["images"])
+    if "clip" in facts:
+        parts += _groups_of_tasks("clip", facts["tasks"], partial(_clip_text, facts["clip"]))
     if "training" in facts:
         parts.append(
             "  {steps:,} steps of {samples_per_step} samples, {epochs} epochs of {of}, learning rate {lr:g}".format(
@@ -109,6 +112,18 @@ def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     each = ", ".join(f"{name} {before} → {now}" for name, (before, now) in sorted(widened.items()))
     return [f"  widened: {each} dimensions; the old ones as they were stored, the new ones begin at 0"]
+
+
+def _clip_text(clip: ClipFacts, task: TaskFacts) -> str:
+    """How long a clip lasts beside the task's episodes, and what follows for cues that lie further back."""
+    queries, steps, fps = clip["queries"], clip["steps"], task["fps"]
+    seconds = queries * steps / fps
+    shortest, median, longest = task["episode_seconds"]
+    further = "; cues further back are carried without gradient" if seconds < median else ""
+    return (
+        f"K = {queries} queries × {steps} steps / {fps:g} Hz = {seconds:.1f} s; episodes last {shortest:.1f} – "
+        f"{longest:.1f} s (median {median:.1f}){further}"
+    )
 
 
 def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:

@@ -15,8 +15,9 @@ class CameraFacts(TypedDict):
 class TaskFacts(TypedDict):
     """Of a task that could be opened.
 
-    `frames` and `hours` are of its training episodes. `share` is its part of the stage's samples, `tokens` are those of
-    its longest instruction; both are None until they are known. `state` and `action` are joint group → dimensions.
+    `frames`, `hours` and `episode_seconds` (shortest, median, longest) are of its training episodes. `share` is its
+    part of the stage's samples, `tokens` are those of its longest instruction; both are None until they are known.
+    `state` and `action` are joint group → dimensions.
     """
 
     name: str
@@ -26,6 +27,7 @@ class TaskFacts(TypedDict):
     held_out_episodes: int
     frames: int
     hours: float
+    episode_seconds: tuple[float, float, float]
     fps: float
     share: float | None
     cameras: dict[str, CameraFacts]
@@ -33,6 +35,13 @@ class TaskFacts(TypedDict):
     action: dict[str, int]
     unused: list[str]
     tokens: int | None
+
+
+class ClipFacts(TypedDict):
+    """What gradients flow through: K `queries` of an episode, one every `steps` frames."""
+
+    queries: int
+    steps: int
 
 
 class TrainingFacts(TypedDict):
@@ -46,7 +55,10 @@ class TrainingFacts(TypedDict):
 
 
 class Facts(TypedDict, total=False):
-    """As far as they could be found out. `widened`: layer → its dimensions before and now."""
+    """As far as they could be found out.
+
+    `widened`: layer → its dimensions before and now. `clip` is there where a memory is trained through time.
+    """
 
     tasks: list[TaskFacts]
     token_limit: int | None
@@ -55,4 +67,5 @@ class Facts(TypedDict, total=False):
     memory_bytes: dict[str, int]
     disk_bytes: dict[str, int]
     images: str
+    clip: ClipFacts
     training: TrainingFacts

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from transformers import AutoTokenizer
 
 from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.images.plan import Images
 from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.recording import recorded_fps
+from kuavo_train.data.sampler import Order
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, Problems
 from kuavo_train.stage.checks import (
@@ -169,6 +172,11 @@ class Findings:
             "lr": training.lr,
         }
 
+    def look_at_clips(self, order: Order) -> None:
+        """How far back gradients reach, where a memory is trained through time."""
+        if isinstance(order, ClipOrder):
+            self.facts["clip"] = {"queries": order.clip, "steps": order.stride}
+
     def for_machines(self) -> str:
         """JSON of facts, notes and problems."""
         return json.dumps({**self.facts, "notes": self.notes, "problems": self.problems}, indent=1, ensure_ascii=False)
@@ -184,7 +192,8 @@ def token_counts(policy_config: PreTrainedConfig, instructions: Sequence[str]) -
 
 
 def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> TaskFacts:
-    frames = len(task.train_rows)
+    frames, fps = len(task.train_rows), task.recording.fps
+    seconds = np.diff(task.bounds[list(task.train_episodes)], axis=1) / fps
     return {
         "name": task.name,
         "instruction": task.instruction,
@@ -192,8 +201,9 @@ def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> Task
         "train_episodes": len(task.train_episodes),
         "held_out_episodes": len(task.held_out_episodes),
         "frames": frames,
-        "hours": frames / task.recording.fps / 3600,
-        "fps": task.recording.fps,
+        "hours": frames / fps / 3600,
+        "episode_seconds": (float(seconds.min()), float(np.median(seconds)), float(seconds.max())),
+        "fps": fps,
         "share": None,
         "cameras": {
             camera: {"in_dataset": name, "size": list(image_shapes[camera][1:]) if camera in image_shapes else None}

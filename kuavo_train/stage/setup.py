@@ -258,6 +258,7 @@ class Opening:
         read = _episodes_read(config, self.curriculum, data.tasks, order)
         images = plan_images(config.data, data.frames, read, encoder)
         findings.look_at_plan(config, order.shares, timetable.steps, images)
+        findings.look_at_clips(order)
         findings.problems += _room_problems(config, data, built, images)
         environments = findings.attempt(_environments, config, self.curriculum, data, findings)
         augment = findings.attempt(_augmentation, config, accelerator.process_index)
