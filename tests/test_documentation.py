@@ -111,15 +111,35 @@ def test_one_command_makes_every_picture_and_a_page_shows_each() -> None:
     assert [name for name in pictures if f"pictures/{name})" not in text] == []
 
 
-def test_the_architecture_shows_the_layout_that_is_there() -> None:
+def test_the_architecture_draws_the_folders_that_are_there() -> None:
+    committed = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True, start_new_session=True).split()
+    folders = {name.partition("/")[0] for name in committed if "/" in name and not name.startswith(".")}
+    package = REPOSITORY / "kuavo_train"
+    rooms, beside = drawn_layout()
+    assert {room for room in rooms if room.endswith("/")} == {f"{init.parent.name}/" for init in package.glob("*/*.py")}
+    assert {name for name in beside if name.endswith("/")} == {f"{folder}/" for folder in folders - {"kuavo_train"}}
+    commands = sorted(name for room, names in rooms.items() if not room.endswith("/") for name in names)
+    assert commands == sorted(module.name for module in package.glob("*.py") if module.name != "__init__.py")
+    for table, parent in ((rooms, package), (beside, REPOSITORY)):
+        for place, names in table.items():
+            folder = parent / place if place.endswith("/") else parent
+            assert folder.is_dir(), place
+            assert [name for name in names if not (folder / name).exists() and not (parent / name).exists()] == [], (
+                place
+            )
+
+
+def drawn_layout() -> list[dict[str, list[str]]]:
+    """Of each of the architecture's two tables: what stands in a row's first cell → files and folders that it names."""
     page = (DOCS / "explanation" / "architecture.md").read_text()
-    layout = page.split("## The layout")[1].split("Imports go downward")[0]
-    for name in re.findall(r"\b\w+\.py\b", layout):
-        assert (REPOSITORY / name).is_file() or list((REPOSITORY / "kuavo_train").rglob(name)), name
-    for module in (REPOSITORY / "kuavo_train").glob("*.py"):
-        assert module.name == "__init__.py" or module.name in layout, module.name
-    for package in (REPOSITORY / "kuavo_train").glob("*/__init__.py"):
-        assert f"\n| `{package.parent.name}/` |" in layout, package.parent.name
+    tables = []
+    for table in re.findall(r"^\|-.*\n((?:\|.*\n)+)", page.split("## The layout")[1].split("\n## ")[0], re.MULTILINE):
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+        tables.append({row[0].strip("`"): re.findall(r"`([\w/]+(?:/|\.\w+))`", " ".join(row[1:])) for row in cells})
+    return tables
+
+
+def test_a_check_of_every_change_can_be_run() -> None:
     assert os.access(REPOSITORY / ".ci" / "run", os.X_OK)
 
 

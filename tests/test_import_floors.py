@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
 
 def test_no_room_is_missing_in_the_table_of_floors() -> None:
     assert sorted(rooms()) == sorted(name for floor in FLOORS for name in floor)
+
+
+def test_the_architecture_lists_the_floors_in_their_order() -> None:
+    page = (REPOSITORY / "docs" / "explanation" / "architecture.md").read_text()
+    (drawn,) = re.findall(r"Imports go downward only: commands → ([^.]*)\.", page)
+    height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    heights = [height[room] for room in re.split(r"\s*→\s*", drawn)]
+    assert heights == sorted(set(heights), reverse=True)
 
 
 def test_the_packages_beside_know_nothing_of_the_training_nor_of_each_other() -> None:
