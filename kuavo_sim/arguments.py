@@ -4,8 +4,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# Any: every key's value is of a type of its own, that which its reader makes of the text.
+Readers = dict[str, Callable[[str], Any]]
+Arguments = dict[str, Any]
 
-def parse_arguments(words: list[str], types: dict[str, Callable[[str], Any]], usage: str) -> dict[str, Any]:
+
+def parse_arguments(words: list[str], types: Readers, usage: str) -> Arguments:
     """Turn `["task=all", "episodes=40"]` into a dictionary; `types` holds each allowed key and how its value is read.
 
     Prints `usage` and exits for --help; raises ValueError naming key, rule and value otherwise.
@@ -13,7 +17,7 @@ def parse_arguments(words: list[str], types: dict[str, Callable[[str], Any]], us
     if any(word in ("-h", "--help", "help") for word in words):
         print(usage.strip())
         sys.exit(0)
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     for word in words:
         key, separator, value = word.partition("=")
         if not separator or key not in types:

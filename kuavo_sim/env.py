@@ -4,7 +4,7 @@ Observations follow LeRobot's convention for environments:
 `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [16] float32}`.
 """
 
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import gymnasium
 import numpy as np
@@ -16,6 +16,14 @@ from kuavo_sim.tasks import TASKS
 from kuavo_sim.tasks.task import Task
 
 _OVERVIEW_SIZE = 256
+Info = dict[str, Any]
+"""As gymnasium has it, for what an environment says of a step and for the options of a reset; see `KuavoEnv`."""
+
+
+class Observation(TypedDict):
+    pixels: dict[str, np.ndarray]
+    agent_pos: np.ndarray
+    depth: NotRequired[dict[str, np.ndarray]]
 
 
 class KuavoEnv(gymnasium.Env):
@@ -84,7 +92,7 @@ class KuavoEnv(gymnasium.Env):
             observed["depth"] = gymnasium.spaces.Dict(dict.fromkeys(DEPTHS, grey))
         self.observation_space = gymnasium.spaces.Dict(observed)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+    def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[Observation, Info]:
         """Begin an episode; `options={"cue": i}` demands a cue, with everything else as the seed would have it."""
         super().reset(seed=seed)
         options = options or {}
@@ -105,7 +113,7 @@ class KuavoEnv(gymnasium.Env):
         self._renderer = make_renderer(self.renderer, self.task.world.model, self.image_size)
         return self._observation(), self._info()
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, Info]:
         if self._renderer is None:
             raise RuntimeError("call reset() before step()")
         action = np.asarray(action, np.float64)
@@ -139,7 +147,7 @@ class KuavoEnv(gymnasium.Env):
             self._renderer.close()
             self._renderer = None
 
-    def _observation(self) -> dict:
+    def _observation(self) -> Observation:
         assert self._renderer is not None
         world = self.task.world
         agent_pos = np.clip(world.state(), -np.pi, np.pi).astype(np.float32)
@@ -154,7 +162,7 @@ class KuavoEnv(gymnasium.Env):
             "depth": {name: depth_picture(seen[camera][1]) for name, camera in DEPTHS.items()},
         }
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self) -> Info:
         task = self.task
         return {
             "success": task.success,

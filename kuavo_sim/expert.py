@@ -10,13 +10,11 @@ noise. A policy thus sees disturbed states with the right answer to them.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from kuavo_sim.arguments import parse_arguments
+from kuavo_sim.arguments import Arguments, Readers, parse_arguments
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.motions import Script, UnreachableError
 from kuavo_sim.robot import ARM_SLICE, action_limits
@@ -120,9 +118,9 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 
 
 def main(words: list[str]) -> int:
-    types: dict[str, Callable[[str], Any]] = {"task": str, "episodes": int, "action_noise": float, "seed": int}
+    types: Readers = {"task": str, "episodes": int, "action_noise": float, "seed": int}
     try:
-        arguments: dict[str, Any] = {"task": "all", "episodes": 100} | parse_arguments(
+        arguments: Arguments = {"task": "all", "episodes": 100} | parse_arguments(
             words, types, f"{__doc__}\nArguments: {', '.join(f'{key}=…' for key in types)}"
         )
         tasks = list(TASKS) if arguments["task"] == "all" else [arguments["task"]]

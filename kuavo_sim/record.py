@@ -26,18 +26,18 @@ import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import kuavo_sim
-from kuavo_sim.arguments import boolean, parse_arguments
+from kuavo_sim.arguments import Arguments, Readers, boolean, parse_arguments
 from kuavo_sim.children import STOP_SIGNALS, born_deaf, follow_parent
 from kuavo_sim.cpus import usable_cpus
 from kuavo_sim.env import KuavoEnv
@@ -341,7 +341,7 @@ def _image_size(text: str) -> ImageSize:
 
 
 def main(words: list[str]) -> int:
-    types: dict[str, Callable[[str], Any]] = {
+    types: Readers = {
         "task": str,
         "episodes": int,
         "root": Path,
@@ -356,7 +356,7 @@ def main(words: list[str]) -> int:
     for number in STOP_SIGNALS - {signal.SIGINT}:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        arguments: dict[str, Any] = {"task": "all", "episodes": 40, "root": Path("outputs/data")}
+        arguments: Arguments = {"task": "all", "episodes": 40, "root": Path("outputs/data")}
         arguments |= parse_arguments(words, types, f"{__doc__}\nArguments: {', '.join(f'{key}=…' for key in types)}")
         root, workers, task = arguments.pop("root"), arguments.pop("workers", None), arguments.pop("task")
         if workers is not None and workers < 1:

@@ -20,14 +20,19 @@ Then the action expert attends to the keys and values of all of them. What makes
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
-from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
+from lerobot_policy_smolvla_memory.prefix import Prefix, clip_major
+
+if TYPE_CHECKING:
+    from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 ROPE_MAX_WAVELENGTH = 10_000
 UNSEEN = torch.finfo(torch.float32).min  # as LeRobot
@@ -63,7 +68,7 @@ class Encoded:
     @classmethod
     def interleave(cls, queries: "Sequence[Encoded]") -> "Encoded":
         """One per query, of all clips → the rows of all queries, clip-major."""
-        return queries[0] if len(queries) == 1 else cls._map(lane_major, queries)
+        return queries[0] if len(queries) == 1 else cls._map(clip_major, queries)
 
     @staticmethod
     def _map(function: Callable[[Sequence[Tensor]], Tensor], encoded: "Sequence[Encoded]") -> "Encoded":
@@ -124,7 +129,13 @@ class FastForward:
     """
 
     def __init__(
-        self, vlm_with_expert: Any, *, chunk_size: int, mem_at_start: bool, mem_at_end: bool, compile_expert: bool
+        self,
+        vlm_with_expert: "SmolVLMWithExpertModel",
+        *,
+        chunk_size: int,
+        mem_at_start: bool,
+        mem_at_end: bool,
+        compile_expert: bool,
     ):
         self.model = vlm_with_expert
         self.chunk_size, self.mem_at_start, self.mem_at_end = chunk_size, mem_at_start, mem_at_end
@@ -249,7 +260,7 @@ class FastForward:
             hidden = _finish_layer(layer, hidden, attended)
         return _rms_norm(self.model.lm_expert.norm, hidden)
 
-    def _expert_layers(self) -> Iterator[tuple[int, Any, bool]]:
+    def _expert_layers(self) -> Iterator[tuple[int, "LlamaDecoderLayer", bool]]:
         """(index of the VLM's layer it reads, expert layer, whether it attends across to the prefix alone)."""
         model = self.model
         every = max(model.num_vlm_layers // model.num_expert_layers, 1)
@@ -356,13 +367,13 @@ class _Rotation(torch.autograd.Function):
     """One node of the graph instead of seven: the gradient of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _turn(heads, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[misc] # torch's stub knows of one tensor only
         return _turn(gradient, cos, -sin), None, None
 
 
@@ -375,19 +386,19 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(heads.dtype)
 
 
-def _heads(layer: Any, projection: str, hidden: Tensor) -> Tensor:
+def _heads(layer: "LlamaDecoderLayer", projection: str, hidden: Tensor) -> Tensor:
     """[B, N, H] projected and split: [B, N, heads, D]."""
     linear = getattr(layer.self_attn, projection)
     return linear(hidden.to(linear.weight.dtype)).unflatten(-1, (-1, layer.self_attn.head_dim))
 
 
-def _finish_layer(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+def _finish_layer(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:
     """What follows attention: output projection and feed-forward, each added to the residual stream."""
     hidden = hidden + layer.self_attn.o_proj(attended.to(layer.self_attn.o_proj.weight.dtype))
     return hidden + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden))
 
 
-def _rms_norm(norm: Any, hidden: Tensor) -> Tensor:
+def _rms_norm(norm: "LlamaRMSNorm", hidden: Tensor) -> Tensor:
     """transformers' RMSNorm in one operation."""
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.variance_epsilon)
 

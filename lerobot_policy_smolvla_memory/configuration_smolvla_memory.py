@@ -114,7 +114,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             )
 
     @classmethod
-    def from_smolvla(cls, config: SmolVLAConfig, **changes: Any) -> Self:
+    def from_smolvla(cls, config: SmolVLAConfig, **changes: Any) -> Self:  # Any: of each field its own type
         """The same SmolVLA with memory: all of `config`, and `changes` on top."""
         taken = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
         return cls(**{**taken, **changes})

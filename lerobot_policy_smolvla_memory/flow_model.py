@@ -14,11 +14,12 @@ prefix.py.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMe
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.precision import in_own_dtype
-from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
+from lerobot_policy_smolvla_memory.prefix import Prefix, clip_major
 from lerobot_policy_smolvla_memory.pretrained_weights import (
     check_vlm_weights,
     no_progress_bar,
@@ -38,10 +39,26 @@ EncodedPrefix = ExpertPrefix | CachedPrefix
 """What the action expert attends to: of the fast forward, or of LeRobot's."""
 
 
+class Encoding[P](Protocol):
+    """The prefixes of K consecutive queries, while memory passes from one to the next."""
+
+    def query(self, number: int, tokens: Tensor) -> Tensor: ...
+    def finish(self) -> P: ...
+
+
+class Backbone[P](Protocol):
+    """How the passes are computed: `FastForward`, or `LeRobotForward`. Each has prefixes of its own kind."""
+
+    def begin(self, prefix: Prefix, queries: int, memory: RecurrentMemory | None = None) -> Encoding[P]: ...
+
+    @property
+    def attend_prefix(self) -> Callable[[P, Tensor], Tensor]: ...
+
+
 class MemoryFlowMatching(VLAFlowMatching):
     """LeRobot's SmolVLA network with memory tokens in the prefix. With 0 tokens it has none of them."""
 
-    def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: Any = None):
+    def __init__(self, config: SmolVLAMemoryConfig, rtc_processor: RTCProcessor | None = None):
         compile_expert, config.compile_model = config.compile_model, False  # LeRobot would compile its own forward
         with no_progress_bar(), redirect_stdout(io.StringIO()):  # it prints how many layers it keeps
             if config.load_vlm_weights:
@@ -53,7 +70,8 @@ class MemoryFlowMatching(VLAFlowMatching):
         vlm = self.vlm_with_expert.get_vlm_model()
         vlm.connector.register_forward_pre_hook(in_own_dtype)  # it may learn where the vision encoder does not
         layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
-        self.backbone: Any = (
+        # Any: it takes the prefixes that it has encoded itself, and no others.
+        self.backbone: Backbone[Any] = (
             FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)
             if config.fast_forward
             else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
@@ -167,7 +185,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             written = self.memory.write(memory, output, context and context.query(query, queries))
             memory = written if skip is None else written.where(skip[rows], memory)
             tokens.append(memory.tokens)
-        return encoding.finish(), memory, lane_major(tokens)
+        return encoding.finish(), memory, clip_major(tokens)
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
         """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A]."""

@@ -4,20 +4,21 @@ Every query is one pass over the whole prefix, memory included, with LeRobot's m
 `fast_forward: false` switches to it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.smolvla.modeling_smolvla import pad_tensor
+from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from torch import Tensor
 from transformers import DynamicCache
 
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
-from lerobot_policy_smolvla_memory.prefix import Prefix, lane_major
+from lerobot_policy_smolvla_memory.prefix import Prefix, clip_major
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,12 @@ class CachedPrefix:
     @classmethod
     def interleave(cls, queries: "Sequence[CachedPrefix]") -> "CachedPrefix":
         """One per query, of all clips → the rows of all queries, clip-major."""
-        return cls._rebuilt(queries, lane_major)
+        return cls._rebuilt(queries, clip_major)
 
     @classmethod
-    def _rebuilt(cls, prefixes: "Sequence[CachedPrefix]", function: Any) -> "CachedPrefix":
+    def _rebuilt(
+        cls, prefixes: "Sequence[CachedPrefix]", function: Callable[[Sequence[Tensor]], Tensor]
+    ) -> "CachedPrefix":
         cache = DynamicCache()
         for index, layers in enumerate(zip(*(prefix.cache.layers for prefix in prefixes), strict=True)):
             cache.update(
@@ -140,7 +143,7 @@ class CachedPrefix:
 
 
 @contextmanager
-def biased_attention(model: Any, bias: Tensor) -> Iterator[None]:
+def biased_attention(model: SmolVLMWithExpertModel, bias: Tensor) -> Iterator[None]:
     """Let LeRobot's attention add `bias` [B, L] to the scores of the first L keys, whoever looks at them.
 
     LeRobot's attention knows masks only. So the bias is a further channel of the keys, which every query reads
@@ -180,7 +183,9 @@ class LeRobotForward:
         mem_at_start, mem_at_end: where memory tokens stand in the prefix.
     """
 
-    def __init__(self, vlm_with_expert: Any, *, prefix_length: int, mem_at_start: bool, mem_at_end: bool):
+    def __init__(
+        self, vlm_with_expert: SmolVLMWithExpertModel, *, prefix_length: int, mem_at_start: bool, mem_at_end: bool
+    ):
         self.model = vlm_with_expert
         self.prefix_length, self.mem_at_start, self.mem_at_end = prefix_length, mem_at_start, mem_at_end
 

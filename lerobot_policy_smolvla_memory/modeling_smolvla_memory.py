@@ -6,7 +6,7 @@ How a query is computed is flow_model.py's. Letters as in prefix.py.
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -59,6 +59,22 @@ MEMORY_HEAD = "model.memory.head."
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 
+class StepOutputs(TypedDict):
+    """What `SmolVLAMemoryPolicy.forward` gives beside the loss, detached."""
+
+    loss: Tensor
+    memory: MemoryState | None
+    memory_loss: NotRequired[Tensor]
+
+
+class RealTimeChunking(TypedDict, total=False):
+    """What LeRobot's real-time chunking says of the chunk in execution, under LeRobot's names; times in steps."""
+
+    inference_delay: int | None
+    prev_chunk_left_over: Tensor | None
+    execution_horizon: int | None
+
+
 class SmolVLAMemoryPolicy(SmolVLAPolicy):
     """SmolVLA that remembers. See flow_model.py for how a query is computed.
 
@@ -71,7 +87,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     name = "smolvla_memory"
     config: SmolVLAMemoryConfig
 
-    def __init__(self, config: SmolVLAMemoryConfig, **kwargs: Any):
+    def __init__(self, config: SmolVLAMemoryConfig, **_of_the_dataset: object):
         if not isinstance(config, SmolVLAMemoryConfig):
             config = SmolVLAMemoryConfig.from_smolvla(config)
         # Past SmolVLAPolicy.__init__, which would build LeRobot's network only for us to throw it away.
@@ -95,7 +111,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         *,
         memory: MemoryState | None = None,
         queries: int = 1,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, StepOutputs]:
         """Flow-matching loss of K consecutive queries per clip, with gradients through the memory.
 
         Args:
@@ -138,7 +154,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         prefix = self._prefix(batch)
         encoded, memory, tokens = self._encode(batch, prefix, memory, queries)
         loss = self.flow_loss(encoded, batch, noise, time, reduction)
-        outputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
+        outputs: StepOutputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
         if self.training and tokens is not None and self.config.mem_action_loss:
             memory_loss = self._memory_loss(tokens, prefix, batch, reduction)
             loss = loss + self.config.mem_action_loss * memory_loss
@@ -259,7 +275,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         batch: dict[str, Tensor],
         memory: MemoryState | None = None,
         noise: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[RealTimeChunking],
     ) -> tuple[Tensor, MemoryState | None]:
         """One policy query without any hidden state.
 
@@ -286,7 +302,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         prefix: EncodedPrefix,
         batch: dict[str, Tensor],
         noise: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[RealTimeChunking],
     ) -> Tensor:
         """Actions [B, T, A], normalized, of encoded rows; arguments as in `sample_actions_with`."""
         if noise is None:
@@ -335,7 +351,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             self._memory = self.model.memory.initial(self._memory.batch_size).detach()
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def predict_action_chunk(
+        self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Unpack[RealTimeChunking]
+    ) -> Tensor:
         """One policy query: actions [B, T, A], normalized. The memory advances by one.
 
         With `prev_chunk_left_over`, of LeRobot's real-time chunking, it advances as `QuerySchedule` says.
@@ -349,7 +367,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         return actions
 
     @torch.no_grad()
-    def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def select_action(
+        self, batch: dict[str, Tensor], noise: Tensor | None = None, **_: Unpack[RealTimeChunking]
+    ) -> Tensor:
         """The next action [B, A], normalized, from a query every n_action_steps calls.
 
         Each element keeps its own count, so that elements reset on their own are queried on their own; those
@@ -384,7 +404,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         if memory is None and self.model.memory is not None:
             memory = self.model.memory.initial(size)
         self._check_memory(memory, size, batch[OBS_STATE].device)
-        rows = {key: _take(value, due, size) for key, value in batch.items()}
+        rows = {key: value[due] if _is_batched(value, size) else value for key, value in batch.items()}
         noise = None if noise is None else noise[due]
         actions, advanced = self.sample_actions_with(rows, memory and memory.select(due), noise)
         if memory is not None and advanced is not None:
@@ -468,7 +488,11 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,  # LeRobot's own, and those of the hub's client
     ) -> "SmolVLAMemoryPolicy":
         """As LeRobot's. The vision-language model's description is the checkpoint's own, where it has one.
 
@@ -570,11 +594,8 @@ def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str) -> Tensor:
     return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
 
 
-def _take(value: Any, indices: list[int], batch_size: int) -> Any:
-    """Rows of a batched value; anything else as it is."""
-    if isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size:
-        return value[indices]
-    return value
+def _is_batched(value: object, batch_size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
 
 
 def _group_of(parameter: str) -> str:

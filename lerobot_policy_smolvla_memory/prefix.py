@@ -38,6 +38,6 @@ class Prefix:
         return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
 
 
-def lane_major(queries: Sequence[Tensor]) -> Tensor:
+def clip_major(queries: Sequence[Tensor]) -> Tensor:
     """K tensors [clips, …] → [clips × K, …]."""
     return torch.stack(list(queries), dim=1).flatten(0, 1)

@@ -38,7 +38,7 @@ class TravellingTokenizerStep(TokenizerProcessorStep):
         if self.tokenizer is not None or self.tokenizer_name is not None:
             super().__post_init__()
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Any]:  # JSON
         return {key: value for key, value in super().get_config().items() if key != "tokenizer_name"}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def make_smolvla_memory_pre_post_processors(
     config: SmolVLAMemoryConfig,
     dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> tuple[
-    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],  # LeRobot's batches: tensors, text, indices
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """The two pipelines, under the name by which LeRobot's factory looks for them."""

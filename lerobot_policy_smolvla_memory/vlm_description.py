@@ -8,15 +8,18 @@ checkpoint was written.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME
 
+if TYPE_CHECKING:
+    from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
+
 VLM_FOLDER = "vlm"
 
 
-def save_vlm_description(checkpoint: Path, vlm_with_expert: Any) -> None:
+def save_vlm_description(checkpoint: Path, vlm_with_expert: "SmolVLMWithExpertModel") -> None:
     """Write the description beside the config, and let the config name it in place of a local folder."""
     folder = checkpoint / VLM_FOLDER
     vlm_with_expert.config.save_pretrained(folder)
@@ -28,7 +31,11 @@ def save_vlm_description(checkpoint: Path, vlm_with_expert: Any) -> None:
         file.write_text(json.dumps(config, indent=4))
 
 
-def vlm_described_in(checkpoint: str | Path, vlm_model_name: str, **download: Any) -> str:
+def vlm_described_in(
+    checkpoint: str | Path,
+    vlm_model_name: str,
+    **download: Any,  # each argument has the type that the hub's client gives it
+) -> str:
     """What transformers can open: the checkpoint's own description where it has one, else `vlm_model_name`.
 
     Args:

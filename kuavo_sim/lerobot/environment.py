@@ -82,7 +82,7 @@ class KuavoSimEnvConfig(EnvConfig):
         return ENVIRONMENT_IDS[str(self.task)]
 
     @property
-    def gym_kwargs(self) -> dict[str, Any]:
+    def gym_kwargs(self) -> dict[str, object]:
         known = {key: getattr(self, key) for key in ("image_size", "renderer", "phase_visible")}
         limit = {"max_episode_steps": self.episode_length}
         return {**known, **limit, "render_mode": "rgb_array"}  # rendered for the evaluator's videos
@@ -108,6 +108,7 @@ class MarkAbsentDimensions(ComplementaryDataProcessorStep):
 
     absent: list[bool]
 
+    # Any: as LeRobot has it, with tensors, text and indices in one dictionary.
     def complementary_data(self, complementary_data: dict[str, Any]) -> dict[str, Any]:
         rows = len(complementary_data["task"])
         return {**complementary_data, "action_dim_is_pad": torch.tensor([self.absent] * rows)}

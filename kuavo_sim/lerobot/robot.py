@@ -6,9 +6,10 @@ has taken. When it is over, or the robot is disconnected, the log says what beca
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from lerobot.processor import RobotAction, RobotObservation
 from lerobot.robots import Robot, RobotConfig
 
 from kuavo_sim import EVALUATION_SEED_START
@@ -64,7 +65,7 @@ class KuavoSimRobot(Robot):
         self._env: KuavoEnv | None = None
 
     @property
-    def observation_features(self) -> dict[str, Any]:
+    def observation_features(self) -> dict[str, type | tuple[int, ...]]:
         pictures = dict.fromkeys(CAMERAS, (*height_and_width(self._size), 3))
         return {**{_feature(name): float for name in STATE_NAMES}, **pictures}
 
@@ -89,11 +90,11 @@ class KuavoSimRobot(Robot):
         self._observation, self._info = self._env.reset(seed=config.seed)
         self._over = False
 
-    def get_observation(self) -> dict[str, Any]:
+    def get_observation(self) -> RobotObservation:
         positions = zip(STATE_NAMES, self._observation["agent_pos"], strict=True)
         return {**{_feature(name): float(value) for name, value in positions}, **self._observation["pixels"]}
 
-    def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
+    def send_action(self, action: RobotAction) -> RobotAction:
         """A step towards the targets; a base without a target stays, and so does a robot's that has none."""
         assert self._env is not None, "connect() comes first"
         names = STATE_NAMES + (BASE_NAMES if self._env.task.mobile else ())
