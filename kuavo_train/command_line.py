@@ -280,7 +280,8 @@ def _hydra_raises() -> Iterator[None]:
 def errors_in_one_line(function: Callable[[], int]) -> int:
     """The exit status of `function`; an error that the user can correct is one line instead of a traceback."""
     try:
-        return function()
+        with own_modules():
+            return function()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -290,6 +291,21 @@ def errors_in_one_line(function: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def own_modules() -> Iterator[None]:
+    """Let modules of the user's own be found in the current folder, for a strategy or an environment.
+
+    `python -m` looks there by itself, an installed command does not. Last, so that no file hides a library.
+    """
+    before, here = sys.path[:], os.getcwd()
+    if here not in before:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def quieten_libraries() -> None:
