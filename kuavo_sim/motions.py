@@ -52,8 +52,8 @@ class InverseKinematics:
         starts = [seed, HOME[side], *(HOME[side] + restarts.normal(0, 0.4, 7) for _ in range(4))]
         for start in starts:
             q = self._descend(side, position, orientation, np.array(start, float))
-            offset, turn = self._error(side, q, position, orientation)
-            if np.linalg.norm(offset) <= _MAX_RESIDUAL and np.linalg.norm(turn) <= _MAX_TILT:
+            distance, turn = self.offset(side, q, position, orientation)
+            if np.linalg.norm(distance) <= _MAX_RESIDUAL and np.linalg.norm(turn) <= _MAX_TILT:
                 return q
         raise UnreachableError(f"the {side} hand cannot reach {np.round(position, 3)} in that orientation")
 
@@ -62,24 +62,24 @@ class InverseKinematics:
         dofs = [int(self._model.joint(name).dofadr[0]) for name in JOINT_NAMES[side]]
         for iteration in range(120):
             polish = iteration >= 100
-            offset, turn = self._error(side, q, position, orientation)
-            if np.linalg.norm(offset) < 3e-4 and (polish or np.linalg.norm(turn) < 5e-3):
+            distance, turn = self.offset(side, q, position, orientation)
+            if np.linalg.norm(distance) < 3e-4 and (polish or np.linalg.norm(turn) < 5e-3):
                 break
             site = self._model.site(f"{side}_tool").id
             mujoco.mj_jacSite(self._model, self._data, self._jacobian[:3], self._jacobian[3:], site)
             weight = 0.0 if polish else 0.3  # m per rad
             jacobian = self._jacobian[:, dofs] * np.repeat([1.0, weight], 3)[:, None]
-            error = np.concatenate([offset, weight * turn])
+            error = np.concatenate([distance, weight * turn])
             inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + 0.02**2 * np.eye(6))
             bias = 0.0 if polish else 0.05
             step = inverse @ error + bias * (np.eye(7) - inverse @ jacobian) @ (HOME[side] - q)
             q = np.clip(q + np.clip(step, -0.3, 0.3), low + 0.02, high - 0.02)
         return q
 
-    def _error(
+    def offset(
         self, side: str, q: np.ndarray, position: np.ndarray, orientation: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is missing to the pose: [3] m and a rotation vector [3] rad."""
+        """What a posture `q` [7] rad lacks to the pose: [3] m and a rotation vector [3] rad."""
         for name, value in zip(JOINT_NAMES[side], q, strict=True):
             self._data.qpos[self._model.joint(name).qposadr[0]] = value
         mujoco.mj_kinematics(self._model, self._data)

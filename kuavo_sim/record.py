@@ -245,7 +245,7 @@ def _demonstrations(settings: RecordSettings, workers: int | None) -> Generator[
 def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Generator[Demonstration]:
     seeds = range(first, first + _SEEDS_PER_RECORDING)
     if workers == 1:
-        yield from (_demonstrate_seed(settings, seed) for seed in seeds)
+        yield from (demonstration_of(settings, seed) for seed in seeds)
         return
     # Workers are spawned, not forked: the parent may have threads (torch, video encoders).
     context = multiprocessing.get_context("spawn")
@@ -255,14 +255,15 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
     try:
         for seed in seeds:
             with born_deaf():  # submitting is what starts them
-                pending.append(pool.submit(_demonstrate_seed, settings, seed))
+                pending.append(pool.submit(demonstration_of, settings, seed))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _demonstrate_seed(settings: RecordSettings, seed: int) -> Demonstration:
+def demonstration_of(settings: RecordSettings, seed: int) -> Demonstration:
+    """The episode that a recording under these settings holds of a seed, if the expert succeeds."""
     task = TASKS[settings.task]
     env = KuavoEnv(
         settings.task,

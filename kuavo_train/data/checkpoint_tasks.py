@@ -1,5 +1,6 @@
 """What a checkpoint knows of its tasks: tasks.json in pretrained_model/, all that a robot needs beside the weights."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,15 @@ class KnownTask:
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """How like an instruction is to one that `task` was trained with, in [0, 1]; 1 is word for word."""
+
+    task: KnownTask
+    instruction: str
+    ratio: float
+
+
+@dataclass(frozen=True)
 class KnownTasks:
     """
     Attributes:
@@ -61,6 +71,19 @@ class KnownTasks:
             absent_state=tuple(normalization.array(OBS_STATE, "mean").tolist()),
             camera_sizes={camera: tasks[0].camera_size(camera) for camera in tasks[0].cameras},
         )
+
+    def closest(self, instruction: str) -> "Likeness":
+        """The task one of whose instructions is most like this one, by their words in order."""
+        words = instruction.lower().split()
+        sentences = [(task, text) for task in self.tasks for text in task.instructions]
+        exact = next((task for task, text in sentences if text == instruction), None)
+        if exact is not None:
+            return Likeness(exact, instruction, 1.0)
+        compared = (
+            Likeness(task, text, difflib.SequenceMatcher(None, words, text.lower().split()).ratio())
+            for task, text in sentences
+        )
+        return max(compared, key=lambda each: each.ratio)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 Value = Any
-"""A number, or an array of one for each resample: numpy computes with both alike, and metrics are of the same kind."""
+"""A number, or an array of one for each resample: numpy computes with both alike, and metrics are of the same kind.
+`Any`: who lays numbers out gets numbers, who lays arrays out gets arrays, and a union would say neither."""
 
 
 class MissingCellError(ValueError):
@@ -56,7 +57,7 @@ class PerformanceMatrix:
     tasks: tuple[str, ...]
     learnt_in: tuple[int, ...]
     stages: tuple[int, ...]
-    values: tuple[tuple[float | None, ...], ...]
+    values: tuple[tuple[Value | None, ...], ...]
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -83,7 +84,7 @@ class PerformanceMatrix:
     def from_cells(
         cls,
         measure: str,
-        cells: Mapping[tuple[int, str], float],
+        cells: Mapping[tuple[int, str], Value],
         *,
         learnt_in: Mapping[str, int],
         stages: Sequence[int],
@@ -111,7 +112,7 @@ class PerformanceMatrix:
         """The stage that learns `task`."""
         return self.learnt_in[self.tasks.index(task)]
 
-    def value(self, stage: int, task: str) -> float:
+    def value(self, stage: int, task: str) -> Value:
         """What was measured, with its own sign. Raises MissingCellError where nothing was."""
         value = self.values[self.stages.index(stage)][self.tasks.index(task)]
         if value is None:
@@ -119,29 +120,29 @@ class PerformanceMatrix:
             raise MissingCellError(f"{self.measure} of task {task} {when} is needed but was not measured")
         return value
 
-    def score(self, stage: int, task: str) -> float:
+    def score(self, stage: int, task: str) -> Value:
         """`R[stage][task]`, higher is better."""
         value = self.value(stage, task)
         return value if self.higher_is_better else -value
 
 
-def average_score(matrix: PerformanceMatrix) -> float | None:
+def average_score(matrix: PerformanceMatrix) -> Value | None:
     """Mean score over the learnt tasks after the last stage."""
     return _mean([matrix.score(matrix.last_stage, task) for task in matrix.learnt_tasks])
 
 
-def plasticity(matrix: PerformanceMatrix) -> float | None:
+def plasticity(matrix: PerformanceMatrix) -> Value | None:
     """Mean score of the learnt tasks right after the stage that learnt each; the counterpart of backward transfer."""
     return _mean([matrix.score(matrix.stage_of(task), task) for task in matrix.learnt_tasks])
 
 
-def backward_transfer(matrix: PerformanceMatrix) -> float | None:
+def backward_transfer(matrix: PerformanceMatrix) -> Value | None:
     """Mean change of the earlier tasks since they were learnt; negative when they got worse."""
     last = matrix.last_stage
     return _mean([matrix.score(last, t) - matrix.score(matrix.stage_of(t), t) for t in matrix.earlier_tasks])
 
 
-def forgetting(matrix: PerformanceMatrix) -> dict[str, float]:
+def forgetting(matrix: PerformanceMatrix) -> dict[str, Value]:
     """F_j of each earlier task: its best score since it was learnt, less its score now; positive = worse."""
     return {
         task: _best(matrix.score(stage, task) for stage in matrix.stages[:-1] if stage >= matrix.stage_of(task))
@@ -150,12 +151,12 @@ def forgetting(matrix: PerformanceMatrix) -> dict[str, float]:
     }
 
 
-def mean_forgetting(matrix: PerformanceMatrix) -> float | None:
+def mean_forgetting(matrix: PerformanceMatrix) -> Value | None:
     """Mean of F_j over the earlier tasks."""
     return _mean(list(forgetting(matrix).values()))
 
 
-def forward_transfer(matrix: PerformanceMatrix) -> float | None:
+def forward_transfer(matrix: PerformanceMatrix) -> Value | None:
     """Mean gain on tasks *before* they are learnt, over the policy before training; needs row 0."""
     gains = []
     for task in matrix.learnt_tasks:
@@ -165,7 +166,7 @@ def forward_transfer(matrix: PerformanceMatrix) -> float | None:
     return _mean(gains)
 
 
-def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict[str, float]:
+def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, Value]) -> dict[str, Value]:
     """I_j: what joint training reaches on a task, less what learning it in turn reached; positive = worse.
 
     Args:
@@ -182,7 +183,7 @@ def intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> dict
     return {t: sign * joint[t] - matrix.score(matrix.stage_of(t), t) for t in matrix.learnt_tasks}
 
 
-def mean_intransigence(matrix: PerformanceMatrix, joint: Mapping[str, float]) -> float | None:
+def mean_intransigence(matrix: PerformanceMatrix, joint: Mapping[str, Value]) -> Value | None:
     """Mean of I_j over the learnt tasks."""
     return _mean(list(intransigence(matrix, joint).values()))
 
@@ -238,7 +239,7 @@ def libero_auc(matrix: PerformanceMatrix, fwt: Mapping[str, float]) -> dict[str,
     return result
 
 
-METRICS: dict[str, tuple[str, Callable[[PerformanceMatrix], float | None]]] = {
+METRICS: dict[str, tuple[str, Callable[[PerformanceMatrix], Value | None]]] = {
     "average": ("mean over tasks of R[T][j]", average_score),
     "backward transfer": (
         "mean over earlier tasks of R[T][j] − R[when learnt][j]; negative = lost",
@@ -263,9 +264,9 @@ def _require_success(matrix: PerformanceMatrix) -> None:
         raise ValueError(f"LIBERO's metrics are defined on success rates, not on {matrix.measure}")
 
 
-def _best[T: (float, np.ndarray)](scores: Iterable[T]) -> T:
+def _best(scores: Iterable[Value]) -> Value:
     return functools.reduce(np.maximum, scores)
 
 
-def _mean(values: list[float]) -> float | None:
+def _mean(values: list[Value]) -> Value | None:
     return sum(values) / len(values) if values else None

@@ -20,7 +20,6 @@ Threads: one call at a time; a lock holds the others back. The memory is that of
 order, so processes or threads that drive different robots each need a wrapper of their own.
 """
 
-import difflib
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -118,9 +117,9 @@ class SmolVLAPolicyWrapper:
 
     @property
     def n_action_steps(self) -> int:
-        """Actions carried out per look at the observation. Setting it ends all episodes, as `reset` does.
+        """Actions carried out per query of the policy. Setting it ends all episodes, as `reset` does.
 
-        A policy with memory was trained to look, and so to remember, as often as its checkpoint says.
+        A policy with memory was trained to be queried, and so to remember, as often as its checkpoint says.
         """
         return self._policy.config.n_action_steps
 
@@ -182,7 +181,7 @@ class SmolVLAPolicyWrapper:
             self._policy.forget()
 
     def memory_norms(self) -> np.ndarray | None:
-        """Norms [B, tokens] of what each robot remembers now; None without memory, and before the first look."""
+        """Norms [B, tokens] of what each robot remembers now; None without memory, and before the first query."""
         memory = self._policy.get_memory()
         return None if memory is None else memory.tokens.norm(dim=-1).cpu().numpy()
 
@@ -197,7 +196,7 @@ class SmolVLAPolicyWrapper:
             self._calls[index] = 0
 
     def select_action(self, observation: Observation) -> Actions:
-        """The next action, from a new look at the observation every `n_action_steps` calls.
+        """The next action, from a new query of the policy every `n_action_steps` calls.
 
         Another instruction than at the last call begins a new task: what was planned and remembered of the old one
         is dropped, for that robot.
@@ -221,10 +220,10 @@ class SmolVLAPolicyWrapper:
             return self._query(self._policy.select_action, observation)
 
     def predict_chunk(self, observation: Observation) -> Actions:
-        """All that the policy plans from one look: T actions, of which `select_action` carries out `n_action_steps`.
+        """All that the policy plans in one query: T actions, of which `select_action` carries out `n_action_steps`.
 
-        Every call is a look, and the memory advances by it. An episode is walked with this or with `select_action`, not
-        with both.
+        Every call is a query, and the memory advances by it. An episode is walked with this or with
+        `select_action`, not with both.
 
         Args and errors as `select_action`.
 
@@ -340,23 +339,14 @@ class SmolVLAPolicyWrapper:
 
     def _task_like(self, instruction: str) -> KnownTask:
         """The learnt task one of whose instructions is closest, which decides the dimensions."""
-        sentences = [(task, text) for task in self.known.tasks for text in task.instructions]
-        exact = next((task for task, text in sentences if text == instruction), None)
-        if exact is not None:
-            return exact
-        words = instruction.lower().split()
-
-        def likeness(of: tuple[KnownTask, str]) -> float:
-            return difflib.SequenceMatcher(None, words, of[1].lower().split()).ratio()
-
-        closest, text = nearest = max(sentences, key=likeness)
-        if likeness(nearest) < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
+        closest = self.known.closest(instruction)
+        if closest.ratio < LIKE_A_TRAINED_ONE and instruction not in self._instructions:
             warnings.warn(
                 f"the policy was never trained with an instruction like {instruction!r}: what it will do is unknown. "
-                f"Its dimensions are taken to be those of {closest.name}, the closest ({text!r})",
+                f"Its dimensions are taken to be those of {closest.task.name}, the closest ({closest.instruction!r})",
                 stacklevel=4,
             )
-        return closest
+        return closest.task
 
     def _check_length(self, mask: torch.Tensor, instructions: Sequence[str]) -> None:
         """LeRobot cuts what is too long without a word: a row filled to its end may have been cut."""
@@ -385,7 +375,7 @@ class SmolVLAPolicyWrapper:
 
 
 def planned_steps(config: PreTrainedConfig) -> int:
-    """How many actions a policy plans, from the frame that it looks at on."""
+    """How many actions a policy plans, from the frame of the query on."""
     return sum(offset >= 0 for offset in config.action_delta_indices)
 
 
