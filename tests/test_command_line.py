@@ -1,5 +1,6 @@
 """The commands of the README, as a user types them."""
 
+import importlib
 import json
 import os
 import re
@@ -11,20 +12,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from commands import Here, command, outputs_of
 from forked import Forked, send, when
 
-from kuavo_train.command_line import check_sweep
+from kuavo_train.command_line import check_sweep, errors_in_one_line
 from kuavo_train.errors import ConfigError
 from kuavo_train.keys import parsed
 from kuavo_train.training.learner import Learner
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 Overrides = Callable[..., list[str]]
-Here = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
 
 
 def call(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,8 +29,14 @@ def call(module: str, *arguments: str, cwd: Path | None = None) -> subprocess.Co
     )
 
 
-def outputs_of(overrides: list[str]) -> Path:
-    return Path(next(item.split("=", 1)[1] for item in overrides if item.startswith("outputs=")))
+def test_modules_of_ones_own_are_found_in_the_folder_of_the_command_and_nowhere_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_of_my_own.py").write_text("STATUS = 5")
+    monkeypatch.chdir(tmp_path)
+    before = sys.path[:]
+    assert errors_in_one_line(lambda: importlib.import_module("one_of_my_own").STATUS) == 5
+    assert sys.path == before
 
 
 def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(
@@ -54,9 +56,9 @@ def test_all_stages_run_and_the_report_shows_the_numbers_of_the_matrix(
     for task, loss in losses.items():
         assert last_row[task] == pytest.approx(loss), task
         assert re.search(rf"\b{loss:.3f}\b", page), task
-    told = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
+    verdicts = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
     for verdict in matrix["verdicts"]:
-        assert (verdict["verdict"] or verdict["state"]) in told[verdict["task"]]
+        assert (verdict["verdict"] or verdict["state"]) in verdicts[verdict["task"]]
 
     again = here("kuavo_train.curriculum", *overrides)
     assert again.returncode == 0, again.stderr[-3000:]

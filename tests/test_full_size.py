@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import REPOSITORY, command
 from safetensors import safe_open
 from stand_in_hub import SMOLVLA, SMOLVLA_PARAMETERS, SMOLVLM, StandInHub, write_smolvla, write_smolvlm
-from test_command_line import REPOSITORY, command
 
 from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.record import RecordSettings, ensure_recorded

@@ -120,16 +120,16 @@ ANSWERS: list[tuple[str, Exception, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "error", "told"), ANSWERS, ids=[what for what, *_ in ANSWERS])
+@pytest.mark.parametrize(("what", "error", "message"), ANSWERS, ids=[what for what, *_ in ANSWERS])
 def test_an_error_of_the_hub_says_why_and_what_to_do(
-    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, told: str
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, message: str
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(ConfigError, match=told) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         fetch(HubOrigin("team/nothing", "main", COMMIT), tmp_path, ["meta/**"], "dataset here")
     text = str(refused.value)
     assert text.startswith("dataset here must be there or be had from the hub as team/nothing at revision main, got ")

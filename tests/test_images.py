@@ -217,13 +217,13 @@ RULES: list[tuple[dict[str, Any], bool, type, str]] = [  # config, encoder froze
 ]
 
 
-@pytest.mark.parametrize(("changes", "frozen", "source", "told"), RULES)
+@pytest.mark.parametrize(("changes", "frozen", "source", "description"), RULES)
 def test_what_images_come_from_follows_a_rule_and_is_told(
-    config: DataConfig, decoded: DecodedFrames, changes: dict[str, Any], source: type, told: str, *, frozen: bool
+    config: DataConfig, decoded: DecodedFrames, changes: dict[str, Any], source: type, description: str, *, frozen: bool
 ) -> None:
     images = planned(replace(config, **changes), decoded, encoder(Counted()) if frozen else None)
     assert isinstance(images.sources["weighing"], source)
-    assert told in images.description
+    assert description in images.description
     assert list(config.cache_folder.iterdir()) == []  # nothing is written before it has been told
 
 

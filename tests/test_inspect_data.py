@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from commands import Here, outputs_of
 from PIL import Image
-from test_command_line import Here, outputs_of
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.inspection import duplicate_episodes, idle_frames, joint_statistics, overview

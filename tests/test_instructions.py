@@ -27,7 +27,7 @@ from kuavo_train.stage.stage import run_stage
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 RED, BLUE = "pick the red one", "pick the blue one"
-TOLD = ["Place the bottle", "Put the bottle down", "Set it down there"]
+SENTENCES = ["Place the bottle", "Put the bottle down", "Set it down there"]
 Alternating = Callable[..., Task]
 
 
@@ -52,14 +52,14 @@ def alternating(configs: list[RunConfig], folder: Path) -> Alternating:
     return opened
 
 
-def told_in(task: Task) -> list[str]:
+def sentences_in(task: Task) -> list[str]:
     """What each episode is told at its first frame."""
     return [task.instruction_at(row) for row in task.bounds[:, 0]]
 
 
 def test_the_datasets_own_sentences_are_told_where_the_file_says_dataset(alternating: Alternating) -> None:
     task = alternating(instruction="dataset")
-    assert told_in(task) == [RED, BLUE] * 3
+    assert sentences_in(task) == [RED, BLUE] * 3
     assert task.instructions.texts == (RED, BLUE)
     assert alternating(instruction="dataset", episodes=[1, 3]).instructions.recorded == {RED: 1, BLUE: 2}
 
@@ -77,12 +77,12 @@ def test_preflight_quotes_a_dataset_that_says_something_else(alternating: Altern
 
 
 def test_of_several_sentences_each_episode_is_told_one_and_always_the_same(alternating: Alternating) -> None:
-    task = alternating(instruction=TOLD)
-    assert set(told_in(task)) <= set(TOLD)
-    assert len(set(told_in(task))) > 1
-    assert told_in(alternating(instruction=TOLD)) == told_in(task)
-    assert told_in(alternating(instruction=TOLD, episodes=[2, 5])) == told_in(task)
-    assert told_in(alternating(seed=1, instruction=TOLD)) != told_in(task)
+    task = alternating(instruction=SENTENCES)
+    assert set(sentences_in(task)) <= set(SENTENCES)
+    assert len(set(sentences_in(task))) > 1
+    assert sentences_in(alternating(instruction=SENTENCES)) == sentences_in(task)
+    assert sentences_in(alternating(instruction=SENTENCES, episodes=[2, 5])) == sentences_in(task)
+    assert sentences_in(alternating(seed=1, instruction=SENTENCES)) != sentences_in(task)
     for first, end in task.bounds:
         assert len({task.instruction_at(row) for row in range(first, end)}) == 1
 
@@ -124,7 +124,10 @@ def test_instructions_that_cannot_be_meant_are_refused(
 
 
 def test_one_sentence_in_two_tasks_is_refused(alternating: Alternating) -> None:
-    first, second = alternating(instruction=[*TOLD, RED]), replace(alternating(instruction="dataset"), name="other")
+    first, second = (
+        alternating(instruction=[*SENTENCES, RED]),
+        replace(alternating(instruction="dataset"), name="other"),
+    )
     findings = Findings()
     findings.look_at_tasks([first, second], {}, None)
     assert [problem for problem in findings.problems if "instruction" in problem] == [
@@ -151,7 +154,7 @@ def run(datasets: Path, small_run_in: Callable[..., list[str]], tmp_path_factory
     )
     stages = [
         replace(configs[0].stage, instruction="dataset"),
-        replace(configs[1].stage, instruction=TOLD),
+        replace(configs[1].stage, instruction=SENTENCES),
     ]
     for config, stage in zip(configs, stages, strict=True):
         assert run_stage(replace(config, stage=stage), stages) == 0
@@ -161,19 +164,19 @@ def run(datasets: Path, small_run_in: Callable[..., list[str]], tmp_path_factory
 def test_every_part_of_a_run_tells_an_episode_the_same(run: Path) -> None:
     trained = TrainedRun.open(run)
     first, second = trained.tasks
-    assert (first.instructions.texts, second.instructions.texts) == ((RED, BLUE), tuple(TOLD))
-    assert told_in(first) == [RED, BLUE] * 3
+    assert (first.instructions.texts, second.instructions.texts) == ((RED, BLUE), tuple(SENTENCES))
+    assert sentences_in(first) == [RED, BLUE] * 3
     settings = trained.settings
     replayed = trained.dataset(trained.tasks, trained.policy(trained.checkpoint(trained.stages[-1]))[0].config)
     batch = replayed.fetch([Draw(0, 0), Draw(1, 0), Draw(0, 14), Draw(0, 13)])
     assert batch.instructions == [RED, second.instruction_at(0), BLUE, RED]
     facts = json.loads((run / "run.json").read_text())["tasks"]
-    assert [task["instructions"] for task in facts] == [[RED, BLUE], TOLD]
-    assert settings.stage.instruction == TOLD
+    assert [task["instructions"] for task in facts] == [[RED, BLUE], SENTENCES]
+    assert settings.stage.instruction == SENTENCES
 
     result = stage_folder(trained.config(trained.stages[-1])).checkpoints.at("best").pretrained_model
     card = (result / "README.md").read_text()
-    assert f"- **moving_grasp**, one of:\n  - {RED}\n  - {BLUE}\n- **weighing**, one of:\n  - {TOLD[0]}\n" in card
+    assert f"- **moving_grasp**, one of:\n  - {RED}\n  - {BLUE}\n- **weighing**, one of:\n  - {SENTENCES[0]}\n" in card
     tokenizer = json.loads((result / "vlm" / "tokenizer.json").read_text())
     assert {"Ġred", "Ġblue", "Ġbottle"} <= set(tokenizer["model"]["vocab"])  # the words of all sentences
 
@@ -220,7 +223,9 @@ def test_a_robot_may_be_told_any_of_a_tasks_sentences(run: Path, recwarn: pytest
 
     assert np.array_equal(action("moving_grasp"), action(RED))
     assert not np.array_equal(action(BLUE), action(RED))
-    assert [wrapper._task_like(text).name for text in (RED, BLUE, *TOLD)] == ["moving_grasp"] * 2 + ["weighing"] * 3
+    assert [wrapper.known.closest(text).task.name for text in (RED, BLUE, *SENTENCES)] == ["moving_grasp"] * 2 + [
+        "weighing"
+    ] * 3
     action("put a bottle down")
     assert not [str(warning.message) for warning in recwarn if "never trained" in str(warning.message)]
 
@@ -232,4 +237,4 @@ def test_a_checkpoint_of_before_knows_one_sentence_of_each_task(run: Path, tmp_p
     for task in older["tasks"]:
         task["instruction"] = task.pop("instructions")[1]
     (tmp_path / "tasks.json").write_text(json.dumps(older))
-    assert [task.instructions for task in KnownTasks.load(tmp_path).tasks] == [(BLUE,), (TOLD[1],)]
+    assert [task.instructions for task in KnownTasks.load(tmp_path).tasks] == [(BLUE,), (SENTENCES[1],)]

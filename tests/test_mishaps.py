@@ -71,15 +71,15 @@ def test_the_death_of_a_worker_ends_the_run_with_a_line(
     running = forked("kuavo_train", *words, before=let_a_worker_die)
     done = running.wait()
     assert done.returncode == 1
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: the data loader has lost a worker: DataLoader worker (pid"), done.stderr
-    assert "data.num_workers=0" in told
-    assert "--shm-size=" in told
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: the data loader has lost a worker: DataLoader worker (pid"), done.stderr
+    assert "data.num_workers=0" in message
+    assert "--shm-size=" in message
     assert "Traceback" not in done.stderr
     assert running.survivors() == []
     stage = StageFolder(tmp_path / "outputs" / "smoke" / "stage1_moving_grasp")
     assert stage.status == "failed"
-    assert stage.about["reason"] in told
+    assert stage.about["reason"] in message
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused(
@@ -107,12 +107,12 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_once_there_
 
     done = forked("kuavo_train", *words, "run=cut", before=fill_the_disk).wait()
     assert done.returncode == 1
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: there is no room to write: "), done.stderr
-    assert "the last good checkpoint is " in told
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: there is no room to write: "), done.stderr
+    assert "the last good checkpoint is " in message
     assert "Traceback" not in done.stderr
     assert stage.status == "failed"
-    assert stage.about["reason"] in told
+    assert stage.about["reason"] in message
     assert sorted(path.name for path in (stage.path / "checkpoints").iterdir()) == ["000002", "last"]
     assert forked("kuavo_train", *words, "run=cut").wait().returncode == 0
     assert "reason" not in stage.about
@@ -184,9 +184,9 @@ def test_a_signal_to_the_process_group_does_not_cost_the_commit(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     configs = compose_run(small_run("learn=[moving_grasp]"))
     assert run(configs) == 0
-    told = json.loads((configs[0].run_folder / "run.json").read_text())["git_commit"]
-    assert told.isdigit()
-    assert int(told) != os.getpgrp()
+    commit = json.loads((configs[0].run_folder / "run.json").read_text())["git_commit"]
+    assert commit.isdigit()
+    assert int(commit) != os.getpgrp()
 
 
 def test_sizes_are_told_in_units_that_show_something() -> None:

@@ -15,8 +15,8 @@ from kuavo_train.stage.lineage import result_before
 
 def test_a_stage_out_of_turn_names_the_file_of_the_task_before_and_the_order(tmp_path: Path) -> None:
     configs = compose_run(["learn=[weighing,moving_grasp]", f"outputs={tmp_path}"])
-    told = r"follow a finished stage 1 \(weighing\).* task=tasks/task2_weighing .*'learn=\[weighing,moving_grasp\]'"
-    with pytest.raises(ConfigError, match=told):
+    message = r"follow a finished stage 1 \(weighing\).* task=tasks/task2_weighing .*'learn=\[weighing,moving_grasp\]'"
+    with pytest.raises(ConfigError, match=message):
         result_before(configs[1], [config.stage for config in configs])
 
 
@@ -26,5 +26,5 @@ def test_preflight_says_whose_replay_shares_went_to_whom() -> None:
     findings.facts["tasks"] = []
     shares = mixture_of(config).shares({"placement": 1})
     findings.look_at_plan(config, shares, 1, cast(Any, SimpleNamespace(description="", problems=[])))
-    told = "(weighing 0.2) go to the others: moving_grasp 0.125, placement 0.875"
-    assert [note for note in findings.notes if told in note]
+    message = "(weighing 0.2) go to the others: moving_grasp 0.125, placement 0.875"
+    assert [note for note in findings.notes if message in note]

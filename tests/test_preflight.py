@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from commands import Here
 from small_datasets import CAMERAS, write_dataset
-from test_command_line import Here
 
 from kuavo_train.compose import compose_run
 from kuavo_train.stage.description import describe

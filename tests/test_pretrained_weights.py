@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from commands import command
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
-from test_command_line import command
 
 from kuavo_train.command_line import set_hub
 from kuavo_train.compose import compose_run

@@ -254,8 +254,8 @@ def test_two_thousand_episodes_are_looked_at_at_once(root: Path, opened: Opened)
     }
     many = replace(one, episodes=episodes)
     rows = np.arange(count * length)
-    told = {"index": rows, "episode_index": rows // length, "frame_index": rows % length}
-    check_rows(many, told, "dataset")
+    columns = {"index": rows, "episode_index": rows // length, "frame_index": rows % length}
+    check_rows(many, columns, "dataset")
     with pytest.raises(ConfigError, match=r"of episode 1 must lie in its file, of 7.00 s, got .* \(and episodes 2, 3"):
         check_segments(many, HEAD, range(1, count), "dataset")
 

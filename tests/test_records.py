@@ -108,7 +108,7 @@ def test_what_run_json_says_read_again_is_what_was_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"seed": 2}, r"seed must stay what run smoke began with \(1\), got 2; choose another run=NAME"),
         ({"strategy": "joint"}, r"strategy must stay what run smoke began with \(replay\), got joint"),
@@ -134,9 +134,9 @@ def test_what_run_json_says_read_again_is_what_was_written() -> None:
         ),
     ],
 )
-def test_a_stage_that_belongs_to_another_run_is_told_what_differs(changed: Json, told: str) -> None:
+def test_a_stage_that_belongs_to_another_run_is_told_what_differs(changed: Json, message: str) -> None:
     (difference,) = differences(RUN, replace(RUN, **changed), learnt=["weighing"])
-    assert re.search(told, difference)
+    assert re.search(message, difference)
 
 
 def test_a_stage_differs_in_nothing_that_its_run_has_not_written_down_or_not_learnt() -> None:

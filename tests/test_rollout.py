@@ -223,7 +223,7 @@ def _noting_modes(roll_out: Callable[..., Any], modes: list[tuple[bool, bool]]) 
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ("worlds:Missing-v0", r"environment worlds:Missing-v0 must begin an episode, got NameNotFound"),
         ("no_such_module:Arms-v0", r"must begin an episode, got ModuleNotFoundError"),
@@ -236,11 +236,11 @@ def _noting_modes(roll_out: Callable[..., Any], modes: list[tuple[bool, bool]]) 
     ],
 )
 def test_an_environment_that_would_fail_after_training_is_refused_before(
-    small_run: Callable[..., list[str]], environment: str, told: str
+    small_run: Callable[..., list[str]], environment: str, message: str
 ) -> None:
     words = [f"stage.environment={environment}", "rollout.episodes=1"]
     (config, *others) = compose_run([*small_run(), *words])
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         run_stage(config, [config.stage, *(other.stage for other in others)])
     assert not config.run_folder.exists()
 

@@ -26,6 +26,7 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.runs.stored_run import StoredRun, finished_cells
 from kuavo_train.runs.study_file import StudyFile
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.stage.lineage import check_settings
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder, Contents
 
@@ -215,6 +216,20 @@ def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
     (copy / file).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{file} (is not (JSON|YAML)|lacks) .*{remedy}"):
         read(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}"], ids=["empty", "{}"])
+def test_a_finished_stage_that_is_called_again_names_a_damaged_record_of_its_run(
+    simulated_run: Path, tmp_path: Path, content: bytes
+) -> None:
+    copy = shutil.copytree(simulated_run, tmp_path / "smoke", symlinks=True)
+    trained = TrainedRun.open(copy)
+    config = trained.config(trained.stages[-1])
+    curriculum = [trained.config(stage).stage for stage in trained.stages]
+    check_settings(config, curriculum)
+    (copy / "run.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"smoke/run.json (is not JSON|lacks 'run')"):
+        check_settings(config, curriculum)
 
 
 def test_a_damaged_stage_is_named_where_the_links_to_its_checkpoints_were_lost(

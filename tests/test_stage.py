@@ -460,25 +460,25 @@ def test_a_misspelt_field_of_the_policy_is_refused_before_anything_is_recorded(
 ) -> None:
     words = [item for item in small_run() if item != "simulation=null"]
     configs = compose_run([*words, f"data.root={tmp_path / 'data'}", "policy.chunk_sise=3"])
-    told = r"policy.chunk_sise must be a field of SmolVLAMemoryConfig, got 3; did you mean policy.chunk_size"
-    with pytest.raises(ConfigError, match=told):
+    message = r"policy.chunk_sise must be a field of SmolVLAMemoryConfig, got 3; did you mean policy.chunk_size"
+    with pytest.raises(ConfigError, match=message):
         run(configs, 0)
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
-    ("strategy", "told"),
+    ("strategy", "message"),
     [
         ("replay", r"strategy_settings.wieght of strategy=replay must not be there.*no settings, got 1"),
         ("nothing", r"strategy must be the name of a file"),
     ],
 )
 def test_a_mistake_in_the_strategy_is_refused_before_anything_is_recorded(
-    small_run: Overrides, tmp_path: Path, strategy: str, told: str
+    small_run: Overrides, tmp_path: Path, strategy: str, message: str
 ) -> None:
     words = [item for item in small_run() if item != "simulation=null"]
     configs = compose_run([*words, f"data.root={tmp_path / 'data'}", "strategy_settings={wieght: 1}"])
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         run([replace(config, strategy=strategy) for config in configs], 0)
     assert not (tmp_path / "data").exists()
 

@@ -398,8 +398,8 @@ def test_a_sixth_strategy_is_one_file_and_one_yaml(
     assert audit["declared"] == {"moving_grasp": 0.5, "weighing": 0.5}
     assert (stage.path / "decay.txt").read_text() == "1 before, weight 0.25"
     assert [line["samples_seen"] for line in stage.metrics.read()][:2] == [4.0, 8.0]
-    told = r"strategy_settings.wight of strategy=decay_strategy:Decay must be one of weight"
-    with pytest.raises(ConfigError, match=told):
+    message = r"strategy_settings.wight of strategy=decay_strategy:Decay must be one of weight"
+    with pytest.raises(ConfigError, match=message):
         run(compose_run([*words, "run=other", "strategy_settings={wight: 1}"], folder=folder), 0)
     with pytest.raises(ConfigError, match=r"strategy must be .*, got 'decay_strategy:Nothing'"):
         run([replace(config, run="other", strategy="decay_strategy:Nothing") for config in configs], 0)

@@ -3,15 +3,14 @@
 import json
 import re
 import shlex
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from commands import Here
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-Here = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def write_files(tutorial: str) -> None:
@@ -61,7 +60,6 @@ def test_two_tasks_of_ones_own_are_recorded_and_trained_from_an_empty_folder(
 
 def own_strategy(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, more: Sequence[str] = ()) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)  # as `python -m` does
     tutorial = (TUTORIALS / "own_strategy.md").read_text()
     write_files(tutorial)
     study, report = run_commands(tutorial, here, more=more)

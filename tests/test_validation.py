@@ -132,11 +132,11 @@ def test_the_action_error_is_told_normalised_and_per_joint_group_in_robot_units(
     std = validator.normalization.array(ACTION, "std")
     groups = validator.normalization.space.action_groups()
     for task in validator.dataset.tasks:
-        told = found[task.name].action_error_by_group
-        assert list(told) == ["left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
+        errors = found[task.name].action_error_by_group
+        assert list(errors) == ["left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
         for group, columns in groups.items():
             absent = group.startswith("base") and task.name != "sorting"
-            assert told[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
+            assert errors[group] == (None if absent else pytest.approx(OFF_BY[group] * std[columns].mean(), rel=1e-4))
     arms_and_claws = (7 * 0.5 + 7 * 0.25 + 2 * 1.0) / 16
     assert found["weighing"].action_error == pytest.approx(arms_and_claws, rel=1e-4)
     assert found["sorting"].action_error == pytest.approx((16 * arms_and_claws + 11.0) / 20, rel=1e-4)

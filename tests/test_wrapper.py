@@ -11,7 +11,8 @@ import pytest
 import torch
 from small_datasets import ARM_NAMES, CAMERAS
 
-from kuavo_train.config import RunConfig
+from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 Observation = dict[str, Any]
@@ -56,6 +57,12 @@ def test_an_action_has_the_dimensions_of_the_task_in_robot_units(wrapper: SmolVL
     assert np.abs(arms).max() < 5
 
 
+def test_opening_a_policy_prints_nothing(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a robot's process prints is its own; LeRobot says that it loads."""
+    SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu")
+    assert capfd.readouterr().out == ""
+
+
 def test_the_same_seed_and_observations_give_the_same_actions(checkpoint: Path, wrapper: SmolVLAPolicyWrapper) -> None:
     torch.manual_seed(0)
     first = episode(wrapper)
@@ -98,17 +105,20 @@ def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) 
     assert np.array_equal(wrapper.select_action(tensors), expected)
 
 
-def test_what_a_robot_sees_is_what_training_saw(wrapper: SmolVLAPolicyWrapper, configs: list[RunConfig]) -> None:
-    from kuavo_train.data.images.frames import DecodedFrames
-    from kuavo_train.data.task import open_task
-
-    config = configs[1]
-    task = open_task(config.stage, config.data)
-    camera, rows = config.data.cameras[0], np.array([5])
-    trained = DecodedFrames(task, image_size=[24, 24], video_backend="pyav")(camera, rows)
-    picture = DecodedFrames(task, image_size=None, video_backend="pyav")(camera, rows)[0].permute(1, 2, 0).numpy()
-    given = wrapper._pictures({camera: picture}, camera, 1, batched=False)
-    assert torch.equal(given, trained.float() / 255)
+def test_a_picture_as_the_camera_gives_it_is_to_the_policy_what_training_made_of_it(
+    wrapper: SmolVLAPolicyWrapper, simulated_run: Path
+) -> None:
+    """Of a recording with edges in its pictures: those of a flat colour are the same however they are resized."""
+    task = TrainedRun.open(simulated_run).tasks[0]
+    camera, rows = f"observation.images.{CAMERAS[0]}", np.array([5])
+    picture, trained = (
+        DecodedFrames(task, image_size=size, video_backend="pyav")(camera, rows)[0].permute(1, 2, 0).numpy()
+        for size in (None, [24, 24])
+    )
+    assert picture.shape == (32, 32, 3)
+    of_the_camera = wrapper.select_action(look() | {camera: picture})
+    wrapper.reset()
+    assert np.array_equal(wrapper.select_action(look() | {camera: trained}), of_the_camera)
 
 
 def test_every_robot_of_a_batch_has_a_memory_of_its_own(wrapper: SmolVLAPolicyWrapper) -> None:

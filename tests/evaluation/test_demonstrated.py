@@ -71,11 +71,11 @@ def test_errors_are_told_over_the_horizon_and_by_joint_group(task: Task) -> None
     assert {episode: each.queries for episode, each in errors.items()} == {
         e: -(-n // STRIDE) for e, n in lengths.items()
     }
-    told = {group["name"]: group for group in judge_errors(errors, task.action_names, None)["groups"]}
-    assert list(told) == ["all", "left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
-    assert told["left_arm"]["error"]["estimate"] == pytest.approx(0, abs=1e-6)
-    assert told["claws"]["horizon"] == pytest.approx([0.25 * step for step in range(HORIZON)], abs=1e-6)
-    assert told["claws"]["difference"] is None
+    judged = {group["name"]: group for group in judge_errors(errors, task.action_names, None)["groups"]}
+    assert list(judged) == ["all", "left_arm", "claws", "right_arm", "base_position", "base_yaw", "base_mode"]
+    assert judged["left_arm"]["error"]["estimate"] == pytest.approx(0, abs=1e-6)
+    assert judged["claws"]["horizon"] == pytest.approx([0.25 * step for step in range(HORIZON)], abs=1e-6)
+    assert judged["claws"]["difference"] is None
 
 
 def test_what_comes_after_an_episodes_end_is_not_counted(task: Task) -> None:
@@ -98,9 +98,9 @@ def test_a_difference_is_paired_by_episode(task: Task) -> None:
         )
         for off in (0.1, 0.2)
     ]
-    told = judge_errors(walked[1], task.action_names, walked[0])["groups"][0]
-    assert told["difference"]["estimate"] == pytest.approx(told["error"]["estimate"] / 2, rel=1e-4)
-    assert told["difference"]["n"] == 3
+    judged = judge_errors(walked[1], task.action_names, walked[0])["groups"][0]
+    assert judged["difference"]["estimate"] == pytest.approx(judged["error"]["estimate"] / 2, rel=1e-4)
+    assert judged["difference"]["n"] == 3
 
 
 def test_episodes_that_the_run_was_trained_on_are_left_out(contestant: Contestant, task: Task) -> None:

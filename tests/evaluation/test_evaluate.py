@@ -183,11 +183,11 @@ def test_pictures_of_another_size_are_refused_with_the_task_and_the_reason(small
 
 def test_kuavo_sim_is_played_at_the_size_of_the_checkpoints_pictures(small_checkpoint: Path) -> None:
     words = [f"it={small_checkpoint}", "tasks=weighing", "environment.renderer=none", "max_steps=3", "n_episodes=2"]
-    told = evaluate(options_of([*words, "workers=1", "seed=1"]))["rows"][0]["tasks"][0]
-    assert told["environment"]["settings"] == {"renderer": "none", "image_size": 32}
-    assert [episode["steps"] for episode in told["episodes"]] == [3, 3]
-    assert [episode["seed"] for episode in told["episodes"]] == evaluation_seeds(2, seed=1)
-    assert np.isfinite(told["roughness"]["estimate"])
+    outcome = evaluate(options_of([*words, "workers=1", "seed=1"]))["rows"][0]["tasks"][0]
+    assert outcome["environment"]["settings"] == {"renderer": "none", "image_size": 32}
+    assert [episode["steps"] for episode in outcome["episodes"]] == [3, 3]
+    assert [episode["seed"] for episode in outcome["episodes"]] == evaluation_seeds(2, seed=1)
+    assert np.isfinite(outcome["roughness"]["estimate"])
 
 
 def test_checkpoints_as_they_are_get_videos_that_the_page_links(evaluated: Path) -> None:

@@ -208,7 +208,7 @@ def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
 
 
 def test_closed_loop_is_told_stage_by_stage_with_its_funnel_and_branches(run):
-    told = {
+    closed_loop = {
         "success": {"successes": 10, "trials": 20},
         "progress": 0.75,
         "funnel": {"picked": 17, "stored": 10},
@@ -218,7 +218,7 @@ def test_closed_loop_is_told_stage_by_stage_with_its_funnel_and_branches(run):
     for stage in StoredRun.open(run).stages:
         edit_lines(
             stage.folder / "validation.jsonl",
-            lambda line: line | (told if line["seen"] and line["kind"] == "end" else {}),
+            lambda line: line | (closed_loop if line["seen"] and line["kind"] == "end" else {}),
         )
     page = page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())

@@ -11,7 +11,7 @@ from kuavo_train.metrics.intervals import PairedOutcomes
 
 
 def episode(seed: int, *, success: bool = True, **known: Any) -> Episode:
-    told: dict[str, Any] = {
+    usual: dict[str, Any] = {
         "progress": 1.0 if success else 0.5,
         "reward": 2.0 if success else 0.5,
         "steps": 10,
@@ -20,7 +20,7 @@ def episode(seed: int, *, success: bool = True, **known: Any) -> Episode:
         "choice": None,
         "roughness": 0.1,
     }
-    return Episode(seed=seed, success=success, **(told | known))
+    return Episode(seed=seed, success=success, **(usual | known))
 
 
 def episodes(*outcomes: bool) -> dict[Any, Episode]:
@@ -48,29 +48,29 @@ def test_mcnemars_test_is_the_exact_two_sided_one(lost: int, won: int, p: float)
 
 
 def test_a_policy_is_judged_by_the_episodes_that_could_be_played() -> None:
-    told = judge(episodes(True, False, True) | {9: episode(9, success=False, error="it broke")})
-    assert (told["success"]["successes"], told["success"]["n"]) == (2, 3)
-    assert told["progress"]["estimate"] == pytest.approx(2.5 / 3)
-    assert told["reward"]["estimate"] == pytest.approx(1.5)
-    assert [(reached["name"], reached["count"], reached["step"]) for reached in told["funnel"]] == [
+    judged = judge(episodes(True, False, True) | {9: episode(9, success=False, error="it broke")})
+    assert (judged["success"]["successes"], judged["success"]["n"]) == (2, 3)
+    assert judged["progress"]["estimate"] == pytest.approx(2.5 / 3)
+    assert judged["reward"]["estimate"] == pytest.approx(1.5)
+    assert [(reached["name"], reached["count"], reached["step"]) for reached in judged["funnel"]] == [
         ("picked", 3, 4.0),
         ("placed", 2, 9.0),
     ]
-    assert told["failures"] == ["seed 9: it broke"]
-    assert told["branches"] is None
+    assert judged["failures"] == ["seed 9: it broke"]
+    assert judged["branches"] is None
 
 
 def test_branches_are_counted_among_those_that_acted_on_a_cue() -> None:
-    told = judge(
+    judged = judge(
         {0: episode(0, choice=0), 1: episode(1, choice=1), 2: episode(2, choice=None), 3: episode(3, choice=0)}
     )
-    assert (told["branches"]["right"], told["branches"]["n"]) == (2, 3)
+    assert (judged["branches"]["right"], judged["branches"]["n"]) == (2, 3)
 
 
 def test_nothing_played_is_no_success_rate_of_zero() -> None:
-    told = judge({0: episode(0, error="it broke")})
-    assert told["success"] is None
-    assert told["progress"] is None
+    judged = judge({0: episode(0, error="it broke")})
+    assert judged["success"] is None
+    assert judged["progress"] is None
 
 
 def test_a_difference_is_taken_on_the_layouts_that_both_have_played() -> None:

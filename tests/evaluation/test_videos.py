@@ -26,9 +26,9 @@ def episode(seed: int = 0, *, traced: bool = False, **known: Any) -> Episode:
         [{"head": jpeg(10 * step), "wrist": jpeg(250)} for step in range(STEPS)],
         [np.array([step, 1.0]) for step in range(STEPS)],
     )
-    told: dict[str, Any] = {"success": True, "progress": 1.0, "reward": 2.0, "steps": STEPS, "roughness": 0.1}
+    usual: dict[str, Any] = {"success": True, "progress": 1.0, "reward": 2.0, "steps": STEPS, "roughness": 0.1}
     reached = {"subgoals": {"picked": 4, "placed": STEPS}, "cue": 1, "choice": 1, "chosen_at": 6}
-    return Episode(seed=seed, trace=trace if traced else None, **(told | reached | known))
+    return Episode(seed=seed, trace=trace if traced else None, **(usual | reached | known))
 
 
 @pytest.fixture(scope="module")

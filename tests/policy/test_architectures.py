@@ -1,7 +1,7 @@
 """The precisions that SmolVLA is run in."""
 
 import torch
-from test_layouts import LAYOUTS, every_layout
+from policy_variants import LAYOUTS, every_layout
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
 

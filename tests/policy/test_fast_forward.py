@@ -4,18 +4,12 @@ import itertools
 
 import pytest
 import torch
-from test_layouts import LAYOUTS, every_layout
+from policy_variants import FREEZING, LAYOUTS, every_layout, learn
 from tiny_sizes import CAMERAS
 
 from lerobot_policy_smolvla_memory.backbone import attend, attention_bias
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
-FREEZING = {
-    "nothing frozen": {"freeze_vision_encoder": False, "train_expert_only": False},
-    "vision frozen": {"freeze_vision_encoder": True, "train_expert_only": False},
-    "VLM frozen": {"freeze_vision_encoder": True, "train_expert_only": True},
-    "VLM and state frozen": {"freeze_vision_encoder": True, "train_expert_only": True, "train_state_proj": False},
-}
 MEMORIES = {"none": {"num_mem_tokens": 0}, **LAYOUTS, "overwriting": {**LAYOUTS["end"], "mem_update": "overwrite"}}
 ARCHITECTURES = {
     "cross-attention": {},
@@ -38,15 +32,6 @@ def make_twins(make_policy):
         return fast, plain
 
     return make
-
-
-def learn(policy, batch, draws):
-    queries = 1 if policy.model.memory is None else 2
-    loss, output = policy(dict(batch), **draws, reduction="none", queries=queries)
-    loss.sum().backward()
-    memory = output["memory"]
-    gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return loss.detach(), memory and memory.tokens, gradients
 
 
 def assert_same_learning(fast, plain, batch, draws):

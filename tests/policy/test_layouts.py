@@ -1,22 +1,14 @@
 """Where the memory stands in the prefix, who sees it, and what it leaves alone."""
 
-import pytest
 import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from policy_variants import LAYOUTS, both_forwards, every_layout
 from tiny_sizes import CHUNK, PREFIX_LENGTH
 
 from lerobot_policy_smolvla_memory.lerobot_forward import PrefixTokens
 from lerobot_policy_smolvla_memory.memory import MemoryState
 from lerobot_policy_smolvla_memory.prefix import Prefix
-
-LAYOUTS = {
-    "start": {"mem_at_start": True, "mem_at_end": False},
-    "both": {"mem_at_start": True, "mem_at_end": True},
-    "end": {"mem_at_start": False, "mem_at_end": True},
-}
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-both_forwards = pytest.mark.parametrize("fast_forward", [True, False], ids=["fast", "lerobot"])
 
 # Who sees whom. Columns: what is seen; 1 sees, 0 does not. M memory, I image, L language, P padding, S state,
 # A an action token, W the written memory. Nobody looks at what padding sees.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from policy_variants import FREEZING, learn
 from safetensors.torch import load_file, save_file
-from test_fast_forward import FREEZING, learn
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, make_room, stored_dtypes

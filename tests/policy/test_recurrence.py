@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_layouts import LAYOUTS, every_layout
+from policy_variants import LAYOUTS, every_layout
 
 STATE = "observation.state"
 RESET = "observation.memory_reset"

@@ -33,7 +33,7 @@ def test_inverse_kinematics_brings_the_tool_to_the_pose(world, side):
     goal = np.array([0.42, sign * 0.15, 0.92])
     ik = InverseKinematics(world)
     posture = ik.solve(side, goal, DOWN, HOME[side])
-    offset, turn = ik._error(side, posture, goal, DOWN)
+    offset, turn = ik.offset(side, posture, goal, DOWN)
     assert np.linalg.norm(offset) < 0.003
     assert np.linalg.norm(turn) < 0.35
 

@@ -156,7 +156,7 @@ def test_both_evaluators_agree_on_the_same_seeds_without_noise(small_checkpoint:
     ((env,),) = (envs.values() for envs in make_env(env_config, n_envs=2).values())
     pipelines = (*env_config.get_env_processors(), *processors)
     theirs = lerobot_eval.rollout(env, policy, *pipelines, seeds=seeds)
-    told = lerobot_eval.eval_policy(env, policy, *pipelines, n_episodes=2, start_seed=seeds[0])["per_episode"]
+    per_episode = lerobot_eval.eval_policy(env, policy, *pipelines, n_episodes=2, start_seed=seeds[0])["per_episode"]
     env.close()
 
     ours = Recorded(SmolVLAPolicyWrapper.from_pretrained(small_checkpoint, device="cpu"))
@@ -167,7 +167,7 @@ def test_both_evaluators_agree_on_the_same_seeds_without_noise(small_checkpoint:
     np.testing.assert_allclose(np.stack(ours.actions, axis=1), theirs["action"].numpy(), atol=1e-5)
     assert [episode.steps for episode in episodes] == [STEPS, STEPS] == [theirs["done"].shape[1]] * 2
     assert [(e.seed, e.success, e.reward) for e in episodes] == [
-        (each["seed"], each["success"], pytest.approx(each["sum_reward"])) for each in told
+        (each["seed"], each["success"], pytest.approx(each["sum_reward"])) for each in per_episode
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import kuavo_sim.record as record_module
 from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.expert import demonstrate
-from kuavo_sim.record import RecordSettings, content_hash, ensure_recorded, main, record
+from kuavo_sim.record import RecordSettings, content_hash, demonstration_of, ensure_recorded, main, record
 
 SETTINGS = RecordSettings(task="sorting", episodes=2, image_size=32)
 
@@ -37,7 +37,7 @@ def test_lerobot_opens_the_recording_and_finds_kuavos_features(dataset):
     assert frame["observation.state"].shape == (16,)
     assert frame["action"].shape == (20,)
     assert opened.meta.features["action"]["names"][-4:] == ["cmd_pos_x", "cmd_pos_y", "cmd_pos_yaw", "ctrl_change_cmd"]
-    demonstration = record_module._demonstrate_seed(SETTINGS, seed=1)
+    demonstration = demonstration_of(SETTINGS, seed=1)
     np.testing.assert_allclose(frame["action"].numpy(), demonstration.actions[-1])
     for camera, pictures in demonstration.pictures.items():
         seen = frame[f"observation.images.{camera}"].permute(1, 2, 0).numpy() * 255
@@ -50,7 +50,7 @@ def test_a_recording_as_on_the_robot_is_wide_and_has_depth_columns(tmp_path):
     settings = RecordSettings(task="placement", episodes=1, image_size=(48, 64), depth=True)
     root = record(settings, tmp_path / "placement", workers=1, progress=False)
     opened = LeRobotDataset("kuavo_sim/placement", root=root, video_backend="pyav")
-    demonstration = record_module._demonstrate_seed(settings, seed=0)
+    demonstration = demonstration_of(settings, seed=0)
     frame = opened[40]
     assert frame["observation.images.wrist_cam_l"].shape == (3, 48, 64)
     for name, depths in demonstration.depths.items():
@@ -164,7 +164,7 @@ def test_an_expert_that_keeps_failing_stops_the_recording(tmp_path, monkeypatch)
     def hopeless(env, seed, **kwargs):
         return dataclasses.replace(one, success=False)
 
-    one = record_module._demonstrate_seed(SETTINGS, 0)
+    one = demonstration_of(SETTINGS, 0)
     monkeypatch.setattr(record_module, "demonstrate", hopeless)
     with pytest.raises(RuntimeError, match="succeeded in only 0 of 10 episodes of sorting"):
         record(SETTINGS, tmp_path / "sorting", workers=1, progress=False)
