@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import Table
 from benchmarks.models import LAYOUTS
+from kuavo_train.data.policy_traits import remembers
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.runs.trained_run import TrainedRun, load_policy
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
@@ -32,8 +33,8 @@ class Settings:
 def run(settings: Settings) -> list[Table]:
     torch.set_num_threads(settings.threads)
     trained = TrainedRun.open(Path(settings.run))
-    if not trained.stored.finished or trained.settings.policy.get("num_mem_tokens") != 0:
-        raise SystemExit(f"run must be a finished run of SmolVLA with 0 memory tokens, got {settings.run}")
+    if not trained.stored.finished or remembers(trained.settings.policy):
+        raise SystemExit(f"run must be a finished run of SmolVLA without memory, got {settings.run}")
     loss_of = HeldOutLoss(trained)
     alone = loss_of()
     rows = []

@@ -25,6 +25,7 @@ def image_features_key(camera: str) -> str:
 
 MEM_INITS = ("normal", "zeros", "embedding")
 MEM_UPDATES = ("overwrite", "gated")
+MEM_FRAME_SAMPLINGS = ("even", "recent")
 
 
 @PreTrainedConfig.register_subclass("smolvla_memory")
@@ -40,7 +41,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         False         True        end:   [images | language | state | MEM], nothing before depends on memory
 
     Args:
-        num_mem_tokens: memory tokens M. 0 is exactly LeRobot's SmolVLA.
+        num_mem_tokens: memory tokens M that recur. 0, with `mem_frames` 0 as well, is exactly LeRobot's SmolVLA.
         mem_at_start, mem_at_end: the layout, see above.
         mem_init: where the first memory of an episode starts from: "normal" (std 0.02), "zeros", or
             "embedding" (the language model's embedding of its end-of-utterance token).
@@ -58,8 +59,15 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             the expert reads it. At inference the head is not used. 0 leaves it out.
         read_mem_from_cache: the memory also looks back at its own past states.
         mem_cache_size: how many past states Q are kept for that.
+        mem_frames: of how many past queries of the episode, n, what the cameras saw is kept and shown as further
+            memory tokens, behind those that recur or instead of them. 0 keeps none.
+        mem_frame_tokens: tokens that are kept of such a query at most, of all cameras together. Of each camera it is a
+            square of equal size, over which its tokens are averaged.
+        mem_frame_sampling: which queries: "even" (spread over the whole episode) or "recent" (the farther back, the
+            sparser).
         mem_backprop_depth: through how many consecutive queries K a trainer sends gradients. 0 trains every
-            sample on its own; writing is then never trained. The policy itself takes K from the batch.
+            sample on its own; writing is then never trained, and `mem_frames` would keep nothing. The policy itself
+            takes K from the batch.
         fast_forward: this package's forward (backbone.py); false returns to LeRobot's own.
         flow_draws: independent (noise, time) draws D per row in training; the prefix is computed once for all.
         sampling_temperature: standard deviation of the noise that actions are denoised from. 1 is what training sees,
@@ -78,6 +86,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     mem_action_loss: float = 1.0
     read_mem_from_cache: bool = False
     mem_cache_size: int = 8
+    mem_frames: int = 0
+    mem_frame_tokens: int = 16
+    mem_frame_sampling: str = "even"
     mem_backprop_depth: int = 0
     fast_forward: bool = True
     flow_draws: int = 1
@@ -107,10 +118,36 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"sampling_temperature must be in [0, 1], got {self.sampling_temperature}")
         if self.compile_model and not self.fast_forward:
             raise ValueError("compile_model needs fast_forward=true, got false: LeRobot's forward knows no memory")
-        if self.num_mem_tokens > 0 and not (self.mem_at_start or self.mem_at_end):
+        for key in ("num_mem_tokens", "mem_frames"):
+            if getattr(self, key) > 0 and not (self.mem_at_start or self.mem_at_end):
+                raise ValueError(
+                    f"{key}={getattr(self, key)} needs mem_at_start or mem_at_end to be true, "
+                    f"got false for both; {key}=0 switches it off"
+                )
+        if self.mem_frames < 0:
+            raise ValueError(f"mem_frames must be 0 (off) or more past queries, got {self.mem_frames}")
+        if self.mem_frame_tokens < 1:
+            raise ValueError(f"mem_frame_tokens must be at least 1, got {self.mem_frame_tokens}")
+        if self.mem_frame_sampling not in MEM_FRAME_SAMPLINGS:
+            names = ", ".join(MEM_FRAME_SAMPLINGS)
+            raise ValueError(f"mem_frame_sampling must be one of {names}, got {self.mem_frame_sampling!r}")
+        if self.mem_frames > 0 and self.mem_backprop_depth == 0:
             raise ValueError(
-                f"num_mem_tokens={self.num_mem_tokens} needs mem_at_start or mem_at_end to be true, "
-                "got false for both; num_mem_tokens=0 switches the memory off"
+                f"mem_frames={self.mem_frames} needs mem_backprop_depth to be at least 1, got 0: samples on their own "
+                "have no past; mem_frames=0 switches the frames off"
+            )
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything is carried from one query to the next."""
+        return self.num_mem_tokens > 0 or self.mem_frames > 0
+
+    def validate_features(self) -> None:
+        super().validate_features()
+        if self.mem_frames > 0 and not 1 <= len(self.image_features) <= self.mem_frame_tokens:
+            raise ValueError(
+                f"mem_frame_tokens must be at least one for each of the {len(self.image_features)} cameras, of which "
+                f"mem_frames needs one or more, got {self.mem_frame_tokens}"
             )
 
     @classmethod

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMemoryConfig
+from lerobot_policy_smolvla_memory.frames import PastFrames, frame_side
 from lerobot_policy_smolvla_memory.lerobot_forward import CachedPrefix, LeRobotForward
 from lerobot_policy_smolvla_memory.memory import MemoryState, RecurrentMemory
 from lerobot_policy_smolvla_memory.precision import in_own_dtype
@@ -77,7 +78,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
         )
         self.memory: RecurrentMemory | None = None
-        if config.num_mem_tokens == 0:
+        if not config.has_memory:
             return
         text_config = self.vlm_with_expert.config.text_config
         self.memory = RecurrentMemory(
@@ -90,10 +91,19 @@ class MemoryFlowMatching(VLAFlowMatching):
             if config.mem_reads_context
             else 0,
             predicts=(config.chunk_size, config.action_feature.shape[0]) if config.mem_action_loss else None,
+            frames=self._past_frames(config) if config.mem_frames else None,
             embedding=self.end_of_utterance_embedding(),
         )
-        if not config.train_expert_only:
+        if config.num_mem_tokens and not config.train_expert_only:
             self._train_last_layers()
+
+    def _past_frames(self, config: SmolVLAMemoryConfig) -> PastFrames:
+        vlm, cameras = self.vlm_with_expert.config, len(config.image_features)
+        height, width = config.resize_imgs_with_padding or next(iter(config.image_features.values())).shape[1:]
+        cell = vlm.vision_config.patch_size * vlm.scale_factor  # pixels per side of what a token shows
+        side = frame_side(config.mem_frame_tokens, cameras, (height // cell) * (width // cell))
+        hidden_size, sampling = vlm.text_config.hidden_size, config.mem_frame_sampling
+        return PastFrames(config.mem_frames, cameras, side, hidden_size, sampling=sampling)
 
     def end_of_utterance_embedding(self) -> Tensor:
         """[H], where memory tokens begin with mem_init "embedding"."""
@@ -125,7 +135,7 @@ class MemoryFlowMatching(VLAFlowMatching):
         model = self.vlm_with_expert
         scale = model.config.text_config.hidden_size**0.5
         rows = len(state)
-        tokens, valid = [], []
+        tokens, valid, seen = [], [], []
 
         def add(embeddings: Tensor, mask: Tensor) -> None:
             tokens.append(embeddings.expand(rows, -1, -1))
@@ -133,6 +143,7 @@ class MemoryFlowMatching(VLAFlowMatching):
 
         for image, mask in zip(images, image_masks, strict=True):
             embedded = image if image.dim() == 3 else model.embed_image(image)
+            seen.append(embedded)
             if self.add_image_special_tokens:
                 begin, end = (
                     model.embed_language_tokens(special.to(state.device))[None]
@@ -146,7 +157,9 @@ class MemoryFlowMatching(VLAFlowMatching):
                 add(embedded * scale, mask[:, None])
         add(model.embed_language_tokens(language) * scale, language_mask)
         context = torch.cat([each.to(tokens[-1].dtype) for each in tokens], dim=1)
-        return Prefix(context, torch.cat(valid, dim=1).bool(), self.state_proj(state)[:, None])
+        past = None if self.memory is None else self.memory.frames
+        frame = None if past is None else past.frame(seen, image_masks)
+        return Prefix(context, torch.cat(valid, dim=1).bool(), self.state_proj(state)[:, None], frame)
 
     def encode(
         self,
@@ -182,7 +195,8 @@ class MemoryFlowMatching(VLAFlowMatching):
             if reset is not None:
                 memory = self.memory.reset(memory, reset[rows])
             output = encoding.query(query, self.memory.read(memory))
-            written = self.memory.write(memory, output, context and context.query(query, queries))
+            frame = None if prefix.frame is None else prefix.frame[rows]
+            written = self.memory.write(memory, output, context and context.query(query, queries), frame)
             memory = written if skip is None else written.where(skip[rows], memory)
             tokens.append(memory.tokens)
         return encoding.finish(), memory, clip_major(tokens)

@@ -1,4 +1,4 @@
-"""The recurrent memory alone: tensors in, tensors out. It knows nothing of SmolVLA.
+"""The memory alone: tensors in, tensors out. It knows nothing of SmolVLA.
 
 Once per policy query, `read` turns the carried state into the embeddings of M memory tokens, the
 vision-language model computes, and `write` turns its output at those places, and what the tokens find in the context
@@ -16,7 +16,11 @@ learn inside a pretrained model: both ends of the loop are normalised, so that a
 final norm's output arrive in the prefix at one and the same scale; and a gate (Cho et al. 2014) lets a memory
 outlast the queries that have nothing to add.
 
-Letters: B batch, M memory tokens, H hidden size, P tokens of the context, Q past states in the cache.
+Behind the M tokens that recur, or instead of them, stand those of past frames (frames.py): nothing is written there
+but what a query saw.
+
+Letters: B batch, M memory tokens that recur, H hidden size, P tokens of the context, Q past states in the cache,
+n frames of p tokens.
 """
 
 import math
@@ -28,6 +32,8 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lerobot_policy_smolvla_memory.frames import PastFrames
 
 INITIAL_STD = 0.02
 INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then lasts about three queries
@@ -45,11 +51,15 @@ class MemoryState:
         tokens: [B, M, H].
         cache: [B, Q, M, H] the states before this one, newest first, or None when no cache is kept.
         cache_length: [B] how many of the Q are filled.
+        frames: [B, n, p, H] what past queries saw, or None when no frames are kept.
+        queries: [B] how many queries there have been, which says which of them the frames are of.
     """
 
     tokens: Tensor
     cache: Tensor | None = None
     cache_length: Tensor | None = None
+    frames: Tensor | None = None
+    queries: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -58,6 +68,13 @@ class MemoryState:
     @property
     def device(self) -> torch.device:
         return self.tokens.device
+
+    @property
+    def vectors(self) -> Tensor:
+        """[B, M + n, H] all that is held, at one scale: the tokens, and of each frame the mean; 0 for an empty slot."""
+        if self.frames is None:
+            return self.tokens
+        return torch.cat([self.tokens, _rms_norm(self.frames.mean(dim=2))], dim=1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -121,20 +138,21 @@ class Context:
 
 
 class RecurrentMemory(nn.Module):
-    """M memory tokens of width H: where they start, how they are read, how they are written.
+    """M memory tokens of width H: where they start, how they are read, how they are written; and past frames.
 
-    Two numbers say how they stand among the other tokens: `key_bias` is added to their scores in attention, whoever
-    looks at them, and in front of the prefix they count from `first_position`, −M, so that they move no other
-    token's position. Both are kept with the weights, which have grown used to them.
+    Two numbers say how all of them stand among the other tokens: `key_bias` is added to their scores in attention,
+    whoever looks at them, and in front of the prefix they count from `first_position`, minus their number, so that they
+    move no other token's position. Both are kept with the weights, which have grown used to them.
 
     Args:
-        num_tokens: M.
+        num_tokens: M; 0 with `frames` alone, and then whatever is said of the M has no meaning.
         hidden_size: H of the vision-language model.
         init: "normal" (std 0.02), "zeros", or "embedding" (needs `embedding`).
         update: "overwrite" or "gated".
         cache_size: Q past states that reading may look back at; 0 keeps none.
         context_heads: with how many heads writing attends to the context itself; 0: it does not.
         predicts: [T, A], the actions that `head` predicts; None makes no head.
+        frames: of past queries, which are kept and read besides; None keeps none.
         embedding: [H], the start of every token for init "embedding".
     """
 
@@ -151,12 +169,19 @@ class RecurrentMemory(nn.Module):
         cache_size: int = 0,
         context_heads: int = 0,
         predicts: tuple[int, int] | None = None,
+        frames: PastFrames | None = None,
         embedding: Tensor | None = None,
     ):
         super().__init__()
-        self.init = init
+        self.init, self.hidden_size = init, hidden_size
+        self.frames = frames
+        self.size = num_tokens + (0 if frames is None else frames.size)
         self.register_buffer("key_bias", torch.tensor(0.0))
-        self.register_buffer("first_position", torch.tensor(-num_tokens))
+        self.register_buffer("first_position", torch.tensor(-self.size))
+        self.look_back = self.context_reader = self.head = None
+        self.recurs = num_tokens > 0
+        if not self.recurs:
+            return
         self.mem_tokens = nn.Parameter(torch.empty(num_tokens, 1, hidden_size))
         self.initialize_tokens(embedding)
         self.slots = nn.Parameter(torch.randn(num_tokens, hidden_size) * SLOT_STD)
@@ -169,6 +194,8 @@ class RecurrentMemory(nn.Module):
     @torch.no_grad()
     def initialize_tokens(self, embedding: Tensor | None = None) -> None:
         """Set the initial tokens as `init` says. `embedding` [H] is needed by "embedding" only."""
+        if not self.recurs:
+            return
         if self.init == "normal":
             self.mem_tokens.normal_(std=INITIAL_STD)
         elif self.init == "zeros":
@@ -179,8 +206,8 @@ class RecurrentMemory(nn.Module):
             self.mem_tokens.copy_(embedding.expand_as(self.mem_tokens))
 
     def weigh_as(self, tokens: float) -> None:
-        """Let all M together weigh as much in attention as so many others that score alike; no more than M."""
-        self.key_bias.fill_(math.log(min(1.0, tokens / len(self.mem_tokens))))
+        """Let all tokens together weigh as much in attention as so many others that score alike; no more than all."""
+        self.key_bias.fill_(math.log(min(1.0, tokens / self.size)))
 
     def grow(self, factor: float) -> None:
         """Let each token weigh `factor` times as much, until it weighs as much as any other that scores alike."""
@@ -188,22 +215,32 @@ class RecurrentMemory(nn.Module):
 
     def initial(self, batch_size: int) -> MemoryState:
         """The memory at the start of an episode, for B elements."""
-        tokens = self.mem_tokens.transpose(0, 1).expand(batch_size, -1, -1)
-        if self.look_back is None:
-            return MemoryState(tokens)
-        return MemoryState(tokens, *self.look_back.empty(tokens))
+        if self.recurs:
+            tokens = self.mem_tokens.transpose(0, 1).expand(batch_size, -1, -1)
+        else:
+            tokens = self.key_bias.new_zeros(batch_size, 0, self.hidden_size)
+        past = (None, None) if self.look_back is None else self.look_back.empty(tokens)
+        return MemoryState(tokens, *past, *(() if self.frames is None else self.frames.empty(batch_size)))
 
     def read(self, state: MemoryState) -> Tensor:
-        """Embeddings [B, M, H] of the memory tokens, float32.
+        """Embeddings [B, M + n · p, H] of the memory tokens, float32: those that recur, then the frames'.
 
         Their RMS is about 1: between the embeddings of language and state (0.35 in a small trained SmolVLA)
         and of images (8), and the scale at which new memory tokens disturbed a trained action expert least.
         """
         with _in_float32(state.device):
-            tokens = self.read_norm(state.tokens)
-            if self.look_back is not None:
-                tokens = self.look_back(tokens, state.cache, state.cache_length)
-            return tokens + self.slots
+            if self.frames is None:
+                return self._read_recurrent(state)
+            assert state.frames is not None
+            assert state.queries is not None
+            frames = self.frames(state.frames, state.queries)
+            return torch.cat([self._read_recurrent(state), frames], dim=1) if self.recurs else frames
+
+    def _read_recurrent(self, state: MemoryState) -> Tensor:
+        tokens = self.read_norm(state.tokens)
+        if self.look_back is not None:
+            tokens = self.look_back(tokens, state.cache, state.cache_length)
+        return tokens + self.slots
 
     def context(self, embeddings: Tensor, valid: Tensor) -> Context | None:
         """What `write` attends to, of embeddings [B, P, H] and valid [B, P]; None where it does not."""
@@ -212,13 +249,31 @@ class RecurrentMemory(nn.Module):
         with _in_float32(embeddings.device):
             return self.context_reader.context(embeddings, valid)
 
-    def write(self, state: MemoryState, output: Tensor, context: Context | None = None) -> MemoryState:
-        """The next state, from the backbone's output [B, M, H] at the memory's places and the query's context."""
+    def write(
+        self, state: MemoryState, output: Tensor, context: Context | None = None, frame: Tensor | None = None
+    ) -> MemoryState:
+        """The next state.
+
+        Args:
+            output: [B, M + n · p, H], the backbone's at the memory's places; what the frames' tokens became is not read.
+            context: of the query, see `context`.
+            frame: [B, p, H], what the query saw, see `PastFrames.frame`.
+        """
+        written = self._write_recurrent(state, output[:, : state.tokens.shape[1]], context) if self.recurs else state
+        if self.frames is None:
+            return written
+        assert frame is not None, "a memory of frames is written with the query's"
+        assert state.frames is not None
+        assert state.queries is not None
+        frames, queries = self.frames.remember(state.frames, state.queries, frame)
+        return replace(written, frames=frames, queries=queries)
+
+    def _write_recurrent(self, state: MemoryState, output: Tensor, context: Context | None) -> MemoryState:
         with _in_float32(state.device):
             output = output.float()
             if self.context_reader is not None:
                 assert context is not None, "a memory that reads the context is written with it"
-                output = _rms_norm(output) + _rms_norm(self.context_reader(self.read(state), context))
+                output = _rms_norm(output) + _rms_norm(self.context_reader(self._read_recurrent(state), context))
             tokens = self.update(state.tokens, output)
         if self.look_back is None:
             return MemoryState(tokens)

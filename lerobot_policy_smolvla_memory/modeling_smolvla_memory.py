@@ -155,7 +155,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         encoded, memory, tokens = self._encode(batch, prefix, memory, queries)
         loss = self.flow_loss(encoded, batch, noise, time, reduction)
         outputs: StepOutputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
-        if self.training and tokens is not None and self.config.mem_action_loss:
+        if self.training and self.model.memory is not None and self.model.memory.head is not None:
+            assert tokens is not None
             memory_loss = self._memory_loss(tokens, prefix, batch, reduction)
             loss = loss + self.config.mem_action_loss * memory_loss
             outputs["memory_loss"] = memory_loss.detach().mean()
@@ -434,7 +435,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
     def _check_shape(self, memory: MemoryState) -> None:
         if self.model.memory is None:
-            raise ValueError("this policy has no memory (num_mem_tokens=0), so it cannot carry one")
+            raise ValueError("this policy has no memory (num_mem_tokens=0, mem_frames=0), so it cannot carry one")
         expected = self.model.memory.initial(memory.batch_size).shapes
         if memory.shapes != expected:
             raise ValueError(f"the memory must be of shapes {expected}, got {memory.shapes}")
@@ -457,7 +458,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     def _let_memory_grow(self) -> None:
         """A memory that has joined weighs more with every step that trains it."""
         memory = self.model.memory
-        if self.training and memory is not None and memory.mem_tokens.requires_grad:
+        if self.training and memory is not None and next(memory.parameters()).requires_grad:
             memory.grow(self.config.mem_growth)
 
     # ------------------------------------------------------------- parameters

@@ -21,11 +21,13 @@ class Prefix:
         context: [B, P, H] images, then language.
         valid: [B, P] bool; false for padding and for cameras that are not there.
         state: [B, 1, H].
+        frame: [B, p, H] what is kept of the images for later queries; None where nothing is.
     """
 
     context: Tensor
     valid: Tensor
     state: Tensor
+    frame: Tensor | None = None
 
     def summary(self) -> Tensor:
         """[B, 2, H] float32: the mean of images and language, and the state. Without gradient."""
@@ -35,7 +37,8 @@ class Prefix:
 
     def query(self, number: int, queries: int) -> Self:
         """The rows of query `number` of every clip."""
-        return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(None if value is None else value[number::queries] for value in values))
 
 
 def clip_major(queries: Sequence[Tensor]) -> Tensor:

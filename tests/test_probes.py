@@ -237,7 +237,7 @@ def test_what_a_run_has_nothing_for_is_left_out_and_named_when_asked_for(
         run_probe("recovery", copy)
     config = copy / "stage2_weighing" / "config.yaml"
     config.write_text(re.sub(r"num_mem_tokens: \d+", "num_mem_tokens: 0", config.read_text()))
-    with pytest.raises(NothingToProbe, match=r"memory needs policy.num_mem_tokens of at least 1, got 0 in"):
+    with pytest.raises(NothingToProbe, match=r"memory needs policy.num_mem_tokens or mem_frames of at least 1, got 0"):
         run_probe("memory", copy)
     assert main([f"run={copy}"]) == 0
     shown = capsys.readouterr().out

@@ -45,8 +45,7 @@ class Witness(torch.nn.Module):
     def __init__(self, validator: Validator, *, memory: bool, noisy: bool = False):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        tokens = 4 if memory else 0
-        self.config = SimpleNamespace(chunk_size=6, max_action_dim=32, n_action_steps=4, num_mem_tokens=tokens)
+        self.config = SimpleNamespace(chunk_size=6, max_action_dim=32, n_action_steps=4, has_memory=memory)
         self.noisy = noisy
         groups = validator.normalization.space.action_groups()
         self.off_by = torch.zeros(sum(map(len, groups.values())))

@@ -14,7 +14,12 @@ from kuavo_train.config_folders import quoted
 from kuavo_train.errors import one_of, require
 
 HERE = Path(__file__).resolve().parent
-MEMORIES = {"recurrent": (), "none": ("policy.num_mem_tokens=0",)}
+MEMORIES = {
+    "recurrent": (),
+    "frames": ("memory=frames",),
+    "both": ("memory=both",),
+    "none": ("policy.num_mem_tokens=0",),
+}
 """Kind of memory → what is set for it."""
 FROZEN = "training.freeze_first_stage=[vision,connector,vlm_text]"
 
@@ -22,8 +27,13 @@ Situation = Literal["nothing", "twin", "frozen"]
 
 
 def of_memory(key: str) -> bool:
-    """Whether a field of the policy is of its recurrent memory, and means nothing where there is none."""
+    """Whether a field of the policy is of its memory, and means nothing where there is none."""
     return "mem_" in key
+
+
+def of_frames(key: str) -> bool:
+    """Whether it is of the frames that a memory keeps, and means nothing where it keeps none."""
+    return key.startswith("mem_frame")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from benchmarks.memory_suite.curve import curve_of
 from benchmarks.memory_suite.data import VERSION, ensure_dataset, held_out
 from benchmarks.memory_suite.decisions import decide, probe_of
 from benchmarks.memory_suite.layouts import FRAMES_PER_QUERY, TASKS
-from benchmarks.memory_suite.options import Combination, Options, of_memory
+from benchmarks.memory_suite.options import Combination, Options, of_frames, of_memory
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.config_folders import quoted
+from kuavo_train.data.policy_traits import remembers
 from kuavo_train.errors import RunError, require
 from kuavo_train.runs.files import JsonLines, read_lines
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
@@ -149,8 +150,9 @@ def cpu_seconds(curve: Sequence[Record]) -> float:
 def _settings(combination: Combination, config: RunConfig, twin: Run | None) -> Record:
     settings = {key: value for key, value in asdict(config).items() if key not in PLACES}
     settings["policy"] = {**policy_defaults(config.policy["type"]), **config.policy, "pretrained_path": None}
-    if settings["policy"]["num_mem_tokens"] == 0:
-        settings["policy"] = {key: value for key, value in settings["policy"].items() if not of_memory(key)}
+    for is_there, of_it in ((remembers(settings["policy"]), of_memory), (settings["policy"]["mem_frames"], of_frames)):
+        if not is_there:
+            settings["policy"] = {key: value for key, value in settings["policy"].items() if not of_it(key)}
     settings["data"] = {key: value for key, value in settings["data"].items() if key not in ("root", "cache_root")}
     settings["stage"] = {key: value for key, value in settings["stage"].items() if key != "root"}
     options = combination.options

@@ -1,7 +1,8 @@
 """What a policy can do, read from its LeRobot config: the only place that looks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from lerobot.configs import PreTrainedConfig
 
@@ -10,14 +11,14 @@ from lerobot.configs import PreTrainedConfig
 class PolicyTraits:
     """
     Attributes:
-        memory_tokens: M, 0 without a recurrent memory.
+        has_memory: whether anything is carried from one query to the next: memory tokens or past frames.
         memory_depth: K, queries that gradients flow through; 0 where the memory is not trained through time.
         vlm_name: folder or hub id of the vision-language model's config and tokenizer; None without one.
         token_limit: of an instruction; None for a policy that reads no language.
         has_temperature: whether the noise that actions are denoised from can be set.
     """
 
-    memory_tokens: int
+    has_memory: bool
     memory_depth: int
     vlm_name: str | None
     token_limit: int | None
@@ -25,11 +26,16 @@ class PolicyTraits:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Self:
-        tokens = getattr(config, "num_mem_tokens", 0)
+        has_memory = getattr(config, "has_memory", False)
         return cls(
-            memory_tokens=tokens,
-            memory_depth=getattr(config, "mem_backprop_depth", 0) if tokens else 0,
+            has_memory=has_memory,
+            memory_depth=getattr(config, "mem_backprop_depth", 0) if has_memory else 0,
             vlm_name=getattr(config, "vlm_model_name", None),
             token_limit=getattr(config, "tokenizer_max_length", None),
             has_temperature=hasattr(config, "sampling_temperature"),
         )
+
+
+def remembers(policy: Mapping[str, Any]) -> bool:
+    """`has_memory` of a policy that is not built, by the fields that are set."""
+    return any(policy.get(key, 0) for key in ("num_mem_tokens", "mem_frames"))

@@ -107,7 +107,7 @@ class Validator:
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
         episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.held_out_episodes]
-        if PolicyTraits.of(policy.config).memory_tokens > 0:
+        if PolicyTraits.of(policy.config).has_memory:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]
 

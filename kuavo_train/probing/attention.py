@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-from kuavo_train.data.policy_traits import PolicyTraits
 
 
 @dataclass
@@ -71,9 +69,10 @@ def watched_attention(policy: PreTrainedPolicy) -> Iterator[WatchedAttention]:
         del model.embed, model.velocity
 
 
-def places_in_prefix(config: PreTrainedConfig, state_place: int, length: int, language: int) -> dict[str, list[int]]:
+def places_in_prefix(policy: PreTrainedPolicy, state_place: int, length: int, language: int) -> dict[str, list[int]]:
     """Kind of token → its places in a prefix of `length` tokens, memory included."""
-    memory = PolicyTraits.of(config).memory_tokens
+    config = policy.config
+    memory = 0 if policy.model.memory is None else policy.model.memory.size
     start = memory if memory and config.mem_at_start else 0
     places = {
         "images": list(range(start, start + state_place - language)),

@@ -3,7 +3,7 @@
 A question stands where a cue that can no longer be seen decides what to do. The answer is judged by whose
 demonstrated action it is nearest to, among those of all cues in the same layout.
 
-Letters: E episodes, Q queries, M memory tokens, C chunk length, A action dimensions.
+Letters: E episodes, Q queries, M vectors that a memory holds, C chunk length, A action dimensions.
 """
 
 from collections.abc import Hashable, Sequence
@@ -141,18 +141,18 @@ def probe_over_time(
 
 
 def _memories(walk: Walk, about: Sequence[tuple[int, int]], offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Memory tokens [N, M·H] before the query `offset` after the decision's, and cues [N], of episodes that have it."""
+    """What memory holds [N, M·H] before the query `offset` after the decision's, and cues [N], of episodes that have it."""
     features, cues = [], []
     assert walk.states is not None
     for episode, (cue, query) in enumerate(about):
         if 0 <= query + offset <= len(walk.episodes[episode]):
-            features.append(walk.states[query + offset].tokens[episode].float().cpu().numpy().ravel())
+            features.append(walk.states[query + offset].vectors[episode].float().cpu().numpy().ravel())
             cues.append(cue)
     return np.array(features), np.array(cues)
 
 
 def trace_of(walk: Walk, episode: int) -> Json:
-    """Per memory token [M] over an episode: norm before each query [Q + 1], change by each, cosine across each [Q]."""
+    """Per vector of memory [M] over an episode: norm before each query [Q + 1], change by each, cosine across each [Q]."""
     tokens = walk.tokens(episode)
     norms = np.linalg.norm(tokens, axis=2)
     before, after = tokens[:-1], tokens[1:]

@@ -11,7 +11,7 @@ until then is a matter of which state is handed to that query:
 
 The observation, the noise and the weights are the same each time, so a difference comes from the memory alone.
 
-Letters: E episodes, Q queries, M memory tokens, H hidden size, C chunk length, A action dimensions.
+Letters: E episodes, Q queries, M vectors that a memory holds, H hidden size, C chunk length, A action dimensions.
 """
 
 from collections.abc import Sequence
@@ -56,10 +56,10 @@ class Walk:
         return state
 
     def tokens(self, episode: int) -> np.ndarray:
-        """[Q + 1, M, H] the memory tokens of an episode before each query, and after the last."""
+        """[Q + 1, M, H] what the memory of an episode holds before each query, and after the last."""
         assert self.states is not None
         queries = range(len(self.episodes[episode]) + 1)
-        return np.stack([self.states[query].tokens[episode].float().cpu().numpy() for query in queries])
+        return np.stack([self.states[query].vectors[episode].float().cpu().numpy() for query in queries])
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MemoryProbe:
 
     @property
     def has_memory(self) -> bool:
-        return PolicyTraits.of(self.policy.config).memory_tokens > 0
+        return PolicyTraits.of(self.policy.config).has_memory
 
     def queries_of(self, place: int, episode: int) -> Draws:
         """The queries of an episode of the task at `place`, as on the robot."""
@@ -148,7 +148,7 @@ class MemoryProbe:
         with watched_attention(self.policy) as seen:
             self.policy.sample_actions_with(batch, memory, noise)
         places = places_in_prefix(
-            self.policy.config, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
+            self.policy, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
         )
         shares = {
             kind: float(np.mean([weights[place].sum() for weights in seen.weights])) for kind, place in places.items()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kuavo_train.data.policy_traits import remembers
 from kuavo_train.data.task import Task
 from kuavo_train.errors import RunFolderError
 from kuavo_train.probing.instruction_swap import swap_instructions
@@ -40,8 +41,8 @@ def memory(run: TrainedRun) -> Json:
     Raises:
         NothingToProbe: the policy has no memory.
     """
-    if not run.settings.policy.get("num_mem_tokens", 0):
-        raise NothingToProbe(f"memory needs policy.num_mem_tokens of at least 1, got 0 in {run.folder}")
+    if not remembers(run.settings.policy):
+        raise NothingToProbe(f"memory needs policy.num_mem_tokens or mem_frames of at least 1, got 0 in {run.folder}")
     cues = {task.name: cues_of(task) for task in run.tasks}
     donors = {
         task.name: donors_among([cues[task.name].get(e, {}).get("cue") for e in task.held_out_episodes])

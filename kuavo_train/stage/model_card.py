@@ -59,6 +59,7 @@ def model_card(
     adapters = f", adapters of rank {lora.rank} on the action expert, merged into its weights" if lora else ""
     average = "" if training.ema is None else f", their moving average of decay {training.ema:g}"
     memory = f", {policy['num_mem_tokens']} memory tokens" if "num_mem_tokens" in policy else ""
+    memory += f", {policy['mem_frames']} past frames" if policy.get("mem_frames") else ""
     language = "language-conditioned " if "tokenizer_max_length" in policy else ""
     return "\n".join(
         [

@@ -147,7 +147,7 @@ class SmolVLAPolicyWrapper:
 
     @property
     def has_memory(self) -> bool:
-        return self._traits.memory_tokens > 0
+        return self._traits.has_memory
 
     def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
         """An episode begins, for all robots of the batch or for some: nothing remembered, nothing planned.
@@ -181,9 +181,9 @@ class SmolVLAPolicyWrapper:
             self._policy.forget()
 
     def memory_norms(self) -> np.ndarray | None:
-        """Norms [B, tokens] of what each robot remembers now; None without memory, and before the first query."""
+        """Norms [B, vectors] of what each robot remembers now; None without memory, and before the first query."""
         memory = self._policy.get_memory()
-        return None if memory is None else memory.tokens.norm(dim=-1).cpu().numpy()
+        return None if memory is None else memory.vectors.norm(dim=-1).cpu().numpy()
 
     def _reset(self, indices: list[int]) -> None:
         size = len(self._calls)
