@@ -57,8 +57,8 @@ class PastFrames(nn.Module):
     """n frames of p = C × side² tokens: which are kept, and how they are read.
 
     Read, a frame is normalised, goes through a linear map of its own, which starts as the identity, and is told how
-    many queries ago it was, from zero on. An empty slot shows a learnt embedding in place of each token. H² + 34 H + p H
-    parameters.
+    many queries ago it was, which changes nothing at first. An empty slot shows a learnt embedding in place of each
+    token. H² + (33 + p) H parameters.
 
     Args:
         count: n.
@@ -69,7 +69,7 @@ class PastFrames(nn.Module):
 
     def __init__(self, count: int, cameras: int, side: int, hidden_size: int, *, sampling: str):
         super().__init__()
-        self.count, self.cameras, self.side = count, cameras, side
+        self.count, self.side = count, side
         self.kept = SAMPLINGS[sampling]
         self.map = nn.Linear(hidden_size, hidden_size, bias=False)
         self.age = nn.Linear(2 * AGE_WAVES, hidden_size, bias=False)
@@ -92,19 +92,15 @@ class PastFrames(nn.Module):
         """Tokens [B, N, H] of each camera, and [B] whether it is there → the query's frame [B, p, H], float32.
 
         The tokens of a camera are a square grid, row by row; cells of the coarser one are means. A camera that is not
-        there is 0.
-
-        Raises:
-            ValueError: another number of cameras than the memory is made for.
+        there is 0, as are those that fewer than C leave out, which LeRobot puts last.
         """
-        if len(cameras) != self.cameras:
-            raise ValueError(f"mem_frames needs all {self.cameras} cameras of the policy, got {len(cameras)}")
         parts = []
         for tokens, is_there in zip(cameras, there, strict=True):
             grid = tokens.float().transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
             coarse = F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
             parts.append(coarse * is_there[:, None, None])
-        return torch.cat(parts, dim=1)
+        frame = torch.cat(parts, dim=1)
+        return F.pad(frame, (0, 0, 0, len(self.places) - frame.shape[1]))
 
     def remember(self, frames: Tensor, queries: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
         """What is carried after a query that saw `frame` [B, p, H], by what was before: see `empty`."""

@@ -255,7 +255,7 @@ class RecurrentMemory(nn.Module):
         """The next state.
 
         Args:
-            output: [B, M + n · p, H], the backbone's at the memory's places; what the frames' tokens became is not read.
+            output: [B, M + n · p, H], the backbone's at the memory's places; that at the frames' is not looked at.
             context: of the query, see `context`.
             frame: [B, p, H], what the query saw, see `PastFrames.frame`.
         """

@@ -11,7 +11,6 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 
-
 @dataclass
 class WatchedAttention:
     """What the action tokens attended to.

@@ -141,7 +141,7 @@ def probe_over_time(
 
 
 def _memories(walk: Walk, about: Sequence[tuple[int, int]], offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """What memory holds [N, M·H] before the query `offset` after the decision's, and cues [N], of episodes that have it."""
+    """What is held [N, M·H] before the query `offset` after the decision's, and cues [N], of episodes that have it."""
     features, cues = [], []
     assert walk.states is not None
     for episode, (cue, query) in enumerate(about):
@@ -152,7 +152,7 @@ def _memories(walk: Walk, about: Sequence[tuple[int, int]], offset: int) -> tupl
 
 
 def trace_of(walk: Walk, episode: int) -> Json:
-    """Per vector of memory [M] over an episode: norm before each query [Q + 1], change by each, cosine across each [Q]."""
+    """Per vector [M] of an episode's memory: norm before each query [Q + 1], change by each, cosine across each [Q]."""
     tokens = walk.tokens(episode)
     norms = np.linalg.norm(tokens, axis=2)
     before, after = tokens[:-1], tokens[1:]

@@ -10,7 +10,15 @@ from tiny_sizes import CAMERAS
 from lerobot_policy_smolvla_memory.backbone import attend, attention_bias
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import image_features_key
 
-MEMORIES = {"none": {"num_mem_tokens": 0}, **LAYOUTS, "overwriting": {**LAYOUTS["end"], "mem_update": "overwrite"}}
+FRAMES = {"mem_frames": 2, "mem_backprop_depth": 1}
+MEMORIES = {
+    "none": {"num_mem_tokens": 0},
+    **LAYOUTS,
+    "overwriting": {**LAYOUTS["end"], "mem_update": "overwrite"},
+    "frames at the end": {**LAYOUTS["end"], **FRAMES, "num_mem_tokens": 0},
+    "frames at the start": {**LAYOUTS["start"], **FRAMES, "num_mem_tokens": 0},
+    "frames and tokens": {**LAYOUTS["both"], **FRAMES},
+}
 ARCHITECTURES = {
     "cross-attention": {},
     "self-attention": {"attention_mode": "self_attn"},
