@@ -136,6 +136,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
                 f"mem_frames={self.mem_frames} needs mem_backprop_depth to be at least 1, got 0: samples on their own "
                 "have no past; mem_frames=0 switches the frames off"
             )
+        self._check_room_for_cameras()
 
     @property
     def has_memory(self) -> bool:
@@ -143,11 +144,16 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         return self.num_mem_tokens > 0 or self.mem_frames > 0
 
     def validate_features(self) -> None:
-        super().validate_features()
-        if self.mem_frames > 0 and not 1 <= len(self.image_features) <= self.mem_frame_tokens:
+        super().validate_features()  # adds the empty cameras
+        if self.mem_frames > 0 and not self.image_features:
+            raise ValueError(f"mem_frames={self.mem_frames} needs a camera, got none")
+        self._check_room_for_cameras()
+
+    def _check_room_for_cameras(self) -> None:
+        cameras = len(self.image_features or ())
+        if self.mem_frames > 0 and cameras > self.mem_frame_tokens:
             raise ValueError(
-                f"mem_frame_tokens must be at least one for each of the {len(self.image_features)} cameras, of which "
-                f"mem_frames needs one or more, got {self.mem_frame_tokens}"
+                f"mem_frame_tokens must be at least one for each of the {cameras} cameras, got {self.mem_frame_tokens}"
             )
 
     @classmethod

@@ -6,7 +6,7 @@ T chunk length, A action dimensions, G key-value heads, D head dimension.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -37,8 +37,9 @@ class Prefix:
 
     def query(self, number: int, queries: int) -> Self:
         """The rows of query `number` of every clip."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return type(self)(*(None if value is None else value[number::queries] for value in values))
+        rows = slice(number, None, queries)
+        frame = None if self.frame is None else self.frame[rows]
+        return type(self)(self.context[rows], self.valid[rows], self.state[rows], frame)
 
 
 def clip_major(queries: Sequence[Tensor]) -> Tensor:

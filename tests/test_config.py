@@ -82,6 +82,9 @@ def test_the_presets_say_what_they_are_named_for() -> None:
     }
     tokens = {name.split("=")[1]: preset.policy["num_mem_tokens"] for name, preset in presets.items()}
     assert (tokens["light"], tokens["standard"], tokens["strong"], tokens["max"]) == (2, 4, 8, 16)
+    frames = {name: presets[f"memory={name}"].policy["mem_frames"] for name in ("frames", "both", "standard")}
+    assert frames == {"frames": 8, "both": 8, "standard": 0}
+    assert (tokens["frames"], tokens["both"]) == (0, 4)
     assert presets["finetune=expert_only"].training.freeze == ["vision", "connector", "vlm_text"]
     assert presets["finetune=end_to_end"].training.freeze == []
     assert presets["finetune=lora"].training.lora == LoraConfig(rank=64, alpha=64)

@@ -14,7 +14,7 @@ from benchmarks.memory_suite.__main__ import main
 from benchmarks.memory_suite.data import CAMERA, HeldOut, ensure_dataset, held_out
 from benchmarks.memory_suite.decisions import decide, probe_of
 from benchmarks.memory_suite.layouts import ACTION, FRAMES_PER_QUERY, PARTS, STATE, TASKS, Query, plain
-from benchmarks.memory_suite.options import Combination, Options
+from benchmarks.memory_suite.options import MEMORIES, Combination, Options
 from benchmarks.memory_suite.study import Run, cpu_seconds, run_study
 from benchmarks.memory_suite.table import table
 from kuavo_train.compose import compose_run
@@ -176,7 +176,9 @@ def untrained(tmp_path: Path, tiny: Options, memory: str) -> tuple[Any, Any]:
         n_action_steps=FRAMES_PER_QUERY,
         num_vlm_layers=2,
         num_steps=2,
-        num_mem_tokens=0 if memory == "none" else 2,
+        num_mem_tokens=2 if memory in ("recurrent", "both") else 0,
+        mem_frames=2 if memory in ("frames", "both") else 0,
+        mem_backprop_depth=1,
     )
     policy = SmolVLAMemoryPolicy(config)
     with torch.no_grad():  # new weights answer 0 to everything
@@ -212,7 +214,7 @@ def test_without_memory_exactly_chance_is_right_and_so_with_a_memory_reset(
     task: str, tmp_path: Path, tiny: Options
 ) -> None:
     episodes = held_out(task, "trained", 8)
-    for memory, intervention in (("none", "on"), ("recurrent", "reset")):
+    for memory, intervention in (("none", "on"), ("recurrent", "reset"), ("frames", "reset")):
         policy, preprocessor = untrained(tmp_path, tiny, memory)
         row = decide(probe_of(policy, preprocessor, NORMALIZATION, episodes), NORMALIZATION, episodes)[intervention]
         assert row["n"] == len(episodes.members) * len(episodes.layouts[0].decisions)
@@ -237,6 +239,24 @@ def test_a_memory_joins_the_twin_frozen_and_is_evaluated(
     row = table([record, {**record, "seed": 1}]).splitlines()[-1]
     assert "| colour | frozen | recurrent | 0,1 | 0.25 |" in row
     assert "| 4/16 |" in row
+
+
+def test_every_kind_of_memory_joins_one_twin_and_no_setting_of_frames_is_told_where_there_are_none(
+    tiny: Options,
+) -> None:
+    runs = {memory: Run.of(next(replace(tiny, memory=(memory,)).combinations())) for memory in MEMORIES}
+    assert len({run.name for run in runs.values()}) == len(runs) == 4
+    assert len({run.twin.name for run in runs.values() if run.twin is not None}) == 1
+    policies = {memory: run.settings["policy"] for memory, run in runs.items()}
+    assert {
+        memory: (policy.get("num_mem_tokens"), policy.get("mem_frames")) for memory, policy in policies.items()
+    } == {
+        "recurrent": (4, None),
+        "frames": (0, 8),
+        "both": (4, 8),
+        "none": (None, None),
+    }
+    assert not [key for key in policies["recurrent"] if key.startswith("mem_frame")]
 
 
 def test_what_is_there_is_skipped_and_the_twin_is_trained_once(
@@ -272,7 +292,7 @@ def test_a_run_that_was_cut_off_goes_on(trained: tuple[list[dict[str, Any]], Kua
 def test_bad_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for word, message in (
         ("task=color", "task must be one of colour"),
-        ("memory=big", "memory must be one of recurrent, none"),
+        ("memory=big", "memory must be one of recurrent, frames, both, none"),
         ("situation=here", "situation must be one of nothing, twin, frozen"),
         ("steps=0", "steps must be at least 1"),
         ("polcy.x=1", "arguments must be key=value with a key of task, situation"),

@@ -262,11 +262,20 @@ def test_the_memorys_own_loss_is_reported_apart_from_that_on_the_actions(small_r
     assert heavy["loss"] < without["loss"] + heavy["memory_loss"]  # not five times that on top
 
 
-@pytest.mark.parametrize(("stop_after", "depth"), [(1, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("stop_after", "depth", "words"),
+    [(1, 0, ()), (3, 2, ()), (3, 2, ("memory=frames",)), (3, 1, ("memory=both", "policy.mem_frames=2"))],
+    ids=["alone", "through time", "frames", "both"],
+)
 def test_an_interrupted_stage_resumes_to_bit_identical_weights(
-    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, depth: int
+    small_run: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+    depth: int,
+    words: tuple[str, ...],
 ) -> None:
-    whole = compose_run(small_run("training.max_steps=6", f"policy.mem_backprop_depth={depth}"))
+    whole = compose_run(small_run("training.max_steps=6", f"policy.mem_backprop_depth={depth}", *words))
     assert run(whole, 0) == 0
     cut = [replace(config, outputs=str(tmp_path / "cut")) for config in whole]
     with interrupted_in_step(stop_after):
@@ -426,6 +435,12 @@ BAD_STAGES: list[tuple[str, str]] = [  # override, what preflight or the factory
         "policy.resize_imgs_with_padding=[32]",
         r"policy.resize_imgs_with_padding must be a list of whole numbers, got \[32",
     ),
+    (
+        "memory=frames policy.mem_backprop_depth=0",
+        r"policy: mem_frames=8 needs mem_backprop_depth to be at least 1, got",
+    ),
+    ("memory=frames policy.mem_frame_tokens=2", r"policy: mem_frame_tokens must be at least one for each of the 3 cam"),
+    ("memory=both policy.mem_frame_sampling=all", r"policy: mem_frame_sampling must be one of even, recent, got 'all'"),
     ("policy.mem_weight=heavy", r"policy.mem_weight must be a number, got 'heavy'"),
     ("policy.type=smolvlaa", r"policy LeRobot knows, got 'smolvlaa' \(act, .*, smolvla_memory"),
     ("policy.n_action_steps=99", r"policy: .*99.*n_action_steps"),

@@ -24,6 +24,16 @@ from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
 from kuavo_train.runs.trained_run import TrainedRun, checkpoint_name, load_policy, stage_folder_above
 
+MEMORY_FIELDS = (
+    "num_mem_tokens",
+    "mem_at_start",
+    "mem_at_end",
+    "mem_update",
+    "mem_frames",
+    "mem_frame_tokens",
+    "mem_frame_sampling",
+    "mem_backprop_depth",
+)
 CURVE_EPISODES = 64  # training episodes that the linear probe is fitted on, at most
 
 
@@ -80,10 +90,7 @@ def report(options: Options) -> Json:
         "task": task,
         "data": str(examined.root),
         "episodes": list(numbers),
-        "memory": {
-            key: getattr(policy.config, key, None)
-            for key in ("num_mem_tokens", "mem_at_start", "mem_at_end", "mem_update", "mem_backprop_depth")
-        },
+        "memory": {key: getattr(policy.config, key, None) for key in MEMORY_FIELDS},
     }
     walk = probe.walk([probe.queries_of(0, episode) for episode in numbers])
     if probe.has_memory:
@@ -123,7 +130,8 @@ def _draw(output: Path, found: Json, questions: Sequence[Question], dataset: Mix
 def summary(found: Json) -> str:
     """The report in a few lines for a terminal."""
     memory = found["memory"]
-    lines = [f"{found['task']}: {len(found['episodes'])} episodes, {memory['num_mem_tokens'] or 0} memory tokens"]
+    held = f"{memory['num_mem_tokens'] or 0} memory tokens, {memory['mem_frames'] or 0} past frames"
+    lines = [f"{found['task']}: {len(found['episodes'])} episodes, {held}"]
     decision = found.get("decision")
     if decision is None:
         lines.append("no cue in this task's data: nothing to decide from memory")

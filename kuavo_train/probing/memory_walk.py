@@ -147,9 +147,7 @@ class MemoryProbe:
         batch = self._prepared([draw._replace(begins=False) for draw in draws])
         with watched_attention(self.policy) as seen:
             self.policy.sample_actions_with(batch, memory, noise)
-        places = places_in_prefix(
-            self.policy, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1]
-        )
+        places = places_in_prefix(self.policy, seen.state_place, seen.length, batch[OBS_LANGUAGE_TOKENS].shape[1])
         shares = {
             kind: float(np.mean([weights[place].sum() for weights in seen.weights])) for kind, place in places.items()
         }

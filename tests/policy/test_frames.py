@@ -1,8 +1,10 @@
 """Past frames: which queries are kept, what is shown of them, and that carrying them is the same everywhere."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from test_layouts import LAYOUTS, every_layout
+from policy_variants import LAYOUTS, every_layout
 from tiny_sizes import CAMERAS
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
@@ -56,7 +58,7 @@ def test_even_keeps_the_multiples_of_a_stride_that_doubles_when_they_no_longer_f
 def test_of_a_long_episode_evenly_spread_queries_are_kept_the_first_among_them(slots):
     for queries in (1, 7, 40, 41):
         numbers = [number for number in after(queries, slots, "even") if number]
-        gaps = {later - earlier for earlier, later in zip(numbers, numbers[1:], strict=False)}
+        gaps = {later - earlier for earlier, later in pairwise(numbers)}
         assert numbers[0] == 1
         assert len(gaps) <= 1
         assert len(numbers) >= min(queries, slots) / 2
@@ -258,5 +260,5 @@ def test_more_frames_than_a_checkpoint_has_are_another_memorys_state(make_keepin
 
 
 def test_a_frame_of_fewer_tokens_than_cameras_is_refused(make_keeping):
-    with pytest.raises(ValueError, match="mem_frame_tokens must be at least one for each of the 2 cameras.* got 1"):
+    with pytest.raises(ValueError, match=r"mem_frame_tokens must be at least one for each of the 2 cameras.* got 1"):
         make_keeping(mem_frame_tokens=1)
