@@ -117,7 +117,7 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"lerobot", "record"},
 ]
 POLICY = [
-    {"configuration_smolvla_memory", "precision", "prefix", "query_schedule", "vlm_description"},
+    {"configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule", "vlm_description"},
     {"memory", "pretrained_weights", "processor_smolvla_memory"},
     {"backbone", "lerobot_forward", "tiny_vlm"},
     {"flow_model"},
