@@ -40,6 +40,7 @@ INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then 
 SLOT_STD = 0.3  # keeps tokens of like content distinct without drowning the contents (RMS 1)
 CACHE_KEY_SIZE = 64
 HEAD_WIDTH = 256
+LONGEST_PLACE = 10000.0  # of places the longest wave, divided by 2π
 RMS_EPS = 1e-6
 
 
@@ -324,17 +325,24 @@ class ContextReader(nn.Module):
 
     The backbone's own way from a picture to the memory's places may be frozen and faint; this one is trained whatever
     is frozen, and at full strength from the first step on, since it disturbs nothing but the memory.
+
+    Keys know their place in the prefix, by sinusoids (Vaswani et al. 2017) as large as the embeddings. Without, the
+    first attention is the same wherever something is seen: of two lamps it finds that one is lit, and not which.
     """
+
+    place_weight: Tensor
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.register_buffer("place_weight", torch.tensor(1.0))
         self.query, self.key, self.value, self.out = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4))
 
     def context(self, embeddings: Tensor, valid: Tensor) -> Context:
         """embeddings [B, P, H], valid [B, P] → keys and values."""
         embeddings = _rms_norm(embeddings.float())
-        return Context(self.key(embeddings), self.value(embeddings), valid)
+        places = self.place_weight * _places(*embeddings.shape[1:], device=embeddings.device)
+        return Context(self.key(embeddings + places), self.value(embeddings), valid)
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, M, H] → what they find [B, M, H]."""
@@ -405,6 +413,14 @@ class LookBack(nn.Module):
         # A finite "minus infinity": with an empty cache the softmax is then uniform over zeros, not NaN.
         weights = scores.masked_fill(~filled, torch.finfo(scores.dtype).min).softmax(dim=-1)
         return tokens + self.gain * (weights @ past.flatten(1, 2))
+
+
+def _places(count: int, size: int, device: torch.device) -> Tensor:
+    """Sinusoids [count, size] of RMS 1, one row for each place."""
+    pairs = (size + 1) // 2
+    rates = LONGEST_PLACE ** -(torch.arange(pairs, device=device) / pairs)
+    angles = torch.arange(count, device=device)[:, None] * rates
+    return math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)[:, :size]
 
 
 def _rms_norm(x: Tensor) -> Tensor:
