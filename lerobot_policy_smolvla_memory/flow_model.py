@@ -188,7 +188,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             return encoding.finish(), None, None
         if memory is None:
             memory = self.memory.initial(len(prefix.valid) // queries)
-        context = self.memory.context(prefix.context, prefix.valid)
+        context = self.memory.context(*prefix.seen())
         tokens = []
         for query in range(queries):
             rows = slice(query, None, queries)

@@ -275,7 +275,7 @@ class RecurrentMemory(nn.Module):
             output = output.float()
             if self.context_reader is not None:
                 assert context is not None, "a memory that reads the context is written with it"
-                output = _rms_norm(output) + _rms_norm(self.context_reader(self._read_recurrent(state), context))
+                output = self.context_reader(self._read_recurrent(state), output, context)
             tokens = self.update(state.tokens, output)
         if self.look_back is None:
             return MemoryState(tokens)
@@ -322,7 +322,7 @@ class GatedUpdate(nn.Module):
 
 
 class ContextReader(nn.Module):
-    """Memory tokens attend to the embeddings of images and language: multi-head attention, 4H² parameters.
+    """Memory tokens attend to the embeddings of state, images and language: multi-head attention, 4H² parameters.
 
     The backbone's own way from a picture to the memory's places may be frozen and faint; this one is trained whatever
     is frozen, and at full strength from the first step on, since it disturbs nothing but the memory.
@@ -330,14 +330,15 @@ class ContextReader(nn.Module):
     Keys know their place in the prefix, by sinusoids (Vaswani et al. 2017) as large as the embeddings. Without, the
     first attention is the same wherever something is seen: of two lamps it finds that one is lit, and not which. The
     first attention is far from even, so that every head and slot begins with tokens of its own.
-    """
 
-    place_weight: Tensor
+    The backbone's output joins what is found through a gain that starts at zero: at full strength from the start it
+    drowned what was found.
+    """
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.register_buffer("place_weight", torch.tensor(1.0))
+        self.output_gain = nn.Parameter(torch.zeros(hidden_size))
         self.query, self.key, self.value, self.out = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4))
         with torch.no_grad():
             for linear in (self.query, self.key):
@@ -346,17 +347,18 @@ class ContextReader(nn.Module):
     def context(self, embeddings: Tensor, valid: Tensor) -> Context:
         """embeddings [B, P, H], valid [B, P] → keys and values."""
         embeddings = _rms_norm(embeddings.float())
-        places = self.place_weight * _places(*embeddings.shape[1:], device=embeddings.device)
+        places = _places(*embeddings.shape[1:], device=embeddings.device)
         return Context(self.key(embeddings + places), self.value(embeddings), valid)
 
-    def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """tokens [B, M, H] → what they find [B, M, H]."""
+    def forward(self, tokens: Tensor, output: Tensor, context: Context) -> Tensor:
+        """tokens and the backbone's output for them [B, M, H] → what is to be written [B, M, H]."""
         query, key, value = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for each in (self.query(tokens), context.keys, context.values)
         )
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=context.valid[:, None, None])
-        return self.out(found.transpose(1, 2).flatten(-2))
+        found = self.out(found.transpose(1, 2).flatten(-2))
+        return _rms_norm(found) + self.output_gain * _rms_norm(output)
 
 
 class ActionHead(nn.Module):

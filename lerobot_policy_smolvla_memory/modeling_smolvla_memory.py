@@ -52,11 +52,7 @@ PARAMETER_GROUPS = {
     "memory": ["model.memory"],
 }
 VLM_GROUPS = ("vision", "connector", "vlm_text")
-OLDER_MEMORY = {
-    "model.memory.key_bias": 0,
-    "model.memory.first_position": 0,
-    "model.memory.context_reader.place_weight": 0,
-}
+OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
 """What a memory that was stored without these had in their place."""
 MEMORY_HEAD = "model.memory.head."
 """Of use in training alone: where it is lacking, or of other actions, it begins anew."""
