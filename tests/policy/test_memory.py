@@ -159,3 +159,37 @@ def test_the_context_of_a_query_is_its_own_rows():
     second = memory.context(embeddings, valid).query(1, 3)
     alone = memory.context(embeddings[1::3], valid[1::3])
     torch.testing.assert_close((second.keys, second.values), (alone.keys, alone.values))
+
+
+def test_where_something_is_seen_decides_what_is_written():
+    """Of two lamps the one on the left is lit, or the one on the right: the same embeddings, in other places."""
+    memory = RecurrentMemory(2, 32, context_heads=4)
+    state, output, embeddings = memory.initial(1), torch.randn(1, 2, 32), torch.randn(1, 6, 32)
+    exchanged, valid = embeddings[:, [0, 4, 2, 3, 1, 5]], torch.ones(1, 6, dtype=torch.bool)
+    left, right = (memory.write(state, output, memory.context(each, valid)).tokens for each in (embeddings, exchanged))
+    assert (left - right).abs().max() > 0.05
+
+
+def test_every_head_and_slot_begins_with_tokens_of_its_own():
+    """An even attention is that of all of them, and what one of many tokens shows is lost in the mean."""
+    torch.manual_seed(0)
+    memory = RecurrentMemory(4, 96, context_heads=4)
+    reader, context = memory.context_reader, memory.context(torch.randn(8, 32, 96), torch.ones(8, 32).bool())
+    query, key = (
+        each.unflatten(-1, (4, -1)).transpose(1, 2)
+        for each in (reader.query(memory.read(memory.initial(8))), context.keys)
+    )
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    assert weights.amax(dim=-1).mean() > 4 / 32
+    assert len(weights.mean(dim=0).argmax(dim=-1).unique()) >= 8
+
+
+def test_the_backbones_output_is_written_once_its_gain_has_left_zero():
+    memory = RecurrentMemory(2, 16, context_heads=4)
+    context = memory.context(torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.bool))
+    state, outputs = memory.initial(3), (torch.randn(3, 2, 16), torch.randn(3, 2, 16))
+    first, second = (memory.write(state, output, context).tokens for output in outputs)
+    assert torch.equal(first, second)
+    memory.context_reader.output_gain.data.fill_(1.0)
+    first, second = (memory.write(state, output, context).tokens for output in outputs)
+    assert not torch.allclose(first, second, atol=1e-3)

@@ -157,6 +157,7 @@ def test_the_memory_learns_while_the_vlm_is_frozen(make_policy, make_batch, make
 def test_the_last_layer_and_the_final_norm_learn_when_the_vlm_does(make_policy, make_batch, make_noise):
     """LeRobot freezes both as unused."""
     policy = make_policy()
+    policy.model.memory.context_reader.output_gain.data.fill_(1.0)  # from zero it is the first step that opens the way
     policy(make_batch(4), **make_noise(4), queries=2)[0].backward()
     text_model = policy.model.vlm_with_expert.get_vlm_model().text_model
     assert text_model.norm.weight.grad.any()
