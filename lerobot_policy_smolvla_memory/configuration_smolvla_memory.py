@@ -52,7 +52,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             "both"), each weighs as any other token, which is what it does in a policy with new weights.
         mem_growth: the factor by which that weight grows with every forward in training, until it is full; 1 keeps it.
         mem_reads_context: besides what the vision-language model makes of them, the memory tokens attend to the
-            embeddings of images and language themselves, through weights of their own. What a frozen model hands
+            embeddings of state, images and language themselves, through weights of their own. What a frozen model hands
             on too faintly to be learnt is then written.
         mem_action_loss: weight of a second loss in training: a small head predicts each query's actions from the
             memory and a summary of what is seen. What memory must hold is then learnt from the first step on, before
