@@ -347,7 +347,7 @@ class ContextReader(nn.Module):
     def context(self, embeddings: Tensor, valid: Tensor) -> Context:
         """embeddings [B, P, H], valid [B, P] → keys and values."""
         embeddings = _rms_norm(embeddings.float())
-        places = _places(*embeddings.shape[1:], device=embeddings.device)
+        places = _places(embeddings.shape[1], embeddings.shape[2], embeddings.device)
         return Context(self.key(embeddings + places), self.value(embeddings), valid)
 
     def forward(self, tokens: Tensor, output: Tensor, context: Context) -> Tensor:
