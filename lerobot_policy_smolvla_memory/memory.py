@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from lerobot_policy_smolvla_memory.frames import PastFrames
 
 INITIAL_STD = 0.02
-INITIAL_WRITE_GATE = 0.3  # share of the new in the first writes; a memory then lasts about three queries
+INITIAL_WRITE_GATE = 0.1  # share of the new in the first writes; a memory then lasts about ten queries
 SLOT_STD = 0.3  # keeps tokens of like content distinct without drowning the contents (RMS 1)
 CACHE_KEY_SIZE = 64
 HEAD_WIDTH = 256
@@ -302,7 +302,7 @@ class GatedUpdate(nn.Module):
 
         u = RMSNorm(output)    z = sigmoid(gate([u, m]))    m' = RMSNorm((1 − z) m + z A u)
 
-    A starts as the identity and z at 0.3 everywhere. 2H² + H + H² parameters: 2.8M at H = 960, which is 0.6 %
+    A starts as the identity and z at 0.1 everywhere. 2H² + H + H² parameters: 2.8M at H = 960, which is 0.6 %
     of SmolVLA.
     """
 

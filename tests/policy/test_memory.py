@@ -62,11 +62,11 @@ def test_a_closed_gate_keeps_and_an_open_gate_replaces(memory):
         torch.testing.assert_close(memory.write(state, output).tokens, expected)
 
 
-def test_the_first_writes_take_three_tenths_of_the_new(memory):
+def test_the_first_writes_take_a_tenth_of_the_new(memory):
     old = torch.nn.functional.rms_norm(torch.randn(1, 4, 16), (16,))
     new = torch.nn.functional.rms_norm(torch.randn(1, 4, 16), (16,))
     written = memory.write(MemoryState(old), new).tokens
-    torch.testing.assert_close(written, torch.nn.functional.rms_norm(0.7 * old + 0.3 * new, (16,)))
+    torch.testing.assert_close(written, torch.nn.functional.rms_norm(0.9 * old + 0.1 * new, (16,)))
 
 
 def test_overwriting_forgets_all_that_was_before():
