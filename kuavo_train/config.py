@@ -89,6 +89,9 @@ class StageConfig:
     state_names: list[str] | None = None  # in place of the dataset's, where they are wrong or missing
     action_names: list[str] | None = None  # as state_names
     scale: dict[str, float] = field(default_factory=dict)  # "action.left_claw" → factor on the dataset's values
+    cue_column: str | None = None  # says what memory must provide; None: `cue` where the dataset has it; "": none
+    cue_visible_column: str | None = None  # true where the cue shows; None: `cue_visible` where it is there
+    decision_column: str | None = None  # true where the cue must be acted on; None: `decision` where it is there
     simulation_task: str | None = None  # kuavo_sim's name of the task, when it can be simulated
     environment: str | None = None  # gymnasium's id of another environment to roll the task out in, "module:id"
     environment_settings: Json = field(default_factory=dict)  # of that environment

@@ -4,9 +4,12 @@
     python -m kuavo_train.memory_report checkpoint=… task=… data=outputs/probe/weighing   # other episodes of the task
     python -m kuavo_train.memory_report checkpoint=… task=… episodes=4 output=some/folder
 
+    python -m kuavo_train.memory_report checkpoint=… task=… cue_column=lamp_colour        # a column that names the cue
+
 Takes the run's held-out episodes of the task, or all of `data`, a dataset that was never trained on. Writes
-memory.json, memory_trace.png and, where the task has cues, memory_cue.png to `output` (default:
-<stage folder>/memory_<task>). `kuavo_train.probing.memory_walk` says what is measured.
+memory.json, memory_trace.png, memory_loss.png and, where the task has cues, memory_cue.png to `output` (default:
+<stage folder>/memory_<task>). `kuavo_train.probing.memory_walk` says what is measured, and
+`kuavo_train.probing.recorded_cues` how by columns of a dataset.
 """
 
 from collections.abc import Sequence

@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+from kuavo_train.probing.memory_interventions import HeldOutEffect
+from kuavo_train.probing.memory_record import MemoryReport
 from kuavo_train.runs import records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -179,7 +181,7 @@ def test_the_reference_of_files_holds_every_key_that_is_read_again() -> None:
         "played",
         "reading",
     }  # of parts, which stand in the file themselves
-    for record in vars(records).values():
+    for record in (*vars(records).values(), MemoryReport, HeldOutEffect):
         if is_dataclass(record):
             for field in fields(record):
                 key = {"origin": "from"}.get(field.name, field.name)

@@ -60,7 +60,7 @@ def test_a_task_without_cues_has_a_trace_and_no_decision(stage: Path, tmp_path: 
         ({"checkpoint": "nowhere"}, "checkpoint must be a folder of a stage's checkpoints, or its pretrained_model"),
         ({"episodes": "9"}, "episodes must be in [1, 2], those there are, got 9"),
         ({"episodes": "two"}, "episodes must be a whole number, got 'two'"),
-        ({"colour": "red"}, "arguments must be key=value with a key of checkpoint, task, data, episodes, output"),
+        ({"colour": "red"}, "arguments must be key=value with a key of checkpoint, task, data, episodes, cue_column, "),
         ({"task": None}, "task must be given, got 'nothing'"),
         ({"data": "DATA"}, "data must be another dataset than the run's own"),
         ({"data": "nowhere"}, "dataset nowhere does not exist"),

@@ -119,6 +119,29 @@ class Recording:
                 )
         return {key: np.concatenate(parts) for key, parts in found.items()}
 
+    def numbers(self, key: str) -> np.ndarray:
+        """[N] a column of one number per row. Raises `ConfigError` where the tables lack it."""
+        found = self.read([key])
+        if key not in found:
+            raise ConfigError(self._lacks(key))
+        return found[key].reshape(-1)
+
+    def texts(self, key: str) -> np.ndarray:
+        """[N] a column of strings; empty where a row has none. Raises `ConfigError` where the tables lack it."""
+        found: list[str] = []
+        for file in self.data_files:
+            table = _read_parquet(self.root / file, [key])
+            if key not in table.column_names:
+                raise ConfigError(self._lacks(key))
+            found += ["" if text is None else str(text) for text in table[key].to_pylist()]
+        return np.array(found, dtype=str)
+
+    def _lacks(self, key: str) -> str:
+        return (
+            f"{self.root}: tables must have the column {key}, which {INFO_PATH} lists; copy the files of data/ again, "
+            "or record or convert it again"
+        )
+
     def pictures(self, key: str, rows: Iterable[int]) -> list[bytes]:
         """The pictures of a camera that is stored as images, as files hold them (PNG), in the order of `rows`.
 

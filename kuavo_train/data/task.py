@@ -15,6 +15,7 @@ from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from kuavo_train.config import DataConfig, StageConfig
+from kuavo_train.data.cues import Cues, read_cues
 from kuavo_train.data.hub import HubOrigin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
@@ -44,6 +45,7 @@ class Task:
         cameras: name in the policy → name in the dataset, in the policy's order.
         origin: where on the hub the dataset is from; None where its task names nothing there.
         notes: what is worth a look, but stops nothing.
+        cues: what memory must provide, where the dataset says so.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     cameras: dict[str, str]
     origin: HubOrigin | None = None
     notes: tuple[str, ...] = ()
+    cues: Cues | None = None
 
     @property
     def root(self) -> Path:
@@ -77,8 +80,8 @@ class Task:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Features of the dataset beside the robot's state and actions that no part of this project reads."""
-        used = {OBS_STATE, ACTION, *self.cameras.values(), *DEFAULT_FEATURES}
+        """Features of the dataset that no part of this project reads."""
+        used = {OBS_STATE, ACTION, *self.cameras.values(), *DEFAULT_FEATURES, *(self.cues.columns if self.cues else ())}
         return tuple(key for key in self.recording.features if key not in used)
 
     def camera_size(self, camera: str) -> tuple[int, int]:
@@ -166,7 +169,9 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         key=(config.split_seed, stage.name),
         where=where,
     )
-    before, videos = len(problems), [key for key in (cameras or {}).values() if key in recording.video_keys]
+    before = len(problems)
+    cues = attempt(read_cues, stage, recording, where)
+    videos = [key for key in (cameras or {}).values() if key in recording.video_keys]
     attempt(check_rows, recording, rows, where)
     attempt(check_clock, recording, rows, used, where)
     for key in videos:
@@ -197,6 +202,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
             *unknown_task_notes(recording, rows.get("task_index"), episode, used),
             *(note for key in videos for note in segment_notes(recording, key, used)),
         ),
+        cues=cues,
     )
 
 

@@ -7,12 +7,12 @@ Letters: E episodes, Q queries, M vectors that a memory holds, C chunk length, A
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from kuavo_train.metrics.intervals import wilson
+from kuavo_train.metrics.intervals import Interval, PairedOutcomes, mean_interval, paired_bootstrap, wilson
 from kuavo_train.probing.linear_probe import linear_probe, nearest
 from kuavo_train.probing.memory_walk import MemoryProbe, Walk, seeded_noise
 from kuavo_train.reading import Json
@@ -27,12 +27,13 @@ class Question:
     Attributes:
         query: the decisive one, the last that begins at or before the decision: `decision_frame` is among the actions
             that it executes. frame: the one it is made at.
-        cue_seen: the last query, before this one, whose observation depends on the cue.
-        identical: whether this query's pictures and state are the same whatever the cue.
+        cue_seen: the last query, before this one, whose observation depends on the cue; None: not known.
+        identical: whether this query's pictures and state are the same whatever the cue; None: not known.
         actions: of the demonstration for each cue in this episode's layout, [T, A], normalized.
         columns: the action dimensions that the task has.
         layout: questions of one layout are asked with the same noise, so that memory alone can tell them apart; None:
             every episode has noise of its own.
+        distinguished: whether what the demonstration does is right by the measure that answers are judged by.
     """
 
     episode: int
@@ -40,11 +41,12 @@ class Question:
     query: int
     frame: int
     decision_frame: int
-    cue_seen: int
-    identical: bool
+    cue_seen: int | None
+    identical: bool | None
     actions: Sequence[np.ndarray]
     columns: np.ndarray
     layout: int | None = None
+    distinguished: bool = True
 
     @property
     def noise_key(self) -> tuple[int, int]:
@@ -62,41 +64,89 @@ class Question:
         return np.stack([actions[np.minimum(steps, last - 1)] for actions in self.actions]), valid
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To one question under one intervention.
+
+    Attributes:
+        right: whether it is what the cue in memory demands, for `swapped` the donor's; None: the episode has no donor.
+        own: whether it is what the episode's own cue demands.
+        errors: [n] absolute differences to the demonstration of the episode's own cue, normalized.
+    """
+
+    episode: int
+    right: bool | None
+    own: bool
+    errors: np.ndarray
+
+
 def answer_questions(probe: MemoryProbe, walk: Walk, questions: Sequence[Question]) -> Json:
+    """As `answer_rounds`, of one question for each episode of the walk."""
+    return answer_rounds(probe, walk, [question.episode for question in questions], [questions])
+
+
+def answer_rounds(
+    probe: MemoryProbe, walk: Walk, episodes: Sequence[int], rounds: Sequence[Sequence[Question]]
+) -> Json:
     """Per intervention (see memory_walk): how often the answer is the right one, for `swapped` the donor's.
 
     `action_error` is the mean absolute difference to the demonstration of the episode's own cue, normalized, over
-    the entries that count. The donor is the next episode with another cue.
+    the entries that count. The donor is the next episode with another cue. `takes_away` is, per intervention other than
+    on, by how much answers are rarer that the episode's own cue demands. Intervals are over episodes.
+
+    Args:
+        episodes: those of the walk.
+        rounds: questions asked together, at most one of an episode.
     """
-    chunk_size = probe.policy.config.chunk_size
+    questions = [question for asked in rounds for question in asked]
+    answers: dict[str, list[Answer]] = {}
+    for asked in rounds:
+        taken = walk.select([episodes.index(question.episode) for question in asked])
+        for name, found in _answer(probe, taken, asked).items():
+            answers.setdefault(name, []).extend(found)
+    since = [question.query - question.cue_seen for question in questions if question.cue_seen is not None]
+    counted = {name: [each for each in found if each.right is not None] for name, found in answers.items()}
+    identical = all(question.identical is not None for question in questions)
+    return {
+        "n": len(questions),
+        "episodes": len({question.episode for question in questions}),
+        "chance": 1 / len(questions[0].actions) if identical else None,
+        "identical_observations": sum(bool(question.identical) for question in questions) if identical else None,
+        "queries_since_cue": float(np.mean(since)) if since else None,
+        "distinguished": sum(question.distinguished for question in questions),
+        "interventions": {name: _rate(found) for name, found in counted.items() if found},
+        "takes_away": {
+            name: asdict(_difference(found, answers["on"])) for name, found in counted.items() if found and name != "on"
+        },
+    }
+
+
+def _answer(probe: MemoryProbe, walk: Walk, questions: Sequence[Question]) -> dict[str, list[Answer]]:
+    """Intervention → the answer to each question, one of each episode of the walk."""
     cues = np.array([question.cue for question in questions])
     donors = [donor_of(cues, place) for place in range(len(cues))]
-    pairs = [question.references(chunk_size) for question in questions]
+    pairs = [question.references(probe.policy.config.chunk_size) for question in questions]
     references, valid = (np.stack(parts) for parts in zip(*pairs, strict=True))
     draws = [episode[question.query] for episode, question in zip(walk.episodes, questions, strict=True)]
     noise = seeded_noise(probe.policy, [question.noise_key for question in questions])
-    own = references[np.arange(len(cues)), cues]
-    rows = {}
-    seen = [question.cue_seen for question in questions]
-    have_donor = np.array([donor is not None for donor in donors])
+    demonstrated = references[np.arange(len(cues)), cues]
     places = [place if donor is None else donor for place, donor in enumerate(donors)]
-    at_query = [question.query for question in questions]
+    at_query, seen = [question.query for question in questions], [question.cue_seen for question in questions]
+    found = {}
     for name, memory in probe.intervened(walk, at_query, seen, places).items():
         predicted = probe.predict(draws, memory, noise)
         chosen = nearest(predicted, references, valid)
-        expected = cues[places] if name == "swapped" else cues
-        counted = have_donor if name == "swapped" else np.ones(len(cues), bool)
-        error = np.abs(predicted - own)[valid].mean()
-        if counted.any():
-            found = _accuracy((chosen == expected)[counted])
-            rows[name] = {**found, "action_error": float(error)}
-    return {
-        "n": len(questions),
-        "chance": 1 / references.shape[1],
-        "identical_observations": sum(question.identical for question in questions),
-        "queries_since_cue": float(np.mean([question.query - question.cue_seen for question in questions])),
-        "interventions": rows,
-    }
+        in_memory = cues[places] if name == "swapped" else cues
+        found[name] = [
+            Answer(
+                episode=question.episode,
+                right=None if name == "swapped" and donors[place] is None else bool(chosen[place] == in_memory[place]),
+                own=bool(chosen[place] == question.cue),
+                errors=np.abs(predicted[place] - demonstrated[place])[valid[place]],
+            )
+            for place, question in enumerate(questions)
+        ]
+    return found
 
 
 def donor_of(cues: Sequence[Hashable] | np.ndarray, place: int) -> int | None:
@@ -106,6 +156,34 @@ def donor_of(cues: Sequence[Hashable] | np.ndarray, place: int) -> int | None:
         if cues[other] != cues[place]:
             return other
     return None
+
+
+def _rate(answers: Sequence[Answer]) -> Json:
+    """Of right answers, each episode counting once; several questions of an episode are no independent trials."""
+    by_episode = _by_episode(answers, "right")
+    right = np.array([bool(each.right) for each in answers])
+    found = _accuracy(right)
+    if len(by_episode) < len(answers):
+        interval = mean_interval({episode: float(np.mean(of)) for episode, of in by_episode.items()})
+        found |= {"accuracy": interval.estimate, "low": interval.low, "high": interval.high}
+    return {**found, "action_error": float(np.concatenate([each.errors for each in answers]).mean())}
+
+
+def _difference(answers: Sequence[Answer], on: Sequence[Answer]) -> Interval:
+    """By how much the own cue is acted on more often with memory on, in the episodes of both."""
+    with_it, without = _by_episode(on, "own"), _by_episode(answers, "own")
+    if all(len(of) == 1 for of in with_it.values()):
+        pairs = ({episode: of[0] for episode, of in each.items()} for each in (without, with_it))
+        return PairedOutcomes.of(*pairs).difference()
+    shares = ({episode: float(np.mean(each[episode])) for episode in without} for each in (without, with_it))
+    return paired_bootstrap(*shares)
+
+
+def _by_episode(answers: Sequence[Answer], what: str) -> dict[int, list[bool]]:
+    found: dict[int, list[bool]] = {}
+    for each in answers:
+        found.setdefault(each.episode, []).append(bool(getattr(each, what)))
+    return found
 
 
 def _accuracy(right: np.ndarray) -> Json:

@@ -53,7 +53,8 @@ def draw_trace(path: Path, found: Json, pictures: np.ndarray, question: Question
             figure.colorbar(drawn, ax=panel, pad=0.01, aspect=8)
         marks = ["" for _ in range(queries)]
         if question is not None:
-            marks[question.cue_seen] = "\ncue last seen"
+            if question.cue_seen is not None:
+                marks[question.cue_seen] = "\ncue last seen"
             marks[question.query] = "\ndecision"
         axes[-1].set_xticks(range(queries), [f"{number}{mark}" for number, mark in enumerate(marks)])
         axes[-1].set_xlabel("query")
@@ -64,6 +65,32 @@ def draw_trace(path: Path, found: Json, pictures: np.ndarray, question: Question
             loc="left",
         )
         figure.savefig(path, dpi=130, facecolor="white")
+
+
+def draw_loss(path: Path, found: Json) -> None:
+    """By how much memory lowers each episode's loss, and their mean with its interval; where the actions look."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+        axes = figure.subplots(1, 2, width_ratios=[2, 0.9])
+        _lowered(axes[0], found["held_out"])
+        _attention(axes[1], found["attention"])
+        figure.savefig(path, dpi=130, facecolor="white")
+
+
+def _lowered(axes: Axes, held_out: Json) -> None:
+    losses, labels = held_out["loss_by_episode"], {"reset": "against reset", "swapped": "against another's"}
+    for place, name in enumerate(labels):
+        each = np.array(losses[name]) - np.array(losses["on"])
+        axes.plot(each, np.full(len(each), place + 0.22), "o", color="#a9b8c9", markersize=4)
+        lowered = held_out["loss_lowered"][name]
+        axes.plot(lowered["estimate"], place, "D", color=TASK_COLOURS[0], markersize=6)
+        if lowered["low"] is not None:
+            axes.plot([lowered["low"], lowered["high"]], [place, place], color=INK, linewidth=1.3)
+    axes.axvline(0, color=MUTED, linewidth=0.9)
+    axes.set_yticks(range(len(labels)), list(labels.values()), color=INK)
+    axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="loss without, less loss with memory: right of 0, memory helps")
+    axes.grid(visible=False, axis="y")
+    axes.set_title("memory lowers the held-out loss by (dots: episodes)", fontsize=10, color=INK, loc="left")
 
 
 def draw_cue(path: Path, found: Json) -> None:
@@ -86,7 +113,7 @@ def _decisions(axes: Axes, decision: Json) -> None:
         errors = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
         axes.errorbar(place, row["accuracy"], errors, color=INK, capsize=3, linewidth=1.1)
         axes.text(place, 0.03, f"{row['correct']}/{row['n']}", ha="center", color="white", fontsize=9)
-    axes.axhline(decision["chance"], color=INK, linewidth=0.9, linestyle=":")
+    _chance(axes, decision)
     axes.set_xticks(range(len(rows)), [LABELS[name] for name in rows], fontsize=8)
     axes.set(ylim=(0, 1.03), xlim=(-0.6, max(len(rows), 2) - 0.4))
     axes.grid(visible=False, axis="x")
@@ -96,19 +123,26 @@ def _decisions(axes: Axes, decision: Json) -> None:
 def _probe(axes: Axes, curve: list[Json], decision: Json) -> None:
     axes.set_title("linear probe reads the cue", fontsize=10, color=INK, loc="left")
     axes.set(ylim=(0, 1.03), xlabel="queries from the decision")
-    axes.axhline(decision["chance"], color=INK, linewidth=0.9, linestyle=":")
+    _chance(axes, decision)
     if not curve:
-        axes.text(0.5, 0.5, "no memory", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.5, "no memory, or too few episodes", transform=axes.transAxes, ha="center", color=MUTED)
         return
     x = [point["queries_from_decision"] for point in curve]
     low, high = ([point[key] for point in curve] for key in ("low", "high"))
     axes.fill_between(x, low, high, color=TASK_COLOURS[1], alpha=0.2, linewidth=0)
     axes.plot(x, [point["accuracy"] for point in curve], "o-", color=TASK_COLOURS[1], markersize=3)
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    seen = -decision["queries_since_cue"]
-    axes.axvline(seen, color=MUTED, linewidth=0.9, linestyle="--")
-    axes.text(seen, 0.02, "cue last seen ", ha="right", fontsize=8, color=MUTED)
+    if decision["queries_since_cue"] is not None:
+        seen = -decision["queries_since_cue"]
+        axes.axvline(seen, color=MUTED, linewidth=0.9, linestyle="--")
+        axes.text(seen, 0.02, "cue last seen ", ha="right", fontsize=8, color=MUTED)
     axes.text(0, 0.02, " decision", fontsize=8, color=MUTED)
+
+
+def _chance(axes: Axes, decision: Json) -> None:
+    """Where it is known."""
+    if decision["chance"] is not None:
+        axes.axhline(decision["chance"], color=INK, linewidth=0.9, linestyle=":")
 
 
 def _attention(axes: Axes, shares: dict[str, float]) -> None:

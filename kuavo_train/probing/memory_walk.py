@@ -46,6 +46,11 @@ class Walk:
     episodes: Sequence[Draws]
     states: Sequence[MemoryState] | None
 
+    def select(self, episodes: Sequence[int]) -> "Walk":
+        """Of the episodes at these places."""
+        states = None if self.states is None else [state.select(list(episodes)) for state in self.states]
+        return Walk([self.episodes[place] for place in episodes], states)
+
     def before(self, queries: Sequence[int]) -> MemoryState | None:
         """The memory [E] of each episode before its query `queries[e]` (after its last: the number of queries)."""
         if self.states is None:
@@ -116,23 +121,25 @@ class MemoryProbe:
         return self.policy.model.memory.initial(episodes).clone() if self.has_memory else None
 
     def intervened(
-        self, walk: Walk, questions: Sequence[int], cue_seen: Sequence[int], donors: Sequence[int]
+        self, walk: Walk, questions: Sequence[int], cue_seen: Sequence[int | None], donors: Sequence[int]
     ) -> dict[str, MemoryState | None]:
         """Intervention → the memory [E] of each episode's question.
 
         Args:
             questions: of each episode, the decisive query.
-            cue_seen: of each episode, the last query that sees the cue, before `questions`.
+            cue_seen: of each episode, the last query that sees the cue, before `questions`. Where one is not known,
+                memory cannot be frozen there, and that is left out.
             donors: of each episode, the place of another that gives its memory.
         """
         if not self.has_memory:
             return {"on": None}
         on = walk.before(questions)
         assert on is not None
+        written = [query + 1 for query in cue_seen if query is not None]
         return {
             "on": on,
             "reset": self.initial(len(questions)),
-            "frozen": walk.before([query + 1 for query in cue_seen]),
+            **({"frozen": walk.before(written)} if len(written) == len(questions) else {}),
             "swapped": on.select(list(donors)),
         }
 

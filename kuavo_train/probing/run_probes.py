@@ -1,19 +1,19 @@
 """The probes of a trained run by name, and what each writes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from kuavo_train.data.policy_traits import remembers
-from kuavo_train.data.task import Task
 from kuavo_train.errors import RunFolderError
+from kuavo_train.probing.cue_source import Asked
 from kuavo_train.probing.instruction_swap import swap_instructions
-from kuavo_train.probing.memory_decisions import Question, answer_questions
+from kuavo_train.probing.memory_decisions import answer_rounds
 from kuavo_train.probing.memory_interventions import INTERVENTIONS, donors_among, memory_evidence, validate_with
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recovery import recovery
-from kuavo_train.probing.simulated_cues import cues_of, has_cues, question_of
+from kuavo_train.probing.sources import cue_source
 from kuavo_train.probing.validated_run import NothingToProbe, validator_of
 from kuavo_train.reading import Json
 from kuavo_train.runs.files import write_json
@@ -43,35 +43,32 @@ def memory(run: TrainedRun) -> Json:
     """
     if not remembers(run.settings.policy):
         raise NothingToProbe(f"memory needs policy.num_mem_tokens or mem_frames of at least 1, got 0 in {run.folder}")
-    cues = {task.name: cues_of(task) for task in run.tasks}
-    donors = {
-        task.name: donors_among([cues[task.name].get(e, {}).get("cue") for e in task.held_out_episodes])
-        for task in run.tasks
-    }
-    questions = {task.name: _questions(run, task, cues[task.name]) for task in run.tasks if has_cues(task)}
+    stride = run.settings.policy["n_action_steps"]
+    sources = {task.name: cue_source(task, task, run.normalization, stride) for task in run.tasks}
+    held_out = {task.name: task.held_out_episodes for task in run.tasks}
+    donors = {name: donors_among([sources[name].cue_of(each) for each in held_out[name]]) for name in sources}
+    asked = {name: source.ask(held_out[name]) for name, source in sources.items()}
     stages = []
     with run.autocast(), tqdm(run.stored.finished, desc="memory", unit="stage") as bar:
         for stage in bar:
             bar.set_postfix_str(stage.name)
             probe = _probe(run, stage)
-            found = validate_with(probe, validator_of(run, probe.dataset, probe.preprocessor), donors)
-            for place, record in enumerate(found):
-                asked = questions.get(record["task"])
-                record["decision"] = _decide(probe, place, asked) if asked else None
+            effects = validate_with(probe, validator_of(run, probe.dataset, probe.preprocessor), donors)
+            found = [
+                {**effect.to_json(), "decision": _decide(probe, place, held_out[effect.task], asked[effect.task])}
+                for place, effect in enumerate(effects)
+            ]
             stages.append({"stage": stage.index, "name": stage.name, "tasks": found})
-    evidence = [{"task": record["task"], "evidence": memory_evidence(record)} for record in stages[-1]["tasks"]]
+    evidence = [{"task": record["task"], "evidence": memory_evidence(record)} for record in found]
     return {"interventions": list(INTERVENTIONS), "stages": stages, "tasks": evidence}
 
 
-def _questions(run: TrainedRun, task: Task, cues: Mapping[int, Json]) -> list[Question]:
-    stride = run.settings.policy["n_action_steps"]
-    with tqdm(task.held_out_episodes, desc=f"cues of {task.name}", unit="episode", leave=False) as bar:
-        return [question_of(task, run.normalization, dict(cues), episode, stride) for episode in bar]
-
-
-def _decide(probe: MemoryProbe, place: int, questions: Sequence[Question]) -> Json:
-    walk = probe.walk([probe.queries_of(place, question.episode) for question in questions])
-    return answer_questions(probe, walk, questions)
+def _decide(probe: MemoryProbe, place: int, episodes: Sequence[int], asked: Asked) -> Json | None:
+    """The answers of the policy to what is asked of the task at `place`; None where that is nothing."""
+    if not asked.rounds:
+        return None
+    walk = probe.walk([probe.queries_of(place, episode) for episode in episodes])
+    return answer_rounds(probe, walk, episodes, asked.rounds)
 
 
 def _probe(run: TrainedRun, stage: StoredStage) -> MemoryProbe:

@@ -4,17 +4,48 @@ The right answer to the *other* cue in the very same layout comes from kuavo_sim
 recorded episode again with that cue; up to the decision both demonstrations are the same.
 """
 
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 from lerobot.utils.constants import ACTION
+from tqdm import tqdm
 
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import demonstrate
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
+from kuavo_train.probing.cue_source import Asked
 from kuavo_train.probing.memory_decisions import Question
 from kuavo_train.reading import Json, read_json
 from kuavo_train.runs.files import read_lines
+
+
+@dataclass(frozen=True)
+class SimulatedCues:
+    """Of a task with cues that kuavo_sim recorded: one decision of every episode."""
+
+    task: Task
+    normalization: Normalization
+    stride: int
+
+    def cue_of(self, episode: int) -> Hashable | None:
+        return self._entries.get(episode, {}).get("cue")
+
+    def ask(self, episodes: Sequence[int]) -> Asked:
+        with tqdm(episodes, desc=f"cues of {self.task.name}", unit="episode", leave=False) as bar:
+            questions = [question_of(self.task, self.normalization, self._entries, each, self.stride) for each in bar]
+        return Asked([questions])
+
+    def labels(self, episodes: Sequence[int]) -> Mapping[int, tuple[int, int]]:
+        entries = {episode: self._entries[episode] for episode in episodes}
+        return {each: (about["cue"], about["decision_frames"][0] // self.stride) for each, about in entries.items()}
+
+    @cached_property
+    def _entries(self) -> dict[int, Json]:
+        return cues_of(self.task)
 
 
 def cues_of(task: Task) -> dict[int, Json]:

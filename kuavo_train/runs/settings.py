@@ -19,6 +19,7 @@ PLACES = "where files lie; what lies there is hashed or compared"
 FOLLOWED = "training's keys follow it, and are compared"
 SPEED = "how fast, by how many, or where it is computed; results agree but for rounding"
 WATCHING = "what is reported and kept on the way"
+PROBED = "nothing that is trained; probes and memory_report go by it"
 ENTRY = "how the run is entered, or a check on the way in"
 FREE = {  # key, or group of keys → why it cannot change the result
     "run": PLACES,
@@ -38,6 +39,9 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "stage.lr": FOLLOWED,
     "stage.warmup_steps": FOLLOWED,
     "stage.decay_steps": FOLLOWED,
+    "stage.cue_column": PROBED,
+    "stage.cue_visible_column": PROBED,
+    "stage.decision_column": PROBED,
     "data.frame_cache": SPEED,
     "data.feature_cache": SPEED,
     "data.feature_cache_limit_gib": SPEED,

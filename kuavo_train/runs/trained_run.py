@@ -114,9 +114,13 @@ class TrainedRun:
         require(name in names, "task", f"be one of the run's ({', '.join(names)})", name)
         return self.curriculum[names.index(name)]
 
-    def task(self, name: str) -> Task:
-        """The task with the data and the split that the run was trained with. Raises `ConfigError` for any other."""
-        task = open_task(self.recipe(name), self.settings.data)
+    def task(self, name: str, columns: Json | None = None) -> Task:
+        """The task with the data and the split that the run was trained with. Raises `ConfigError` for any other.
+
+        Args:
+            columns: those of the cue, in place of the recipe's: "cue_column" → name.
+        """
+        task = open_task(replace(self.recipe(name), **(columns or {})), self.settings.data)
         dataset = next(entry.dataset for entry in self.stored.tasks if entry.name == name)
         self.normalization.check_covers(task)
         for what, found, known in (

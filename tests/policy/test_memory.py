@@ -49,7 +49,7 @@ def test_reading_brings_every_scale_to_that_of_the_prefix(memory):
         torch.testing.assert_close(tokens.square().mean(-1), torch.ones(2, 4), rtol=0.01, atol=0)
 
 
-def test_equal_contents_are_told_apart_by_their_slot(memory):
+def test_equal_contents_are_distinguished_by_their_slot(memory):
     tokens = memory.read(MemoryState(torch.ones(1, 4, 16)))[0]
     assert torch.cdist(tokens, tokens)[~torch.eye(4, dtype=torch.bool)].min() > 0.1
 

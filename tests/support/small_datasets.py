@@ -32,6 +32,7 @@ def write_dataset(
     depth: bool = False,
     claw_scale: float = 1,
     tasks: list[str] | None = None,
+    cues: list[str] | list[int] | None = None,
 ) -> Path:
     """A LeRobot v3 dataset whose next joint angles can be read off its frames and state.
 
@@ -40,6 +41,8 @@ def write_dataset(
         depth: also columns observation.depth_h (a video of 8 bits) and observation.depth_l (numbers, in mm).
         claw_scale: what the action's claws are recorded times.
         tasks: what the dataset says of its episodes, in turn; None: the folder's name.
+        cues: of its episodes, in turn, as columns `cue`, `cue_visible` (the first two frames) and `decision` (from the
+            middle on, for four frames, in which all actions are what the cue says: its place in `cues`).
     """
     height, width = (size, size) if isinstance(size, int) else size
     action_names = names or ARM_NAMES + (BASE_NAMES if base else [])
@@ -58,6 +61,10 @@ def write_dataset(
     if depth:
         features["observation.depth_h"] = dict(features[f"observation.images.{cameras[0]}"])
         features["observation.depth_l"] = {"dtype": "uint16", "shape": (4, 6), "names": ["height", "width"]}
+    if cues:
+        kind = "string" if isinstance(cues[0], str) else "int64"
+        features["cue"] = {"dtype": kind, "shape": (1,), "names": None}
+        features |= {key: {"dtype": "bool", "shape": (1,), "names": None} for key in ("cue_visible", "decision")}
     dataset = LeRobotDataset.create(
         f"local/{root.name}",
         fps,
@@ -81,6 +88,13 @@ def write_dataset(
             if depth:
                 frame["observation.depth_h"] = np.full((height, width, 3), 200, dtype=np.uint8)
                 frame["observation.depth_l"] = np.full((4, 6), 800, dtype=np.uint16)
+            if cues:
+                decides = length // 2 <= step < length // 2 + 4
+                cue = cues[episode % len(cues)]
+                frame["cue"] = cue if isinstance(cue, str) else np.array([cue])
+                frame |= {"cue_visible": np.array([step < 2]), "decision": np.array([decides])}
+                if decides:
+                    frame["action"][:] = episode % len(cues)
             for number, camera in enumerate(cameras):
                 shade = int(127 + 100 * np.sin(phase + speed * step + number))
                 frame[f"observation.images.{camera}"] = np.full((height, width, 3), shade, dtype=np.uint8)

@@ -121,7 +121,8 @@ def decision_bars(record: Json) -> Figure | None:
             axes.plot([row["low"], row["high"]], [at, at], color=INK, linewidth=1.3)
             ink = INK if colours[kind] == PALE else "white"
             axes.text(0.01, at, f"{row['correct']}/{row['n']}", va="center", color=ink, fontsize=8.5)
-        axes.plot([task["decision"]["chance"]] * 2, [y - 0.42, y + 0.42], color=MUTED, linewidth=1, linestyle=":")
+        if task["decision"]["chance"] is not None:
+            axes.plot([task["decision"]["chance"]] * 2, [y - 0.42, y + 0.42], color=MUTED, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(tasks)), [short_name(task["task"]) for task in tasks], color=INK)
     axes.set(xlim=(0, 1.02), ylim=(len(tasks) - 0.5, -0.5), xlabel="decides as the cue in its memory demands")
     axes.grid(visible=False, axis="y")
