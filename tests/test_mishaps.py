@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,34 @@ def test_the_death_of_a_worker_ends_the_run_with_a_line(
     stage = StageFolder(tmp_path / "outputs" / "smoke" / "stage1_moving_grasp")
     assert stage.status == "failed"
     assert stage.about["reason"] in message
+
+
+HAND_OVER_TO_NOBODY = """
+import multiprocessing, socket
+from multiprocessing import resource_sharer
+from kuavo_train.data.workers import begin_as_worker
+
+def hand_over():
+    begin_as_worker(0)
+    address, _ = resource_sharer.DupFd(1)._id
+    for bytes_read in (0, 4):
+        with socket.socket(socket.AF_UNIX) as trainer:
+            trainer.connect(address)
+            trainer.recv(bytes_read)
+    resource_sharer.stop(timeout=20)
+    raise LookupError("a fault of its own is reported")
+
+worker = multiprocessing.get_context("fork").Process(target=hand_over)
+worker.start()
+worker.join()
+"""
+
+
+def test_a_worker_says_nothing_of_a_trainer_that_has_gone_while_it_hands_over_a_batch() -> None:
+    done = subprocess.run([sys.executable, "-c", HAND_OVER_TO_NOBODY], capture_output=True, text=True, timeout=60)
+    assert "ConnectionResetError" not in done.stderr
+    assert "EOFError" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "LookupError: a fault of its own is reported"
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused(

@@ -7,6 +7,7 @@ one does not fit, torch's worker prints a traceback and goes on, and the trainer
 import multiprocessing.queues
 import os
 import sys
+from types import TracebackType
 
 from kuavo_sim.children import follow_parent
 from kuavo_train.data.images.plan import GIB, size_text
@@ -44,14 +45,25 @@ def room_problems(num_workers: int, batch_bytes: int, *, batches_per_step: int, 
 
 
 def begin_as_worker(_worker: int) -> None:
-    """In a worker: a batch that it cannot hand over is its death, for it would never come."""
+    """In a worker: a batch that it cannot hand over is its death, for it would never come.
+
+    The thread that hands batches over has nothing to say of a trainer that has gone: the trainer said why itself.
+    """
     follow_parent()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_die_of)  # type: ignore[attr-defined]
+    sys.excepthook = _report_unless_trainer_is_gone
 
 
 def _die_of(error: Exception, _batch: object) -> None:
     print(f"a loader worker cannot hand over a batch: {error}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _report_unless_trainer_is_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def loss_of_worker(text: str) -> str | None:
