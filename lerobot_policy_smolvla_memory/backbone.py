@@ -5,7 +5,8 @@ so keys and values of a block stay as they are when another is appended:
 
     context   images and language: all K queries of a clip at once
     state     one token
-    memory    M tokens, query after query (or, at the start, in one block with the context)
+    memory    M tokens, of all queries at once, or query after query where the memory awaits their output (or, at the
+              start, in one block with the context)
 
 Then the action expert attends to the keys and values of all of them. What makes it fast:
 
@@ -151,9 +152,18 @@ class FastForward:
         return Encoding(self, prefix, queries, memory)
 
     def append(
-        self, tokens: Tensor, bias: Tensor, before: Encoded | None = None, *, first_position: Tensor | int = 0
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        before: Encoded | None = None,
+        *,
+        first_position: Tensor | int = 0,
+        moves_on: bool = True,
     ) -> Encoded:
         """A block of tokens through the vision-language model.
+
+        A block that does not move on takes no place in the count of positions: what comes next stands where it
+        would without it.
 
         Args:
             tokens: [B, N, H] embeddings.
@@ -164,7 +174,7 @@ class FastForward:
         Returns:
             The block's keys and values.
         """
-        return self._run(tokens, bias, before, first_position=first_position)[1]
+        return self._run(tokens, bias, before, first_position=first_position, moves_on=moves_on)[1]
 
     def append_and_read(
         self,
@@ -175,11 +185,7 @@ class FastForward:
         first_position: Tensor | int = 0,
         moves_on: bool = True,
     ) -> tuple[Tensor, Encoded]:
-        """As `append`, with the model's final-norm output [B, N, H] before the block's keys and values.
-
-        A block that does not move on takes no place in the count of positions: what comes next stands where it
-        would without it.
-        """
+        """As `append`, with the model's final-norm output [B, N, H] before the block's keys and values."""
         output, block = self._run(tokens, bias, before, first_position=first_position, moves_on=moves_on, read=True)
         assert output is not None
         return output, block
@@ -294,13 +300,12 @@ class Encoding:
     def _state(self, state: Tensor, before: Encoded) -> Encoded:
         return self.forward.append(state, _unbiased(state), before)
 
-    def query(self, number: int, tokens: Tensor) -> Tensor:
-        """Memory tokens [clips, M, H] through the model in query `number`: their output [clips, M, H]."""
+    def query(self, number: int, tokens: Tensor) -> Tensor | None:
+        """Memory tokens [clips, M, H] through the model in query `number`: their output, where the memory awaits it."""
         assert self.memory is not None
         forward, bias = self.forward, self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
-            before = self.shared.query(number, self.queries)
-            output, last = forward.append_and_read(tokens, bias, before, moves_on=False)
+            output, last = self._remember(tokens, bias, self.shared.query(number, self.queries), moves_on=False)
             self.remembered.append(last)
             return output
         prefix = self.prefix.query(number, self.queries)
@@ -308,14 +313,30 @@ class Encoding:
         biases = torch.cat([bias, attention_bias(prefix.valid)], dim=1)
         first_position = self.memory.first_position
         if not forward.mem_at_end:
-            output, blocks = forward.append_and_read(block, biases, first_position=first_position)
+            output, blocks = self._remember(block, biases, first_position=first_position)
             self.remembered.append(blocks.followed_by(self._state(prefix.state, blocks)))
-            return output[:, : tokens.shape[1]]
+            return output if output is None else output[:, : tokens.shape[1]]
         blocks = forward.append(block, biases, first_position=first_position)
         blocks = blocks.followed_by(self._state(prefix.state, blocks))
-        output, last = forward.append_and_read(tokens, bias, blocks, moves_on=False)
+        output, last = self._remember(tokens, bias, blocks, moves_on=False)
         self.remembered.append(blocks.followed_by(last))
         return output
+
+    def _remember(
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        before: Encoded | None = None,
+        *,
+        first_position: Tensor | int = 0,
+        moves_on: bool = True,
+    ) -> tuple[Tensor | None, Encoded]:
+        """The block that the memory is written from, where it awaits the output."""
+        assert self.memory is not None
+        place = (tokens, bias, before)
+        if self.memory.awaits_backbone:
+            return self.forward.append_and_read(*place, first_position=first_position, moves_on=moves_on)
+        return None, self.forward.append(*place, first_position=first_position, moves_on=moves_on)
 
     def finish(self) -> ExpertPrefix:
         if not self.remembered:

@@ -51,9 +51,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             was trained without: the fewer, the less it disturbs. From as many as it has (twice num_mem_tokens in
             "both"), each weighs as any other token, which is what it does in a policy with new weights.
         mem_growth: the factor by which that weight grows with every forward in training, until it is full; 1 keeps it.
-        mem_reads_context: besides what the vision-language model makes of them, the memory tokens attend to the
-            embeddings of state, images and language themselves, through weights of their own. What a frozen model hands
-            on too faintly to be learnt is then written.
+        mem_reads_context: the memory tokens attend to the embeddings of state, images and language themselves, through
+            weights of their own, and what they find is written. Nothing that recurs then waits for the vision-language
+            model. false is the recurrent memory transformer's own form: what that model makes of the tokens is written.
         mem_action_loss: weight of a second loss in training: a small head predicts each query's actions from the
             memory and a summary of what is seen. What memory must hold is then learnt from the first step on, before
             the expert reads it. At inference the head is not used. 0 leaves it out.

@@ -2,13 +2,13 @@
 
 One policy query goes through three passes, in training and on the robot alike:
 
-    prefix    images, language and state through the vision-language model
-    memory    the memory tokens through the same layers; their output is the next memory
-    actions   the action expert, attending to the keys and values of both
+    memory    the tokens of the memory attend to images, language and state; what they find is the next memory
+    prefix    images, language, state and memory tokens through the vision-language model
+    actions   the action expert, attending to the keys and values of the prefix
 
-In the end layout the first pass does not depend on memory. The prefixes of all K queries of a clip are then
-encoded as one batch, only the M memory tokens recur, and the expert again takes all queries at once. In the
-start and both layouts images and language see the memory, so that the first two passes are one and recur.
+Only the first recurs. It is small, and so the prefixes of all K queries of a clip are encoded as one batch, as are the
+actions. A memory that awaits what the model makes of its tokens (`mem_reads_context: false`) recurs through the second
+pass: in the end layout its M tokens alone, since nothing before them depends on memory, in the others all of it.
 How the passes are computed is backbone.py's, or lerobot_forward.py's with `fast_forward: false`. Letters as in
 prefix.py.
 """
@@ -43,7 +43,7 @@ EncodedPrefix = ExpertPrefix | CachedPrefix
 class Encoding[P](Protocol):
     """The prefixes of K consecutive queries, while memory passes from one to the next."""
 
-    def query(self, number: int, tokens: Tensor) -> Tensor: ...
+    def query(self, number: int, tokens: Tensor) -> Tensor | None: ...
     def finish(self) -> P: ...
 
 
@@ -94,8 +94,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             frames=self._past_frames(config) if config.mem_frames else None,
             embedding=self.end_of_utterance_embedding(),
         )
-        if config.num_mem_tokens and not config.train_expert_only:
-            self._train_last_layers()
+        self.train_what_the_memory_awaits()
 
     def _past_frames(self, config: SmolVLAMemoryConfig) -> PastFrames:
         vlm, cameras = self.vlm_with_expert.config, len(config.image_features)
@@ -110,8 +109,10 @@ class MemoryFlowMatching(VLAFlowMatching):
         token = self.vlm_with_expert.processor.tokenizer.end_of_utterance_token_id
         return self.vlm_with_expert.get_vlm_model().get_input_embeddings().weight[token].detach()
 
-    def _train_last_layers(self) -> None:
-        """LeRobot freezes the last layers and the final norm as unused; the memory's output uses them."""
+    def train_what_the_memory_awaits(self) -> None:
+        """LeRobot freezes the last layers and the final norm as unused; a memory that awaits their output uses them."""
+        if self.memory is None or not self.memory.awaits_backbone or self.vlm_with_expert.train_expert_only:
+            return
         text_model = self.vlm_with_expert.get_vlm_model().text_model
         for module in (text_model.norm, *text_model.layers[-2:]):
             module.requires_grad_(True)
@@ -183,22 +184,29 @@ class MemoryFlowMatching(VLAFlowMatching):
             What the expert attends to for every row, the clips' memory after the last query, and the memory tokens
             after every row's query [B, M, H]. All carry gradients, through all K queries.
         """
-        encoding = self.backbone.begin(prefix, queries, self.memory)
         if self.memory is None:
-            return encoding.finish(), None, None
+            return self.backbone.begin(prefix, queries).finish(), None, None
         if memory is None:
             memory = self.memory.initial(len(prefix.valid) // queries)
         context = self.memory.context(*prefix.seen())
-        tokens = []
+        encoding = self.backbone.begin(prefix, queries, self.memory) if self.memory.awaits_backbone else None
+        read, tokens = [], []
         for query in range(queries):
             rows = slice(query, None, queries)
             if reset is not None:
                 memory = self.memory.reset(memory, reset[rows])
-            output = encoding.query(query, self.memory.read(memory))
-            frame = None if prefix.frame is None else prefix.frame[rows]
-            written = self.memory.write(memory, output, context and context.query(query, queries), frame)
+            read.append(self.memory.read(memory))
+            written = self.memory.write(
+                memory,
+                context and context.query(query, queries),
+                output=None if encoding is None else encoding.query(query, read[-1]),
+                frame=None if prefix.frame is None else prefix.frame[rows],
+            )
             memory = written if skip is None else written.where(skip[rows], memory)
             tokens.append(memory.tokens)
+        if encoding is None:  # what recurs did without the backbone, which takes all queries as if they were first ones
+            encoding = self.backbone.begin(prefix, 1, self.memory)
+            encoding.query(0, clip_major(read))
         return encoding.finish(), memory, clip_major(tokens)
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:

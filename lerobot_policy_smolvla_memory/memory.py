@@ -1,15 +1,20 @@
 """The memory alone: tensors in, tensors out. It knows nothing of SmolVLA.
 
-Once per policy query, `read` turns the carried state into the embeddings of M memory tokens, the
-vision-language model computes, and `write` turns its output at those places, and what the tokens find in the context
-by themselves, into the next state:
+Once per policy query, `read` turns the carried state into the embeddings of M memory tokens, which stand in the
+vision-language model's prefix, and `write` turns what the tokens find among the embeddings of that query into the next
+state:
 
     state = memory.initial(batch_size)
     context = memory.context(embeddings, valid)             # of all queries at once
     for each query of an episode:
         tokens = memory.read(state)                         # into the prefix
-        output = backbone(..., tokens)                      # the backbone's output at the memory's places
-        state = memory.write(state, output, context.query(number, queries))
+        state = memory.write(state, context.query(number, queries))
+
+So nothing that recurs waits for the vision-language model, which then takes all queries at once. Without a context of
+its own a memory `awaits_backbone`, query after query, and writes the model's output at its places:
+
+        output = backbone(..., tokens)
+        state = memory.write(state, output=output)
 
 This is the recurrent memory transformer (Bulatov et al. 2022, arXiv 2207.06881) with two things that make it
 learn inside a pretrained model: both ends of the loop are normalised, so that an initial std of 0.02 and a
@@ -180,7 +185,7 @@ class RecurrentMemory(nn.Module):
         self.size = num_tokens + (0 if frames is None else frames.size)
         self.register_buffer("key_bias", torch.tensor(0.0))
         self.register_buffer("first_position", torch.tensor(-self.size))
-        self.look_back = self.context_reader = self.head = None
+        self.look_back = self.reader = self.head = None
         self.recurs = num_tokens > 0
         if not self.recurs:
             return
@@ -190,7 +195,7 @@ class RecurrentMemory(nn.Module):
         self.read_norm = nn.RMSNorm(hidden_size, eps=RMS_EPS)
         self.update = {"overwrite": OverwriteUpdate, "gated": GatedUpdate}[update](hidden_size)
         self.look_back = LookBack(cache_size, hidden_size) if cache_size else None
-        self.context_reader = ContextReader(hidden_size, context_heads) if context_heads else None
+        self.reader = ContextReader(hidden_size, context_heads) if context_heads else None
         self.head = ActionHead(num_tokens, hidden_size, *predicts) if predicts else None
 
     @torch.no_grad()
@@ -246,22 +251,33 @@ class RecurrentMemory(nn.Module):
 
     def context(self, embeddings: Tensor, valid: Tensor) -> Context | None:
         """What `write` attends to, of embeddings [B, P, H] and valid [B, P]; None where it does not."""
-        if self.context_reader is None:
+        if self.reader is None:
             return None
         with _in_float32(embeddings.device):
-            return self.context_reader.context(embeddings, valid)
+            return self.reader.context(embeddings, valid)
+
+    @property
+    def awaits_backbone(self) -> bool:
+        """Whether `write` needs the backbone's output."""
+        return self.recurs and self.reader is None
 
     def write(
-        self, state: MemoryState, output: Tensor, context: Context | None = None, frame: Tensor | None = None
+        self,
+        state: MemoryState,
+        context: Context | None = None,
+        *,
+        output: Tensor | None = None,
+        frame: Tensor | None = None,
     ) -> MemoryState:
         """The next state.
 
         Args:
-            output: [B, M + n · p, H], the backbone's at the memory's places; that at the frames' is not looked at.
             context: of the query, see `context`.
+            output: [B, M + n · p, H], the backbone's at the memory's places, where the memory `awaits_backbone`; that
+                at the frames' is not looked at.
             frame: [B, p, H], what the query saw, see `PastFrames.frame`.
         """
-        written = self._write_recurrent(state, output[:, : state.tokens.shape[1]], context) if self.recurs else state
+        written = self._write_recurrent(state, context, output) if self.recurs else state
         if self.frames is None:
             return written
         assert frame is not None, "a memory of frames is written with the query's"
@@ -270,13 +286,15 @@ class RecurrentMemory(nn.Module):
         frames, queries = self.frames.remember(state.frames, state.queries, frame)
         return replace(written, frames=frames, queries=queries)
 
-    def _write_recurrent(self, state: MemoryState, output: Tensor, context: Context | None) -> MemoryState:
+    def _write_recurrent(self, state: MemoryState, context: Context | None, output: Tensor | None) -> MemoryState:
         with _in_float32(state.device):
-            output = output.float()
-            if self.context_reader is not None:
+            if self.reader is not None:
                 assert context is not None, "a memory that reads the context is written with it"
-                output = self.context_reader(self._read_recurrent(state), output, context)
-            tokens = self.update(state.tokens, output)
+                found = self.reader(self._read_recurrent(state), context)
+            else:
+                assert output is not None, "a memory that awaits the backbone is written with its output"
+                found = output[:, : state.tokens.shape[1]].float()
+            tokens = self.update(state.tokens, found)
         if self.look_back is None:
             return MemoryState(tokens)
         return MemoryState(tokens, *self.look_back.remember(state))
@@ -287,20 +305,20 @@ class RecurrentMemory(nn.Module):
 
 
 class OverwriteUpdate(nn.Module):
-    """The output is the next memory: m' = RMSNorm(output)."""
+    """What is found is the next memory: m' = RMSNorm(found)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
 
-    def forward(self, memory: Tensor, output: Tensor) -> Tensor:
-        """memory, output [B, M, H] → next memory [B, M, H]."""
-        return _rms_norm(output)
+    def forward(self, memory: Tensor, found: Tensor) -> Tensor:
+        """memory, found [B, M, H] → next memory [B, M, H]."""
+        return _rms_norm(found)
 
 
 class GatedUpdate(nn.Module):
     """A gate decides per channel what is kept.
 
-        u = RMSNorm(output)    z = sigmoid(gate([u, m]))    m' = RMSNorm((1 − z) m + z A u)
+        u = RMSNorm(found)    z = sigmoid(gate([u, m]))    m' = RMSNorm((1 − z) m + z A u)
 
     A starts as the identity and z at 0.1 everywhere. 2H² + H + H² parameters: 2.8M at H = 960, which is 0.6 %
     of SmolVLA.
@@ -314,9 +332,9 @@ class GatedUpdate(nn.Module):
         nn.init.constant_(self.gate.bias, math.log(INITIAL_WRITE_GATE / (1 - INITIAL_WRITE_GATE)))
         nn.init.eye_(self.candidate.weight)
 
-    def forward(self, memory: Tensor, output: Tensor) -> Tensor:
-        """memory, output [B, M, H] → next memory [B, M, H]."""
-        update = _rms_norm(output)
+    def forward(self, memory: Tensor, found: Tensor) -> Tensor:
+        """memory, found [B, M, H] → next memory [B, M, H]."""
+        update = _rms_norm(found)
         gate = torch.sigmoid(self.gate(torch.cat([update, memory], dim=-1)))
         return _rms_norm((1 - gate) * memory + gate * self.candidate(update))
 
@@ -331,14 +349,13 @@ class ContextReader(nn.Module):
     first attention is the same wherever something is seen: of two lamps it finds that one is lit, and not which. The
     first attention is far from even, so that every head and slot begins with tokens of its own.
 
-    The backbone's output joins what is found through a gain that starts at zero: at full strength from the start it
-    drowned what was found.
+    What the backbone makes of the tokens is not written. It was tried beside what is found: at full strength it drowned
+    that, through a gain from zero it made learning slower, and every query had to wait for the one before.
     """
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.output_gain = nn.Parameter(torch.zeros(hidden_size))
         self.query, self.key, self.value, self.out = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(4))
         with torch.no_grad():
             for linear in (self.query, self.key):
@@ -350,15 +367,14 @@ class ContextReader(nn.Module):
         places = _places(embeddings.shape[1], embeddings.shape[2], embeddings.device)
         return Context(self.key(embeddings + places), self.value(embeddings), valid)
 
-    def forward(self, tokens: Tensor, output: Tensor, context: Context) -> Tensor:
-        """tokens and the backbone's output for them [B, M, H] → what is to be written [B, M, H]."""
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens [B, M, H] → what they find [B, M, H]."""
         query, key, value = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for each in (self.query(tokens), context.keys, context.values)
         )
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=context.valid[:, None, None])
-        found = self.out(found.transpose(1, 2).flatten(-2))
-        return _rms_norm(found) + self.output_gain * _rms_norm(output)
+        return self.out(found.transpose(1, 2).flatten(-2))
 
 
 class ActionHead(nn.Module):

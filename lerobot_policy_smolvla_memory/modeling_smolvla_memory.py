@@ -511,10 +511,11 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """A memory that was trained without a path of its own to the context would be disturbed by a new one."""
         memory = self.model.memory
         stored = [name.removeprefix("model.memory.") for name in self._stored if name.startswith("model.memory.")]
-        if memory is None or memory.context_reader is None or not stored:
+        if memory is None or memory.reader is None or not stored:
             return
-        if not any(name.startswith("context_reader.") for name in stored):
-            memory.context_reader, self.config.mem_reads_context = None, False
+        if not any("reader." in name for name in stored):
+            memory.reader, self.config.mem_reads_context = None, False
+            self.model.train_what_the_memory_awaits()
             warnings.warn(
                 "the stored memory was trained with mem_reads_context=false and stays without; a new memory needs "
                 "weights without one, such as those of the policy that it joined",

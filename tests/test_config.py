@@ -53,7 +53,7 @@ def test_what_a_profile_changes_of_a_policy_is_in_force() -> None:
         for profile in ("embedded", "smoke", "study", "robot")
     }
     changed = {name: (p["num_steps"], p["mem_backprop_depth"], p["sampling_temperature"]) for name, p in chosen.items()}
-    assert changed == {"embedded": (10, 4, 1), "smoke": (2, 4, 1), "study": (10, 8, 0), "robot": (10, 4, 1)}
+    assert changed == {"embedded": (10, 4, 1), "smoke": (2, 4, 1), "study": (10, 16, 0), "robot": (10, 4, 1)}
 
 
 def test_no_key_of_a_policy_stands_where_a_profile_cannot_change_it() -> None:

@@ -235,7 +235,7 @@ def test_a_memory_joins_the_twin_frozen_and_is_evaluated(
         assert record[part]["reset"]["right"] == 2 == record[part]["reset"]["n"] / 4
     assert [point["step"] for point in record["curve"]] == [2]
     assert record["cpu_seconds"] > 0
-    assert record["settings"]["policy"]["mem_backprop_depth"] == 8
+    assert record["settings"]["policy"]["mem_backprop_depth"] == 16
     row = table([record, {**record, "seed": 1}]).splitlines()[-1]
     assert "| colour | frozen | recurrent | 0,1 | 0.25 |" in row
     assert "| 4/16 |" in row

@@ -23,7 +23,7 @@ ACTION = ("x", "y")
 PIXEL_NOISE = 12  # of 255, standard deviation
 GREY, WHITE, DARK, LIT = 110, 250, 40, (255, 235, 120)
 COLOURS = ((210, 40, 40), (40, 180, 60), (50, 70, 220), (220, 200, 40))
-BALL, CUP = (220, 40, 40), (150, 100, 50)
+BALL, CUP = (20, 60, 255), (255, 150, 0)
 CORNERS = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]], np.float32)
 SIDES = np.array([[-1, 0], [1, 0]], np.float32)
 PLACES = np.array([[-1, 0], [0, 1], [1, 0]], np.float32)
@@ -212,7 +212,7 @@ def _cups(background: np.ndarray, middles: Sequence[tuple[float, float]], ball: 
         picture[max(0, top) : top + 8, left : left + 7] = CUP
     if ball is not None:
         rows, columns = np.mgrid[:SIDE, :SIDE]
-        picture[(rows - ball[0]) ** 2 + (columns - ball[1]) ** 2 <= 9] = BALL
+        picture[(rows - ball[0]) ** 2 + (columns - ball[1]) ** 2 <= 16] = BALL
     return picture
 
 
@@ -227,7 +227,7 @@ def occlusion(random: np.random.Generator, delay: int) -> tuple[list[Query], lis
     resting = [(16.0, float(column)) for column in CUPS]
     background = clutter(random)[0, 0]
     seen = np.stack(
-        [[_cups(background, resting, (31 - frame, column)) for frame in range(FRAMES_PER_QUERY)] for column in CUPS]
+        [[_cups(background, resting, (28 - frame, column)) for frame in range(FRAMES_PER_QUERY)] for column in CUPS]
     )
     queries, places = [Query(seen)], [0, 1, 2]  # of the ball, by variant
     for number in range(between):

@@ -128,7 +128,7 @@ def test_the_head_trains_writing_within_a_single_query_and_touches_nothing_but_m
     loss, outputs = policy(make_batch(4), **make_noise(4))
     (loss - policy.eval()(make_batch(4), **make_noise(4))[0]).backward()  # what is left is the head's
     torch.testing.assert_close(outputs["memory_loss"], (loss - outputs["loss"]).detach())
-    for name in ("update.candidate", "context_reader.query", "context_reader.value", "head.out"):
+    for name in ("update.candidate", "reader.query", "reader.value", "head.out"):
         assert policy.get_parameter(f"model.memory.{name}.weight").grad.any(), name
     assert not policy.model.action_out_proj.weight.grad.abs().max() > 1e-6
 
@@ -154,14 +154,36 @@ def test_the_memory_learns_while_the_vlm_is_frozen(make_policy, make_batch, make
     assert all(parameter.grad.any() for parameter in policy.model.memory.parameters())
 
 
-def test_the_last_layer_and_the_final_norm_learn_when_the_vlm_does(make_policy, make_batch, make_noise):
+@pytest.mark.parametrize(
+    ("reads_context", "through_the_model"),
+    [pytest.param(True, [6], id="reads the context"), pytest.param(False, [2, 2, 2], id="awaits the model's output")],
+)
+def test_memory_tokens_of_all_queries_go_through_the_model_at_once_unless_it_writes_them(
+    make_policy, make_batch, make_noise, reads_context, through_the_model
+):
+    policy, blocks = make_policy(mem_reads_context=reads_context), []
+    first_layer = policy.model.vlm_with_expert.get_vlm_model().text_model.layers[0]
+    first_layer.self_attn.k_proj.register_forward_hook(lambda _module, _inputs, keys: blocks.append(keys.shape[:2]))
+    policy(make_batch(6), **make_noise(6), queries=3)
+    assert [rows for rows, tokens in blocks if tokens == policy.config.num_mem_tokens] == through_the_model
+
+
+def test_the_last_layer_and_the_final_norm_learn_when_the_vlm_does_and_its_output_is_written(
+    make_policy, make_batch, make_noise
+):
     """LeRobot freezes both as unused."""
-    policy = make_policy()
-    policy.model.memory.context_reader.output_gain.data.fill_(1.0)  # from zero it is the first step that opens the way
+    policy = make_policy(mem_reads_context=False)
     policy(make_batch(4), **make_noise(4), queries=2)[0].backward()
     text_model = policy.model.vlm_with_expert.get_vlm_model().text_model
     assert text_model.norm.weight.grad.any()
     assert all(parameter.grad.any() for parameter in text_model.layers[-1].parameters())
+
+
+def test_all_that_may_learn_has_a_gradient(make_policy, make_batch, make_noise):
+    """What nothing depends on must stay frozen: several processes would wait for its gradient."""
+    policy = make_policy()
+    policy(make_batch(4), **make_noise(4), queries=2)[0].backward()
+    assert not [name for name, each in policy.named_parameters() if each.requires_grad and each.grad is None]
 
 
 def test_rows_that_are_no_lanes_and_a_foreign_memory_are_refused(make_policy, make_batch):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sizes import ACTION_DIM, CHUNK
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 
 STANDING = ("model.memory.key_bias", "model.memory.first_position")  # among the other tokens
 
@@ -177,10 +178,25 @@ def test_a_memory_that_was_trained_without_reading_the_context_stays_without(mak
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.warns(UserWarning, match="was trained with mem_reads_context=false and stays without"):
         loaded = SmolVLAMemoryPolicy.from_pretrained(tmp_path).eval()
-    assert (loaded.config.mem_reads_context, loaded.model.memory.context_reader) == (False, None)
+    assert (loaded.config.mem_reads_context, loaded.model.memory.reader) == (False, None)
+    vlm, loaded_vlm = (each.model.vlm_with_expert for each in (policy, loaded))
+    assert [each.requires_grad for each in loaded_vlm.parameters()] == [each.requires_grad for each in vlm.parameters()]
     batch, noise = make_batch(2), torch.randn(2, CHUNK, 8)
     for _ in range(2):
         assert torch.equal(loaded.predict_action_chunk(batch, noise), policy.predict_action_chunk(batch, noise))
+
+
+def test_a_memory_with_an_earlier_form_of_reading_the_context_is_refused(make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    edit_weights(
+        tmp_path,
+        lambda weights: [
+            weights.update({name.replace(".reader.", ".context_reader."): weights.pop(name)})
+            for name in [name for name in weights if ".reader." in name]
+        ],
+    )
+    with pytest.raises(UnfitWeights, match=r"model\.memory\.reader\.key\.weight is missing"):
+        SmolVLAMemoryPolicy.from_pretrained(tmp_path)
 
 
 def test_the_memorys_head_is_taken_over_where_it_fits_and_begins_anew_for_other_actions(
