@@ -29,7 +29,7 @@ n frames of p tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -102,6 +102,12 @@ class MemoryState:
         """The states of some batch elements, in the order of `indices`."""
         index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         return self._each(lambda tensor: tensor[index])
+
+    @classmethod
+    def joined(cls, states: Sequence[Self]) -> Self:
+        """The elements of all states as one batch."""
+        names = [name for name, _ in states[0]._tensors()]
+        return replace(states[0], **{name: torch.cat([getattr(state, name) for state in states]) for name in names})
 
     def where(self, mask: Tensor, other: "MemoryState") -> Self:
         """`other` for the elements where `mask` [B] is true, this state for the rest."""

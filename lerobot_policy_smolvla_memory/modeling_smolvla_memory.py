@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.device_utils import resolve_safetensors_device
@@ -286,7 +288,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             memory: before the query; None for the initial one.
             noise: [B, T, max_action_dim] of standard deviation 1, which `sampling_temperature` scales; drawn from the
                 global generator when None.
-            kwargs: of real-time chunking, as in LeRobot.
+            kwargs: of real-time chunking, as in LeRobot. With `prev_chunk_left_over` its guidance holds what is left of
+                the chunk in execution, whether or not `rtc_config` is set.
 
         Returns:
             Actions [B, T, A], normalized, and the memory after the query (None without memory).
@@ -316,8 +319,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             lambda x_t, time: self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0),
             self.config.sampling_temperature * noise.masked_fill(absent, 0.0),
             self.config.num_steps,
-            rtc_processor=self.rtc_processor,
-            rtc_enabled=self._rtc_enabled(),
+            rtc_processor=self.rtc_processor or RTCProcessor(RTCConfig()),
+            rtc_enabled=self._rtc_enabled() or kwargs.get("prev_chunk_left_over") is not None,
             **kwargs,
         )
         actions = actions[:, :, : self.config.action_feature.shape[0]]

@@ -8,6 +8,16 @@ were carried out.
 from torch import Tensor
 
 
+def advance(every: int, since: int) -> tuple[bool, int]:
+    """Whether the memory advances with a query, and how many steps then count towards its next advance.
+
+    Args:
+        every: `n_action_steps`, steps between the queries of training.
+        since: steps carried out since the memory last advanced.
+    """
+    return (False, since) if since < every else (True, since % every)
+
+
 class QuerySchedule:
     """Decides for each query whether the memory advances with it.
 
@@ -29,11 +39,8 @@ class QuerySchedule:
         if executed is None:  # a first query, or none of the plan is left
             self._executed = 0
             return True
-        self._executed += executed
-        if self._executed < self._every:
-            return False
-        self._executed %= self._every
-        return True
+        advances, self._executed = advance(self._every, self._executed + executed)
+        return advances
 
     def plan(self, actions: Tensor) -> None:
         """[B, T, A] what the query returned."""

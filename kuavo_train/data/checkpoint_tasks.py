@@ -3,9 +3,10 @@
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from lerobot.utils.constants import OBS_STATE
 
 from kuavo_train.data.normalization import Normalization
@@ -21,12 +22,19 @@ class KnownTask:
 
     Attributes:
         instructions: all that it was trained with; the first stands for the task.
+        action_limits: action name → (least, greatest, greatest change from one frame to the next) in its training
+            episodes, in robot units; empty in a checkpoint that is older than them.
     """
 
     name: str
     instructions: tuple[str, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+    action_limits: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task) -> "KnownTask":
+        return cls(task.name, task.instructions.texts, task.state_names, task.action_names, _action_limits(task))
 
     @property
     def instruction(self) -> str:
@@ -64,7 +72,7 @@ class KnownTasks:
     def of(cls, tasks: Sequence[Task], normalization: Normalization) -> "KnownTasks":
         space = normalization.space
         return cls(
-            tasks=tuple(KnownTask(t.name, t.instructions.texts, t.state_names, t.action_names) for t in tasks),
+            tasks=tuple(KnownTask.of(task) for task in tasks),
             fps=tasks[0].recording.fps,
             state_names=space.state_names,
             action_names=space.action_names,
@@ -105,8 +113,18 @@ class KnownTasks:
                 tuple(each["instructions"] if "instructions" in each else [each["instruction"]]),  # older: only one
                 tuple(each["state_names"]),
                 tuple(each["action_names"]),
+                {name: tuple(limits) for name, limits in each.get("action_limits", {}).items()},
             )
             for each in stored["tasks"]
         )
         sizes = {camera: (size[0], size[1]) for camera, size in stored["camera_sizes"].items()}
         return cls(tasks=tasks, fps=stored["fps"], camera_sizes=sizes, **names)
+
+
+def _action_limits(task: Task) -> dict[str, tuple[float, float, float]]:
+    actions = [task.action[slice(*task.bounds[episode])] for episode in task.train_episodes]
+    every = np.concatenate(actions)
+    changes = np.concatenate([np.abs(np.diff(each, axis=0)) for each in actions])
+    steps = changes.max(axis=0) if len(changes) else np.zeros(every.shape[1])
+    columns = np.stack([every.min(axis=0), every.max(axis=0), steps], axis=1).tolist()
+    return {name: (column[0], column[1], column[2]) for name, column in zip(task.action_names, columns, strict=True)}

@@ -48,8 +48,19 @@ class RobotByRobot:
         self._observe(batch, len(seeds))
         for robot, (planned, seed) in enumerate(zip(self._planned, seeds, strict=True)):
             if not planned:
-                planned += self._plan(robot, seed)[: self.config.n_action_steps]
+                planned += self._plan(self._seen[robot], seed)[: self.config.n_action_steps]
         return torch.stack([planned.pop(0) for planned in self._planned])
+
+    def sample_actions_with(self, batch: Prepared, memory: None, seeds: Sequence[int]) -> tuple[Tensor, None]:
+        """Without any hidden state: [B, T, A], normalized, of B times `frames` rows, the oldest frame first; no memory.
+
+        See `SmolVLAMemoryPolicy.sample_actions_with`.
+        """
+        histories = [
+            [self._row(batch, robot * self.frames + frame) for frame in range(self.frames)]
+            for robot in range(len(seeds))
+        ]
+        return torch.stack([self._plan(seen, seed) for seen, seed in zip(histories, seeds, strict=True)]), None
 
     def predict_action_chunk(self, batch: Prepared, seeds: Sequence[int]) -> Tensor:
         """All that is planned from this observation, [B, T, A], normalized.
@@ -63,20 +74,22 @@ class RobotByRobot:
                 "actions, not for what it plans at one frame"
             )
         self._observe(batch, len(seeds))
-        return torch.stack([self._plan(robot, seed) for robot, seed in enumerate(seeds)])
+        return torch.stack([self._plan(self._seen[robot], seed) for robot, seed in enumerate(seeds)])
 
     def _observe(self, batch: Prepared, robots: int) -> None:
         if not self._seen:
             self._seen = [deque(maxlen=self.frames) for _ in range(robots)]
             self._planned = [[] for _ in range(robots)]
         for robot, seen in enumerate(self._seen):
-            row = {name: batch[name][robot : robot + 1] for name in self.config.input_features}
-            seen.extend([row] * (1 if seen else self.frames))  # before an episode its first frame is repeated
+            # before an episode its first frame is repeated
+            seen.extend([self._row(batch, robot)] * (1 if seen else self.frames))
+
+    def _row(self, batch: Prepared, number: int) -> dict[str, Tensor]:
+        return {name: batch[name][number : number + 1] for name in self.config.input_features}
 
     @torch.no_grad()
-    def _plan(self, robot: int, seed: int) -> Tensor:
-        """[T, A]"""
-        seen = self._seen[robot]
+    def _plan(self, seen: Sequence[dict[str, Tensor]], seed: int) -> Tensor:
+        """[T, A] of the frames that the policy looks at."""
         row = {
             name: torch.stack([each[name] for each in seen], dim=1) if self.frames > 1 else value
             for name, value in seen[-1].items()

@@ -23,7 +23,9 @@ order, so processes or threads that drive different robots each need a wrapper o
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,18 +41,61 @@ from kuavo_train.data.batch import Prepared
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.images.frames import resized
 from kuavo_train.data.policy_traits import PolicyTraits
+from kuavo_train.wrapper.policy.episode import RobotEpisode
 from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+from lerobot_policy_smolvla_memory.memory import MemoryState
 
 LIKE_A_TRAINED_ONE = 0.6
 """Instructions whose words match one the policy was trained with to at least this ratio are taken without a warning."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Group = tuple[int, int] | None
+"""Queries that are computed as one batch: (delay, steps left of the plan) with a hand-over, None without."""
+
 READ_INSTEAD = "instruction"
 """Key of an observation: what the policy reads in place of the task's instruction; `task` still decides the rest."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one robot sees, checked: what `SmolVLAPolicyWrapper.look` returns.
+
+    Attributes:
+        rows: what the policy's preprocessor takes, of F frames.
+    """
+
+    task: KnownTask
+    instruction: str
+    rows: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A look of a robot in an episode.
+
+    Attributes:
+        episode: with the steps that were carried out up to this look (`RobotEpisode.moved`).
+        executed: how many of them since the last look; where its plan is at now.
+        delay: steps of the last plan that are carried out before this query is answered: the new plan begins with
+            them, and stays close to what follows (real-time chunking, arXiv 2506.07339). None plans freely.
+    """
+
+    look: Look
+    episode: RobotEpisode
+    executed: int = 0
+    delay: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to a query: T actions [T, A] in robot units from the step of the look on, and the episode after it."""
+
+    actions: np.ndarray
+    episode: RobotEpisode
 
 
 class SmolVLAPolicyWrapper:
@@ -59,6 +104,7 @@ class SmolVLAPolicyWrapper:
     Attributes:
         known: the tasks the policy has learnt, with their instructions and dimensions.
         cameras: what every observation must hold, camera → (height, width).
+        frames: F, consecutive frames that the policy looks at.
     """
 
     def __init__(
@@ -79,6 +125,7 @@ class SmolVLAPolicyWrapper:
             policy if isinstance(policy, SmolVLAMemoryPolicy) else RobotByRobot(policy)
         )
         self._traits = PolicyTraits.of(self._policy.config)
+        self.frames = self._policy.frames if isinstance(self._policy, RobotByRobot) else 1
         (self._preprocess, self._postprocess), self.known = processors, known
         self.cameras = {camera: tuple(f.shape[1:]) for camera, f in policy.config.image_features.items()}
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
@@ -144,6 +191,16 @@ class SmolVLAPolicyWrapper:
             if not self._traits.has_temperature:
                 raise ValueError(f"sampling_temperature of {self._policy.config.type} must be 1, got {temperature}")
             self._policy.config.sampling_temperature = temperature
+
+    @property
+    def chunk_size(self) -> int:
+        """T, actions that are planned from the frame of a look on."""
+        return planned_steps(self._policy.config)
+
+    @property
+    def policy_type(self) -> str:
+        """LeRobot's name of it."""
+        return self._policy.config.type
 
     @property
     def has_memory(self) -> bool:
@@ -233,6 +290,87 @@ class SmolVLAPolicyWrapper:
         with self._lock:
             return self._query(self._policy.predict_action_chunk, observation)
 
+    # -------------------------------------------------------- many robots, each at its own pace, without hidden state
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether a plan can go on from the one before (`Query.delay`)."""
+        return isinstance(self._policy, SmolVLAMemoryPolicy)
+
+    def look(self, observation: Observation) -> Look:
+        """Check what one robot sees, before it is planned for together with others'.
+
+        Args:
+            observation: as for `select_action`, of one robot. For a policy that looks at F frames, pictures and state
+                with a leading F, the oldest first; a single frame stands for all.
+
+        Raises:
+            ValueError: as `select_action`, and a task that is not like any that the policy has learnt.
+        """
+        states = self._states(observation)
+        batched = _array(observation[OBS_STATE]).ndim == 2
+        if batched and len(states) != self.frames:
+            raise ValueError(f"{OBS_STATE} must be of shape [S], or [{self.frames}, S], got {list(states.shape)}")
+        task = observation.get("task")
+        if not isinstance(task, str) or not task.strip():
+            raise ValueError(f"task must be an instruction, or a task's name, got {task!r}")
+        instruction = self._instruction_named(task)
+        closest = self.known.closest(instruction)
+        if closest.ratio < LIKE_A_TRAINED_ONE:
+            names = ", ".join(task.name for task in self.known.tasks)
+            raise ValueError(f"task must be one of {names}, or an instruction like one of theirs, got {task!r}")
+        rows = self._rows(observation, states, [closest.task] * len(states), batched=batched)
+        repeat = self.frames // len(states)
+        rows = {key: value.repeat(repeat, *[1] * (value.dim() - 1)) for key, value in rows.items()}
+        self._check_fits(instruction)
+        return Look(closest.task, instruction, rows)
+
+    def plan(self, queries: Sequence[Query]) -> list[Plan]:
+        """Answer queries of several robots, in their order; those alike as one batch.
+
+        A robot's answer is a function of its own query, up to the rounding of batched arithmetic. Nothing is kept.
+        """
+        groups: dict[Group, list[int]] = {}
+        for number, query in enumerate(queries):
+            groups.setdefault(_group_of(query), []).append(number)
+        answers: dict[int, Plan] = {}
+        with self._lock:
+            for group, numbers in groups.items():
+                plans = self._plan_alike([queries[number] for number in numbers], group)
+                answers |= dict(zip(numbers, plans, strict=True))
+        return [answers[number] for number in range(len(queries))]
+
+    def _plan_alike(self, queries: Sequence[Query], group: Group) -> list[Plan]:
+        looks, episodes = [query.look for query in queries], [query.episode for query in queries]
+        rows = {key: torch.cat([look.rows[key] for look in looks]) for key in looks[0].rows}
+        ready = self._preprocess({**rows, "task": [look.instruction for look in looks for _ in range(self.frames)]})
+        keys = [[self._seed, episode.seed, episode.steps] for episode in episodes]
+        draws = self._policy.draw_noise([np.random.default_rng(key) for key in keys])
+        handover: dict[str, Any] = {}
+        if group is not None:
+            delay, left = group
+            plans = [query.episode.plan for query in queries]
+            left_over = torch.stack([plan[len(plan) - left :] for plan in plans if plan is not None])
+            handover = {"prev_chunk_left_over": left_over, "inference_delay": delay, "execution_horizon": left}
+        sample: Callable[..., tuple[torch.Tensor, MemoryState | None]] = self._policy.sample_actions_with
+        actions, memory = sample(ready, self._joined_memory(episodes), draws, **handover)
+        every = self.n_action_steps
+        after = [
+            episode.looked(actions[row], memory and memory.select([row]), every=every)
+            for row, episode in enumerate(episodes)
+        ]
+        robot_units = self._postprocess(actions)
+        chosen = [row[..., self._columns(look.task)].numpy() for row, look in zip(robot_units, looks, strict=True)]
+        return [Plan(each.astype(np.float32), episode) for each, episode in zip(chosen, after, strict=True)]
+
+    def _joined_memory(self, episodes: Sequence[RobotEpisode]) -> MemoryState | None:
+        if not isinstance(self._policy, SmolVLAMemoryPolicy) or self._policy.model.memory is None:
+            return None
+        initial = self._policy.model.memory.initial(1).detach()
+        return MemoryState.joined([episode.memory or initial for episode in episodes])
+
+    # ------------------------------------------------------------------------------------- one batch, step by step
+
     def _query(self, policy: Callable[..., torch.Tensor], observation: Observation) -> Actions:
         """What `policy`, one of the policy's own methods, answers, in robot units and the dimensions of each task."""
         ready, columns, batched = self._prepare(observation)
@@ -249,19 +387,29 @@ class SmolVLAPolicyWrapper:
         batched, size = _array(observation[OBS_STATE]).ndim == 2, len(states)
         instructions = self._instructions_of(observation, size)
         tasks = [self._task_like(instruction) for instruction in instructions]
-        batch = {camera: self._pictures(observation, camera, size, batched=batched) for camera in self.cameras}
-        batch[OBS_STATE] = torch.stack([self._in_policy_order(*each) for each in zip(states, tasks, strict=True)])
-        columns = [[self.known.action_names.index(name) for name in task.action_names] for task in tasks]
-        absent = torch.ones(size, len(self.known.action_names), dtype=torch.bool)
-        for row, present in enumerate(columns):
-            absent[row, present] = False
         read = observation.get(READ_INSTEAD)
         texts = instructions if read is None else [read] * size
-        ready = self._preprocess({**batch, "action_dim_is_pad": absent, "task": texts})
+        ready = self._preprocess({**self._rows(observation, states, tasks, batched=batched), "task": texts})
         if OBS_LANGUAGE_ATTENTION_MASK in ready:
             self._check_length(ready[OBS_LANGUAGE_ATTENTION_MASK], texts)
         self._begin_new_tasks(instructions)
-        return ready, columns, batched
+        return ready, [self._columns(task) for task in tasks], batched
+
+    def _rows(
+        self, observation: Observation, states: np.ndarray, tasks: Sequence[KnownTask], *, batched: bool
+    ) -> dict[str, torch.Tensor]:
+        """What the preprocessor takes beside the texts: cameras, state, and which dimensions a row's task lacks."""
+        size = len(states)
+        rows = {camera: self._pictures(observation, camera, size, batched=batched) for camera in self.cameras}
+        rows[OBS_STATE] = torch.stack([self._in_policy_order(*each) for each in zip(states, tasks, strict=True)])
+        absent = torch.ones(size, len(self.known.action_names), dtype=torch.bool)
+        for row, task in enumerate(tasks):
+            absent[row, self._columns(task)] = False
+        return {**rows, "action_dim_is_pad": absent}
+
+    def _columns(self, task: KnownTask) -> list[int]:
+        """Places of a task's own dimensions among the policy's actions."""
+        return [self.known.action_names.index(name) for name in task.action_names]
 
     # ------------------------------------------------------------------------------------- what an observation holds
 
@@ -334,8 +482,11 @@ class SmolVLAPolicyWrapper:
             raise ValueError(
                 f"the batch must stay at {len(self._calls)} robots until reset(), got {size}; each has its own memory"
             )
+        return [self._instruction_named(each) for each in given]
+
+    def _instruction_named(self, given: str) -> str:
         by_name = {task.name: task.instruction for task in self.known.tasks}
-        return [by_name.get(each, " ".join(each.split())) for each in given]
+        return by_name.get(given, " ".join(given.split()))
 
     def _task_like(self, instruction: str) -> KnownTask:
         """The learnt task one of whose instructions is closest, which decides the dimensions."""
@@ -350,11 +501,15 @@ class SmolVLAPolicyWrapper:
 
     def _check_length(self, mask: torch.Tensor, instructions: Sequence[str]) -> None:
         """LeRobot cuts what is too long without a word: a row filled to its end may have been cut."""
-        limit = self._policy.config.tokenizer_max_length
-        tokenizer = next(step.input_tokenizer for step in self._preprocess.steps if hasattr(step, "input_tokenizer"))
         for row, instruction in zip(mask, instructions, strict=True):
-            if int(row.sum()) == limit and len(tokenizer(instruction + "\n").input_ids) > limit:
-                raise ValueError(f"task must fit the policy's {limit} tokens, got a longer one: {instruction!r}")
+            if int(row.sum()) == self._traits.token_limit:
+                self._check_fits(instruction)
+
+    def _check_fits(self, instruction: str) -> None:
+        limit = self._traits.token_limit
+        tokenizers = [step.input_tokenizer for step in self._preprocess.steps if hasattr(step, "input_tokenizer")]
+        if tokenizers and limit is not None and len(tokenizers[0](instruction + "\n").input_ids) > limit:
+            raise ValueError(f"task must fit the policy's {limit} tokens, got a longer one: {instruction!r}")
 
     def _begin_new_tasks(self, instructions: list[str]) -> None:
         if not self._instructions:
@@ -372,6 +527,13 @@ class SmolVLAPolicyWrapper:
         """
         keys = zip(self._episodes, self._calls, strict=True)
         return self._policy.draw_noise([np.random.default_rng([self._seed, *key]) for key in keys])
+
+
+def _group_of(query: Query) -> Group:
+    plan = query.episode.plan
+    if query.delay is None or plan is None or query.executed >= len(plan):
+        return None
+    return query.delay, len(plan) - query.executed
 
 
 def planned_steps(config: PreTrainedConfig) -> int:

@@ -1,0 +1,1 @@
+"""A policy over the network: robots ask, and each has an episode of its own."""
