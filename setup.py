@@ -3,7 +3,10 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["kuavo_train*", "kuavo_sim*", "lerobot_policy_*"]), "kuavo_train.configs"],
+    packages=[
+        *find_packages(include=["kuavo_train*", "kuavo_sim*", "kuavo_client", "lerobot_policy_*"]),
+        "kuavo_train.configs",
+    ],
     py_modules=["lerobot_policy_kuavo_train"],
     package_dir={"kuavo_train.configs": "configs"},
     package_data={

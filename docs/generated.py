@@ -33,6 +33,7 @@ COMMANDS = (
     "kuavo_train/inspect_data.py",
     "kuavo_train/report.py",
     "kuavo_train/evaluate.py",
+    "kuavo_train/serve.py",
     "kuavo_train/probes.py",
     "kuavo_train/memory_report.py",
     "kuavo_sim/record.py",
@@ -42,6 +43,7 @@ COMMANDS = (
 OPTIONS = {  # module with the dataclass of the command's own key=value words
     "kuavo_train.report": "kuavo_train.report",
     "kuavo_train.evaluate": "kuavo_train.evaluation.options",
+    "kuavo_train.serve": "kuavo_train.serve",
     "kuavo_train.probes": "kuavo_train.probes",
     "kuavo_train.memory_report": "kuavo_train.probing.memory_report",
 }

@@ -1,7 +1,7 @@
 """The pictures of the documentation: `make pictures`, or `python docs/make_pictures.py WORD=FOLDER …`.
 
-Without words it makes those of the simulation, four_jobs.png and sim_….png. The others show runs, and each word names
-what a run left:
+Without words it makes those of the simulation, four_jobs.png and sim_….png, and chunk_timeline.png. The others show
+runs, and each word names what a run left:
 
     report=outputs/embedded/report            report.png: the top of report.html, by Chromium, and the matrix below
     embedded=outputs/embedded-study/report    study_stability_plasticity.png
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from chunk_timeline import chunk_timeline
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from kuavo_sim.env import KuavoEnv
@@ -100,6 +101,7 @@ def side_by_side(*paths: Path) -> Image.Image:
 # picture → the words that it needs, and how it is made of what they name
 PICTURES: dict[str, tuple[tuple[str, ...], Callable[..., Image.Image]]] = {
     "four_jobs.png": ((), four_jobs),
+    "chunk_timeline.png": ((), chunk_timeline),
     **{f"sim_{job}.png": ((), functools.partial(contact_sheet, job)) for job in TASKS},
     "report.png": (("report",), top_of_a_report),
     "study_stability_plasticity.png": (("embedded",), lambda folder: opened(folder / "stability_plasticity.png")),

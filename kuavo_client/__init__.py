@@ -10,7 +10,7 @@
         publish(action)
 
     loop = RobotLoop(observe, act, "ws://192.168.26.1:8000", task="weighing", rate=10)
-    report = loop.run()                         # until loop.stop(), from a signal handler or another thread
+    report = loop.run()                         # until loop.stop(), or request_stop() from a signal handler
 
 This file is all there is: copy it to the robot, or install the wheel. The server is `python -m kuavo_train.serve`.
 
@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 HANDOVERS = ("wait", "blend", "rtc")
 STATE = "observation.state"
 REMEMBERED_DELAYS = 5
+LONGEST_WAIT = 0.05  # s until a wait looks whether the loop was stopped
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # s between attempts to connect
 
 
@@ -297,10 +298,14 @@ class RobotLoop:
 
     def stop(self) -> None:
         """Ends the loop. After it returns nothing is carried out any more. May be called from any thread."""
-        self._stopped.set()
+        self.request_stop()
         self._asker.stop()
         with self._acting:
             pass
+
+    def request_stop(self) -> None:
+        """As `stop`, without waiting for an `act` under way: what a signal handler may call."""
+        self._stopped.set()
 
     def run(self, ticks: int | None = None, done: Callable[[], bool] = lambda: False) -> dict[str, int]:
         """One episode, until `stop`, for so many ticks, or until `done()`.
@@ -326,7 +331,7 @@ class RobotLoop:
         if self._kind not in metadata["handover"]:
             raise ValueError("handover must be one of %s, got %r" % (", ".join(metadata["handover"]), self._kind))
         self._handover = Handover(self._kind, metadata["n_action_steps"])
-        self._seen = deque(maxlen=metadata["frames"])
+        self._seen = deque(maxlen=metadata["frames"])  # type: deque[Mapping[str, Any]]
         self._limits = self._last = None  # type: Any
         self._chunk, begun, number = 0, time.monotonic(), 0
         while not self._stopped.is_set() and (ticks is None or number < ticks) and not done():
@@ -478,7 +483,7 @@ class _Asker:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return None
-                self._changed.wait(left)
+                self._changed.wait(LONGEST_WAIT if left is None else min(left, LONGEST_WAIT))
             if self._error is not None:
                 raise self._error
             return getattr(self, what)

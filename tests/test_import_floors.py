@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OURS = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
+OURS = ("kuavo_train", "kuavo_sim", "kuavo_client", "lerobot_policy_smolvla_memory")
 FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not import each other
     {"errors", "metrics"},
     {"interruption", "reading"},
@@ -32,6 +32,7 @@ NEIGHBOURS = {  # package beside kuavo_train → rooms that may import it
     # those that carry its memory from query to query, and those that build or open a policy
     "lerobot_policy_smolvla_memory": {"evaluation", "probing", "runs", "training", "wrapper"},
     # what both ask of the machine; recordings made on the spot; environments; what a recording's cues are
+    "kuavo_client": {"evaluation"},  # the hand-over that is measured is the one that robots run
     "kuavo_sim": {"data", "evaluation", "interruption", "probing", "stage"},
 }
 

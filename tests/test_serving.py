@@ -96,7 +96,7 @@ NO_MESSAGES = {
     "an extension": msgpack.packb(msgpack.ExtType(4, b"x")),
     "a number too large": msgpack.packb({b"__npgeneric__": True, b"data": 999, b"dtype": "|u1"}),
     "no text": b"\x81\xa1\xff\x01",
-    "a thousand lists": b"\x91" * 1000 + b"\x01",
+    "lists in lists": b"\x91" * 100_000 + b"\x01",
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRY = "lerobot_policy_kuavo_train.py"
-PACKAGES = ("kuavo_train", "kuavo_sim", "lerobot_policy_smolvla_memory")
+PACKAGES = ("kuavo_train", "kuavo_sim", "kuavo_client", "lerobot_policy_smolvla_memory")
 NO_SOURCE = shutil.ignore_patterns("__pycache__", ".*", "outputs", "*.egg-info", "build", "dist")
 
 

@@ -9,10 +9,10 @@ from dataclasses import asdict
 
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_sim.tasks import TASKS
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
-from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.evaluation.checkpoints import Contestant, Row, rows_of
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
 from kuavo_train.evaluation.episodes import Episode, Rollouts
@@ -20,6 +20,7 @@ from kuavo_train.evaluation.latency import PeakMemory, time_queries
 from kuavo_train.evaluation.open_loop import Errors, judge_errors, walk
 from kuavo_train.evaluation.options import Options
 from kuavo_train.evaluation.paired_comparison import differ, judge
+from kuavo_train.evaluation.robot_policy import Policy
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.videos import Caption, picked, write_video
 from kuavo_train.reading import Json
@@ -93,9 +94,9 @@ def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], opti
     for contestant in contestants:
         policy = contestant.policy(options)
         for row in rows_of(contestant.name, policy, options, contestants[0].name):
-            evaluated, memory = row.of(policy), PeakMemory()
+            evaluated, memory = row.driving(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
-            rollouts, videos = _play(evaluated, environments, seeds, row, options, fps=contestant.known.fps)
+            rollouts, videos = _play(evaluated, environments, seeds, row, options, contestant.known)
             cost = time_queries(evaluated, environments[tasks[0]], seeds[0])
             played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
             reference = None if row.against is None else played[row.against]
@@ -112,28 +113,34 @@ def _learnt_by_all(contestants: Sequence[Contestant]) -> tuple[str, ...]:
 
 
 def _play(
-    policy: Ablatable,
+    policy: Policy,
     environments: Mapping[str, Environment],
     seeds: Sequence[int],
     row: Row,
     options: Options,
-    *,
-    fps: float,
+    known: KnownTasks,
 ) -> tuple[dict[str, Rollouts], dict[str, list[Json]]]:
     """Task → episodes, and task → videos of them; only a checkpoint as it is gets any."""
     found, videos = {}, {}
     filmed = options.videos > 0 and row.whole
+    names = {task.name: task.action_names for task in known.tasks}
     for task, environment in environments.items():
         print(f"{row.name}: {task}", file=sys.stderr)
         try:
             rollouts = roll_out(
-                policy, environment, seeds, parallel=options.parallel, workers=options.workers, traces=filmed
+                policy,
+                environment,
+                seeds,
+                parallel=options.parallel,
+                workers=options.workers,
+                names=names[task],
+                traces=filmed,
             )
         except ValueError as error:  # an observation or instruction does not fit the policy
             raise ConfigError(f"{row.name} on {task} in {environment.name}: {error}") from error
         if rollouts.failures:
             print(rollouts.summary, file=sys.stderr)
-        videos[task] = _film(rollouts, task, row, options, fps=fps) if filmed else []
+        videos[task] = _film(rollouts, task, row, options, fps=known.fps) if filmed else []
         found[task] = rollouts.without_traces()
     return found, videos
 

@@ -1,5 +1,6 @@
 """The checkpoints of an evaluation, and the rows that each gives."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS, Ablatable, Ablated
+from kuavo_train.evaluation.delayed import Delayed
 from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.options import Options
+from kuavo_train.evaluation.robot_policy import Policy
 from kuavo_train.reading import Json
 from kuavo_train.runs.trained_run import TrainedRun, stage_folder_above
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
@@ -130,6 +133,8 @@ class Row:
     n_action_steps: int
     sampling_temperature: float
     ablation: str | None = None
+    handover: str | None = None
+    delay_ms: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -139,6 +144,13 @@ class Row:
         """The checkpoint's policy as this variant."""
         policy.n_action_steps, policy.sampling_temperature = self.n_action_steps, self.sampling_temperature
         return policy if self.ablation is None else Ablated(policy, self.ablation)
+
+    def driving(self, policy: SmolVLAPolicyWrapper) -> Policy:
+        """As `of`, in closed loop: with this row's delay."""
+        evaluated = self.of(policy)
+        if self.handover is None:
+            return evaluated
+        return Delayed(policy, self.handover, math.ceil(self.delay_ms * policy.known.fps / 1000))
 
     def record(self) -> Json:
         about = None if self.ablation is None else ABLATIONS[self.ablation][0]
@@ -156,6 +168,11 @@ def rows_of(name: str, policy: SmolVLAPolicyWrapper, options: Options, first: st
     for temperature in options.sampling_temperature:
         if temperature != as_it_is.sampling_temperature:
             yield replace(changed, name=f"{name}, temperature {temperature:g}", sampling_temperature=temperature)
+    for handover in options.handover:
+        require(handover != "rtc" or policy.hands_over, "handover", f"be wait or blend for {name}", handover)
+        for delay in options.delay_ms:
+            row = f"{name}, {handover}, {delay:g} ms"
+            yield replace(changed, name=row, handover=handover, delay_ms=delay)
     for ablation in options.ablate:
         if ablation != "memory" or policy.has_memory:
             yield replace(changed, name=f"{name} without {ablation}", ablation=ablation)

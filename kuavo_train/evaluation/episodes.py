@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from kuavo_train.evaluation.environment import Environment
+from kuavo_train.evaluation.smoothness import Smoothness
 from kuavo_train.reading import Json
 from kuavo_train.runs.records import ClosedLoop
 
@@ -33,6 +34,8 @@ class Episode:
         subgoals: sub-goal → the step that reached it, None where none did.
         cue, choice: what was demanded, what the policy acted on; None where there is no such thing.
         chosen_at: the step in which it acted on it.
+        smoothness: arms, claws and base, each apart; empty where it was not measured.
+        held: steps in which no action was there, and the pose was held.
         roughness: mean absolute second difference of the joint commands, in rad per step².
     """
 
@@ -45,6 +48,8 @@ class Episode:
     cue: int | None
     choice: int | None
     roughness: float
+    smoothness: dict[str, Smoothness] = field(default_factory=dict)
+    held: int = 0
     chosen_at: int | None = None
     error: str | None = None
     trace: Trace | None = field(default=None, repr=False, compare=False)
@@ -56,6 +61,7 @@ class Episode:
 
     def to_json(self) -> Json:
         known = {key: value for key, value in vars(self).items() if key != "trace"}
+        known["smoothness"] = {group: asdict(each) for group, each in self.smoothness.items()}
         return {**known, "right_branch": self.right_branch}
 
 

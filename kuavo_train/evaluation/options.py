@@ -4,12 +4,16 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kuavo_client import HANDOVERS
 from kuavo_train.command_line import nearest, option
 from kuavo_train.errors import ConfigError, one_of, require
 from kuavo_train.evaluation.ablations import ABLATIONS
 from kuavo_train.reading import Json
 
-NOT_WITH_DATA = ("environment", "environment_settings", "max_steps", "n_action_steps", "videos", "workers")
+NOT_WITH_DATA = (
+    *("environment", "environment_settings", "max_steps", "n_action_steps", "videos", "workers"),
+    *("delay_ms", "handover"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Options:
     max_steps: int | None = option("time limit of an episode; none: the environment's own", None)
     n_action_steps: tuple[int, ...] = option("horizons of execution, a row each", ())
     sampling_temperature: tuple[float, ...] = option("of the noise actions are denoised from, a row each", ())
+    delay_ms: tuple[float, ...] = option("from a look to its answer, while the robot goes on moving: a row each", ())
+    handover: tuple[str, ...] = option(f"from chunk to chunk, a row each: {', '.join(HANDOVERS)}", ())
     ablate: tuple[str, ...] = option(f"what is taken away, a row each: {', '.join(ABLATIONS)}", ())
     videos: int = option("per checkpoint and task", 0)
     environment: str | None = option("gymnasium's module:id in place of kuavo_sim's", None)
@@ -48,6 +54,11 @@ class Options:
         )
         for temperature in self.sampling_temperature:
             require(0 <= temperature <= 1, "sampling_temperature", "be in [0, 1]", temperature)
+        require(all(delay >= 0 for delay in self.delay_ms), "delay_ms", "not be negative", self.delay_ms)
+        for kind in self.handover:
+            one_of("handover", kind, HANDOVERS)
+        both = bool(self.delay_ms) == bool(self.handover)
+        require(both, "delay_ms and handover", "be given together", (self.delay_ms, self.handover))
         for name in self.ablate:
             one_of("ablate", name, ABLATIONS)
         require(self.output.suffix == ".json", "output", "be a .json file", str(self.output))

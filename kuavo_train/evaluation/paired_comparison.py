@@ -29,15 +29,28 @@ def judge[K](episodes: Mapping[K, Episode]) -> Json:
     played = {key: episode for key, episode in episodes.items() if episode.error is None}
     failures = [f"seed {episode.seed}: {episode.error}" for episode in episodes.values() if episode.error is not None]
     if not played:
-        return {"success": None, **dict.fromkeys(MEANS), "funnel": [], "branches": None, "failures": failures}
+        nothing: Json = {"smoothness": {}, "held": None, "funnel": [], "branches": None}
+        return {"success": None, **dict.fromkeys(MEANS), **nothing, "failures": failures}
     successes = sum(episode.success for episode in played.values())
     return {
         "success": {"successes": successes, **asdict(wilson(successes, len(played)))},
         **{name: asdict(mean_interval({k: of(e) for k, e in played.items()})) for name, of in MEANS.items()},
+        "smoothness": _smoothness(played),
+        "held": sum(e.held for e in played.values()) / max(1, sum(e.steps for e in played.values())),
         "funnel": _funnel(played),
         "branches": _branches(played),
         "failures": failures,
     }
+
+
+def _smoothness[K](played: Mapping[K, Episode]) -> Json:
+    """Joint group → measure → mean over the episodes in which there was something to measure."""
+    found: dict[str, dict[str, float | None]] = {}
+    for group in dict.fromkeys(group for episode in played.values() for group in episode.smoothness):
+        of_group = [asdict(episode.smoothness[group]) for episode in played.values() if group in episode.smoothness]
+        known = {name: [each[name] for each in of_group if each[name] is not None] for name in of_group[0]}
+        found[group] = {name: float(np.mean(values)) if values else None for name, values in known.items()}
+    return found
 
 
 def _funnel[K](played: Mapping[K, Episode]) -> list[Json]:

@@ -21,10 +21,12 @@ from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from PIL import Image
 from tqdm import tqdm
 
+from kuavo_train.evaluation.delayed import Delayed
 from kuavo_train.evaluation.environment import Environment
 from kuavo_train.evaluation.environment_pool import STEP_TIMEOUT, Act, Begin, Failure, Robots, Seen
 from kuavo_train.evaluation.episodes import Episode, Rollouts, Trace
 from kuavo_train.evaluation.robot_policy import Policy
+from kuavo_train.evaluation.smoothness import HELD, smoothness
 from kuavo_train.wrapper.policy.robot_io import Observation
 
 
@@ -35,6 +37,7 @@ def roll_out(
     *,
     parallel: int = 8,
     workers: int | None = None,
+    names: Sequence[str] | None = None,
     traces: bool = False,
     progress: bool = True,
     timeout: float = STEP_TIMEOUT,
@@ -44,6 +47,7 @@ def roll_out(
     Args:
         parallel: robots at a time, the batch of the policy.
         workers: processes that their environments are spread over; None for one per CPU.
+        names: of the action's dimensions, by which smoothness is told apart; None measures none.
         traces: keep what was seen and remembered, of all episodes.
         timeout: seconds after which an environment that does not answer has failed.
 
@@ -68,7 +72,9 @@ def roll_out(
 
         while waiting or playing:
             begun = {place: waiting.popleft() for place in places if place not in playing and waiting}
-            playing |= {place: _Game(seed, environment.max_steps, traced=traces) for place, seed in begun.items()}
+            playing |= {
+                place: _Game(seed, environment.max_steps, names, traced=traces) for place, seed in begun.items()
+            }
             policy.reset(list(begun), seeds=list(begun.values()))
             carry_out({place: Begin(seed) for place, seed in begun.items()})
             if not playing:
@@ -76,8 +82,10 @@ def roll_out(
             anyone = next(iter(playing.values()))  # the batch keeps its size: what idle places see does not matter
             observation = observation_of([playing.get(place, anyone).seen for place in places], environment.task)
             actions, norms = policy.select_action(observation), policy.memory_norms() if traces else None
+            chunks = policy.chunks() if isinstance(policy, Delayed) else None
             for place, game in playing.items():
-                game.note(actions[place], None if norms is None else norms[place])
+                chunk = game.steps // policy.n_action_steps if chunks is None else chunks[place]
+                game.note(actions[place], None if norms is None else norms[place], chunk)
             carry_out({place: Act(actions[place]) for place in playing})
     return Rollouts(environment, policy.n_action_steps, tuple(ended[seed] for seed in seeds))
 
@@ -85,10 +93,11 @@ def roll_out(
 class _Game:
     """An episode being played."""
 
-    def __init__(self, seed: int, max_steps: int | None, *, traced: bool):
-        self.seed, self._max_steps = seed, max_steps
+    def __init__(self, seed: int, max_steps: int | None, names: Sequence[str] | None, *, traced: bool):
+        self.seed, self._max_steps, self._names = seed, max_steps, names
         self._trace = Trace() if traced else None
         self._actions: list[np.ndarray] = []
+        self._chunks: list[int] = []
         self._rewards: list[float] = []
         self._subgoals: dict[str, int | None] = {}
         self._chosen_at: int | None = None
@@ -105,9 +114,14 @@ class _Game:
         timed_out = self._max_steps is not None and len(self._rewards) >= self._max_steps
         return self._error is not None or self.seen.ended or timed_out
 
-    def note(self, action: np.ndarray, memory_norms: np.ndarray | None) -> None:
-        """What the policy does next."""
+    @property
+    def steps(self) -> int:
+        return len(self._rewards)
+
+    def note(self, action: np.ndarray, memory_norms: np.ndarray | None, chunk: int) -> None:
+        """What the policy does next, and the number of the chunk that it is of."""
         self._actions.append(action)
+        self._chunks.append(chunk)
         if self._trace is not None:
             self._trace.pictures.append({camera: _jpeg(picture) for camera, picture in self.seen.pictures.items()})
             if memory_norms is not None:
@@ -140,6 +154,10 @@ class _Game:
             cue=info.get("cue"),
             choice=info.get("choice"),
             roughness=_roughness(self._actions),
+            smoothness=smoothness(np.stack(self._actions), self._chunks, self._names)
+            if self._names and self._actions
+            else {},
+            held=self._chunks.count(HELD),
             chosen_at=self._chosen_at,
             error=self._error,
             trace=self._trace,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kuavo_train.metrics.intervals import Interval
-from kuavo_train.metrics.number_format import FORMATS, integer, number, signed, whole_percent
+from kuavo_train.metrics.number_format import ABSENT, FORMATS, integer, number, signed, whole_percent
 from kuavo_train.metrics.verdict import VERDICTS
 from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import Analysis
@@ -191,7 +191,24 @@ def _played_lines(found: Json) -> str:
                     f"{row['against']}, p = {number(change['p_value'])} (won {change['won']}, lost {change['lost']} of "
                     f"{change['n']} layouts); sub-goals {_interval(change['progress'], 'percent')}"
                 )
-    return "\n".join([*_table(rows, right=(3, 4, 5, 6, 7)), "", *differences]).rstrip()
+    smooth = ["", *_smoothness_lines(found)] if any(row["handover"] for row in found["rows"]) else []
+    return "\n".join([*_table(rows, right=(3, 4, 5, 6, 7)), *smooth, "", *differences]).rstrip()
+
+
+def _smoothness_lines(found: Json) -> list[str]:
+    """How smoothly the robot was told to move, a line for each row, task and joint group."""
+    number, share = FORMATS["number"], FORMATS["share"]
+    rows = [("", "task", "held", "", "jump at borders", "acceleration inside", "reversed")]
+    for row in found["rows"]:
+        for of_task in row["tasks"]:
+            for place, (group, of_group) in enumerate(of_task["smoothness"].items()):
+                texts = [
+                    ABSENT if of_group[key] is None else form(of_group[key])
+                    for key, form in (("jump", number), ("acceleration", number), ("reversed", share))
+                ]
+                first = (row["name"], of_task["task"], share(of_task["held"])) if place == 0 else ("", "", "")
+                rows.append((*first, group, texts[0], texts[1], texts[2]))
+    return _table(rows, right=(2, 4, 5, 6))
 
 
 def _interval(interval: Json | None, form: str) -> str:

@@ -320,8 +320,8 @@ class SmolVLAPolicyWrapper:
             names = ", ".join(task.name for task in self.known.tasks)
             raise ValueError(f"task must be one of {names}, or an instruction like one of theirs, got {task!r}")
         rows = self._rows(observation, states, [closest.task] * len(states), batched=batched)
-        repeat = self.frames // len(states)
-        rows = {key: value.repeat(repeat, *[1] * (value.dim() - 1)) for key, value in rows.items()}
+        if len(states) < self.frames:
+            rows = {key: value.repeat(self.frames, *[1] * (value.dim() - 1)) for key, value in rows.items()}
         self._check_fits(instruction)
         return Look(closest.task, instruction, rows)
 
@@ -342,7 +342,8 @@ class SmolVLAPolicyWrapper:
 
     def _plan_alike(self, queries: Sequence[Query], group: Group) -> list[Plan]:
         looks, episodes = [query.look for query in queries], [query.episode for query in queries]
-        rows = {key: torch.cat([look.rows[key] for look in looks]) for key in looks[0].rows}
+        # One look stays as it is laid out in memory, which decides how it is rounded.
+        rows = looks[0].rows if len(looks) == 1 else _joined([look.rows for look in looks])
         ready = self._preprocess({**rows, "task": [look.instruction for look in looks for _ in range(self.frames)]})
         keys = [[self._seed, episode.seed, episode.steps] for episode in episodes]
         draws = self._policy.draw_noise([np.random.default_rng(key) for key in keys])
@@ -534,6 +535,10 @@ def _group_of(query: Query) -> Group:
     if query.delay is None or plan is None or query.executed >= len(plan):
         return None
     return query.delay, len(plan) - query.executed
+
+
+def _joined(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([each[key] for each in rows]) for key in rows[0]}
 
 
 def planned_steps(config: PreTrainedConfig) -> int:
