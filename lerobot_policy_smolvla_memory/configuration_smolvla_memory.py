@@ -72,6 +72,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         flow_draws: independent (noise, time) draws D per row in training; the prefix is computed once for all.
         sampling_temperature: standard deviation of the noise that actions are denoised from. 1 is what training sees,
             and LeRobot's; less makes plans alike, and 0 always gives the one that begins at the noise's mean.
+        rtc_training_delay: up to how many steps at the beginning of a chunk are given clean in training, a random
+            number for each draw, out of the loss (training-time real-time chunking, arXiv 2512.05964). A chunk can then
+            be planned on from that many steps of the one before, exactly and at no cost. 0 leaves it out.
         compile_model: (LeRobot's field) run the expert's layers through torch.compile. Needs fast_forward.
     """
 
@@ -93,6 +96,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     fast_forward: bool = True
     flow_draws: int = 1
     sampling_temperature: float = 1.0
+    rtc_training_delay: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +120,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"flow_draws must be at least 1, got {self.flow_draws}")
         if not 0 <= self.sampling_temperature <= 1:
             raise ValueError(f"sampling_temperature must be in [0, 1], got {self.sampling_temperature}")
+        if not 0 <= self.rtc_training_delay < self.chunk_size:
+            rule = f"be 0 (off) or more steps, fewer than chunk_size={self.chunk_size}"
+            raise ValueError(f"rtc_training_delay must {rule}, got {self.rtc_training_delay}")
         if self.compile_model and not self.fast_forward:
             raise ValueError("compile_model needs fast_forward=true, got false: LeRobot's forward knows no memory")
         for key in ("num_mem_tokens", "mem_frames"):

@@ -19,8 +19,9 @@ from contextlib import redirect_stdout
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching, create_sinusoidal_pos_embedding
 from torch import Tensor
 
 from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
@@ -210,6 +211,18 @@ class MemoryFlowMatching(VLAFlowMatching):
         return encoding.finish(), memory, clip_major(tokens)
 
     def velocity(self, prefix: EncodedPrefix, x_t: Tensor, time: Tensor) -> Tensor:
-        """The flow at noisy actions x_t [B, T, A] and time [B], given the prefix: [B, T, A]."""
-        embeddings, *_ = self.embed_suffix(x_t, time)
+        """The flow at noisy actions x_t [B, T, A], given the prefix: [B, T, A].
+
+        Args:
+            time: [B], or [B, T] where the steps of a chunk are not all as noisy.
+        """
+        embeddings = self.embed_suffix(x_t, time)[0] if time.dim() == 1 else self._embed_each(x_t, time)
         return self.action_out_proj(self.backbone.attend_prefix(prefix, embeddings).float())
+
+    def _embed_each(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """As `embed_suffix`, for a time [B, T] of each step."""
+        actions, config = self.action_in_proj(x_t), self.config
+        width, periods = self.vlm_with_expert.expert_hidden_size, (config.min_period, config.max_period)
+        times = create_sinusoidal_pos_embedding(time.flatten(), width, *periods, device=actions.device)
+        both = torch.cat([actions, times.unflatten(0, time.shape).to(actions.dtype)], dim=2)
+        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))

@@ -147,7 +147,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             noise = self.model.sample_noise(shape, batch[ACTION].device)
         if time is None:
             time = self.model.sample_time(len(noise), batch[ACTION].device)
-        if self.model.memory is None and not self.config.fast_forward and self.config.flow_draws == 1:
+        plain = not self.config.fast_forward and self.config.flow_draws == 1 and not self.config.rtc_training_delay
+        if self.model.memory is None and plain:
             # Bit for bit LeRobot's training step: prefix and actions in one pass.
             observation = *self._images(batch), *self._language(batch), self.prepare_state(batch)
             losses = self.model.forward(*observation, *self._actions_and_noise(batch, noise), time)
@@ -215,11 +216,22 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
     ) -> Tensor:
         """Flow-matching loss of encoded rows; arguments and reduction as in `forward`."""
         actions, noise = self._actions_and_noise(batch, noise)
-        t = time[:, None, None]
+        clean = self._clean_steps(noise)
+        if clean is not None:
+            time = time[:, None].masked_fill(clean, 0.0)
+        t = time.view(len(time), -1, 1)
         repeated = prefix.repeat(len(noise) // prefix.batch_size)
         velocity = self.model.velocity(repeated, t * noise + (1 - t) * actions, time)
         losses = F.mse_loss(noise - actions, velocity, reduction="none")
-        return _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
+        return _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction, clean)
+
+    def _clean_steps(self, noise: Tensor) -> Tensor | None:
+        """[B × D, T] true for the steps that a draw is given clean; None where training gives none."""
+        longest = self.config.rtc_training_delay
+        if not longest or not self.training:
+            return None
+        lengths = torch.randint(longest + 1, (len(noise), 1), device=noise.device)
+        return torch.arange(noise.shape[1], device=noise.device) < lengths
 
     def _actions_and_noise(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Padded actions and noise [B × D, T, max_action_dim], both 0 in dimensions that the row's task lacks."""
@@ -315,16 +327,34 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         absent = self._absent_dimensions(batch)
         if absent is None:
             absent = torch.zeros(1, dtype=torch.bool, device=noise.device)
-        actions = euler_integrate(
-            lambda x_t, time: self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0),
-            self.config.sampling_temperature * noise.masked_fill(absent, 0.0),
-            self.config.num_steps,
-            rtc_processor=self.rtc_processor or RTCProcessor(RTCConfig()),
-            rtc_enabled=self._rtc_enabled() or kwargs.get("prev_chunk_left_over") is not None,
-            **kwargs,
-        )
+        noise = self.config.sampling_temperature * noise.masked_fill(absent, 0.0)
+        left_over, delay = kwargs.get("prev_chunk_left_over"), kwargs.get("inference_delay") or 0
+        if left_over is not None and 0 < delay <= self.config.rtc_training_delay:
+            actions = self._denoise_behind(prefix, noise, absent, left_over[:, :delay])
+        else:
+            actions = euler_integrate(
+                lambda x_t, time: self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0),
+                noise,
+                self.config.num_steps,
+                rtc_processor=self.rtc_processor or RTCProcessor(RTCConfig()),
+                rtc_enabled=self._rtc_enabled() or left_over is not None,
+                **kwargs,
+            )
         actions = actions[:, :, : self.config.action_feature.shape[0]]
         return self._pi_aloha_encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
+
+    def _denoise_behind(self, prefix: EncodedPrefix, noise: Tensor, absent: Tensor, held: Tensor) -> Tensor:
+        """Actions [B, T, max_action_dim] that begin with `held` [B, d, A], as `rtc_training_delay` has trained it."""
+        delay, dimensions = held.shape[1:]
+        noise = noise.clone()
+        noise[:, :delay, :dimensions], noise[:, :delay, dimensions:] = held, 0.0
+        clean = torch.arange(noise.shape[1], device=noise.device) < delay
+
+        def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+            flow = self.model.velocity(prefix, x_t, time[:, None].masked_fill(clean, 0.0))
+            return flow.masked_fill(absent, 0.0).masked_fill(clean[:, None], 0.0)
+
+        return euler_integrate(velocity, noise, self.config.num_steps)
 
     def draw_noise(self, generators: Sequence[np.random.Generator]) -> Tensor:
         """What actions are denoised from, [B, C, max_action_dim] standard normal, each row from its own generator."""
@@ -575,8 +605,12 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         return model
 
 
-def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str) -> Tensor:
-    """losses [B × D, T, A] → the mean of the valid ones, over all ("mean") or per row of the batch ("none": [B])."""
+def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str, given: Tensor | None = None) -> Tensor:
+    """losses [B × D, T, A] → the mean of the valid ones, over all ("mean") or per row of the batch ("none": [B]).
+
+    Args:
+        given: [B × D, T] true for steps that were no question.
+    """
     rows = len(batch[ACTION])
     entries = {"mean": (0, 1, 2), "none": (1, 2)}[reduction]
     padding = [
@@ -588,13 +622,15 @@ def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str) -> Tensor:
         )
         if key in batch
     ]
-    if not padding:
+    if not padding and given is None:
         reduced = losses.mean(entries)
     else:
         valid = torch.ones(rows, *losses.shape[1:], dtype=torch.bool, device=losses.device)
         for padded in padding:
             valid &= ~padded
         valid = valid.repeat_interleave(len(losses) // rows, dim=0)
+        if given is not None:
+            valid &= ~given[:, :, None]
         reduced = (losses * valid).sum(entries) / valid.sum(entries).clamp_min(1)
     return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
 
