@@ -339,6 +339,7 @@ class RobotLoop:
                 self._stopped.wait(max(0.0, begun + number * self._period - time.monotonic()))
             deadline = None if self._period is None else begun + (number + 1) * self._period
             line = {"tick": number, "time": time.monotonic() - begun}
+            self._take_up(metadata, deadline, line)
             self._look(metadata, line)
             self._take_up(metadata, deadline, line)
             self._move(metadata, deadline, line)

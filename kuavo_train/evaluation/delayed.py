@@ -73,6 +73,7 @@ class Delayed:
         looks: dict[int, Look] = {}
         for place, robot in enumerate(self._robots):
             robot.seen.append(_of_robot(observation, place, size))
+            _take_up(robot)
             if robot.handover.due:
                 looks[place] = self._policy.look(_stacked(robot.seen, self._policy.frames))
         queries = {place: self._ask(self._robots[place], look) for place, look in looks.items()}
@@ -99,10 +100,7 @@ class Delayed:
         return Query(look, robot.episode, executed, said.get("delay"))
 
     def _next(self, robot: _Robot) -> np.ndarray:
-        if robot.answer is not None and robot.tick >= robot.due_at:
-            robot.handover.arrived(robot.answer.actions)
-            robot.episode, robot.answer = robot.answer.episode, None
-            robot.chunk += 1
+        _take_up(robot)
         robot.tick += 1
         action = robot.handover.action()
         robot.held = action is None
@@ -110,6 +108,14 @@ class Delayed:
             robot.command = action
         assert robot.command is not None, "its first look was answered or is under way"
         return robot.command
+
+
+def _take_up(robot: _Robot) -> None:
+    """The answer to its last look, where it is there by now."""
+    if robot.answer is not None and robot.tick >= robot.due_at:
+        robot.handover.arrived(robot.answer.actions)
+        robot.episode, robot.answer = robot.answer.episode, None
+        robot.chunk += 1
 
 
 def _of_robot(observation: Observation, place: int, size: int) -> dict[str, object]:
