@@ -173,8 +173,8 @@ class Handover:
         """The answer is there, [T, D]; returns the steps that were carried out meanwhile."""
         if self.kind == "blend" and self._chunk is not None:
             self._old, self._next_old, self._faded = self._chunk, self._next, 0
-            # no longer than until the next one: it would begin from where this fade has not come to
-            self._fade = min(self._every, len(self._chunk) - self._next, len(actions) - self._since)
+            # over before the next one comes, which fades from this chunk as it is
+            self._fade = min(max(1, self._every - 1), len(self._chunk) - self._next, len(actions) - self._since)
         self._chunk, self._next, self.waiting = actions, self._since, False
         return self._since
 

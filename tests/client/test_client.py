@@ -129,6 +129,11 @@ def test_a_blend_goes_from_the_old_chunk_to_the_new_one_without_a_jump():
     assert done[8] == pytest.approx(old * 2 / 3 + new / 3, abs=1e-4)
 
 
+def test_a_blend_is_over_before_the_next_one_begins():
+    done, _ = carried_out("blend", 1, 20, size=20)
+    assert np.abs(np.diff([each for each in done if each is not None])).max() < 0.03
+
+
 def test_a_server_that_is_late_leaves_the_pose_held_and_the_chunk_goes_on_from_there():
     done, _ = carried_out("rtc", 6, 18)
     assert done[6:14] == list(np.round(chunk(1), 4))

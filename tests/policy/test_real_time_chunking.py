@@ -27,8 +27,8 @@ def test_steps_that_are_given_clean_are_no_question_and_have_no_noise(
     policy = make_policy(
         fast_forward=fast_forward, num_mem_tokens=memory, mem_action_loss=0.0, rtc_training_delay=DELAY
     ).train()
-    monkeypatch.setattr(torch, "randint", lambda _most, shape, **_: torch.full(shape, DELAY))
     batch, draws = make_batch(2), make_noise(2)
+    monkeypatch.setattr(torch, "randint", lambda _most, shape, **_: torch.full(shape, DELAY))
     with torch.no_grad():
         loss, _ = policy(dict(batch), **draws)
         noisier = draws["noise"].clone()
@@ -52,7 +52,11 @@ def test_the_lengths_are_drawn_from_none_to_all_and_only_in_training(make_policy
 def test_a_plan_begins_with_the_steps_that_are_carried_out_meanwhile(
     make_policy, make_batch, make_noise, trained
 ) -> None:
-    policy, batch, noise = make_policy(rtc_training_delay=trained).eval(), make_batch(2), make_noise(2)["noise"]
+    policy, batch, noise = (
+        make_policy(rtc_training_delay=trained, num_steps=10).eval(),
+        make_batch(2),
+        make_noise(2)["noise"],
+    )
     free, _ = policy.sample_actions_with(batch, noise=noise)
     left_over = free[:, 1:] + 1.0
     handover = {"prev_chunk_left_over": left_over, "inference_delay": DELAY, "execution_horizon": CHUNK - 1}
