@@ -28,6 +28,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from contextlib import ExitStack
 from typing import IO, Any, Callable, Mapping, Sequence
 
 import msgpack
@@ -94,8 +95,9 @@ class Server:
     def __init__(self, address: str, api_key: str | None = None, timeout: float = 10.0):
         headers = {"Authorization": "Api-Key " + api_key} if api_key else None
         self._timeout = timeout
-        self._connection = connect(
-            address, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout
+        self._open = ExitStack()  # websockets 17 wants its connections entered
+        self._connection = self._open.enter_context(
+            connect(address, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout)
         )
         self.metadata = self._hear()
 
@@ -105,7 +107,7 @@ class Server:
         return self._hear()
 
     def close(self) -> None:
-        self._connection.close()
+        self._open.close()
 
     def _hear(self) -> dict:
         message = self._connection.recv(self._timeout)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Self
 
 from websockets.sync.client import ClientConnection, connect
@@ -52,16 +53,17 @@ class Robot:
     """A connection. `metadata` is what the server said first."""
 
     def __init__(self, port: int, **headers: str):
-        self.connection: ClientConnection = connect(
-            f"ws://127.0.0.1:{port}", compression=None, max_size=None, additional_headers=headers, open_timeout=PATIENCE
-        )
+        address = f"ws://127.0.0.1:{port}"
+        opening = connect(address, compression=None, max_size=None, additional_headers=headers, open_timeout=PATIENCE)
+        self._open = ExitStack()
+        self.connection: ClientConnection = self._open.enter_context(opening)
         self.metadata = self.hear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.connection.close()
+        self._open.close()
 
     def hear(self) -> Any:
         """The next frame: text as it is, else what it holds."""
