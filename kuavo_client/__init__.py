@@ -24,6 +24,7 @@ The policy plans chunks of actions. How the robot passes from one to the next:
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 import uuid
@@ -38,7 +39,7 @@ try:
     from websockets.exceptions import WebSocketException
     from websockets.sync.client import connect
 except ImportError as error:  # pragma: no cover
-    raise ImportError("kuavo_client needs websockets>=11") from error
+    raise ImportError("kuavo_client needs websockets>=13") from error
 
 __version__ = "0.1.0"
 
@@ -90,14 +91,17 @@ class Server:
         address: ws://host:port, or wss:// where it serves with TLS.
         api_key: where the server asks for one.
         timeout: s until a server that does not answer is given up.
+        tls: for wss:// with a certificate that the system does not know: ssl.create_default_context(cafile=…).
     """
 
-    def __init__(self, address: str, api_key: str | None = None, timeout: float = 10.0):
+    def __init__(
+        self, address: str, api_key: str | None = None, timeout: float = 10.0, tls: ssl.SSLContext | None = None
+    ):
         headers = {"Authorization": "Api-Key " + api_key} if api_key else None
         self._timeout = timeout
         self._open = ExitStack()  # websockets 17 wants its connections entered
         self._connection = self._open.enter_context(
-            connect(address, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout)
+            connect(address, additional_headers=headers, compression=None, max_size=None, open_timeout=timeout, ssl=tls)
         )
         self.metadata = self._hear()
 
@@ -265,6 +269,7 @@ class RobotLoop:
         session: str | None = None,
         api_key: str | None = None,
         timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
         log: IO[str] | None = None,
     ):
         """
@@ -280,6 +285,7 @@ class RobotLoop:
             slack: by how much of itself a range is wider and a change greater.
             seed: of the episode's noise.
             session: the id under which the robot goes on after it has lost its connection; None for one of its own.
+            api_key, timeout, tls: see `Server`.
             log: a text file that takes a line of JSON per tick.
         """
         if handover not in HANDOVERS:
@@ -290,7 +296,7 @@ class RobotLoop:
         self._period = None if rate is None else 1.0 / rate
         self._kind, self._limits_given, self._slack, self._log = handover, limits, slack, log
         self._seed = seed
-        self._asker = _Asker(server, api_key, timeout, session or uuid.uuid4().hex)
+        self._asker = _Asker(server, api_key, timeout, tls, session or uuid.uuid4().hex)
         self._stopped, self._acting = threading.Event(), threading.Lock()
         self._delays = deque([1], maxlen=REMEMBERED_DELAYS)
         self._command = None  # type: np.ndarray | None
@@ -449,8 +455,8 @@ class _Asker:
     A request whose connection is lost is asked again over a new one, in the same session.
     """
 
-    def __init__(self, address: str, api_key: str | None, timeout: float, session: str):
-        self._address, self._api_key, self._timeout, self._session = address, api_key, timeout, session
+    def __init__(self, address: str, api_key: str | None, timeout: float, tls: ssl.SSLContext | None, session: str):
+        self._server, self._session = (address, api_key, timeout, tls), session
         self._changed = threading.Condition()
         self._request = self._answer = self._error = self._metadata = None  # type: Any
         self._ended = False
@@ -495,7 +501,7 @@ class _Asker:
         pause, lost = FIRST_PAUSE, False
         while not self._ended:
             try:
-                server = Server(self._address, self._api_key, self._timeout)
+                server = Server(*self._server)
             except (OSError, WebSocketException, EOFError) as error:
                 if _is_refusal(error):
                     return self._fail(ServerError("the server refuses to be connected to: %s" % error))

@@ -77,7 +77,7 @@ def _serve(options: Options) -> int:
     key = os.environ.get(KEY_VARIABLE) or None
     if key is None and not options.stays_here:
         raise ConfigError(f"{KEY_VARIABLE} must be set to listen on {options.host}, got none")
-    tls = _tls(options)
+    tls = server_context(options)
     quieten_libraries()
     from kuavo_train.serving.server import PolicyServer, Serving
     from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
@@ -107,7 +107,8 @@ def _serve(options: Options) -> int:
     return 0
 
 
-def _tls(options: Options) -> ssl.SSLContext | None:
+def server_context(options: Options) -> ssl.SSLContext | None:
+    """None without a certificate. Raises `ConfigError` for files that hold none."""
     if options.tls_cert is None or options.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

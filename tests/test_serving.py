@@ -2,8 +2,11 @@
 
 import http.client
 import io
+import shutil
 import signal
+import ssl
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +22,9 @@ from served import PATIENCE, Robot, Served, eventually
 from small_datasets import ARM_NAMES, BASE_NAMES, CAMERAS, TASK_NAMES
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from kuavo_train.serve import KEY_VARIABLE
+from kuavo_client import Server
+from kuavo_train.errors import ConfigError
+from kuavo_train.serve import KEY_VARIABLE, Options, server_context
 from kuavo_train.serving.wire import WireError, pack, unpack
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
@@ -385,6 +390,27 @@ def test_a_key_is_asked_for_but_by_the_health_check(policy: SmolVLAPolicyWrapper
         assert get(server.port, "/healthz") == (200, b"OK\n")
         with server.robot(Authorization="Api-Key right") as robot:
             assert robot.ask(look())["step"] == 1
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_robot_connects_over_tls_with_the_key_and_the_certificate(
+    policy: SmolVLAPolicyWrapper, tmp_path: Path
+) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["openssl", *words, *names, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(made, check=True, capture_output=True)
+    options = Options("any", tls_cert=cert, tls_key=key)
+    with Served(policy, api_key="right", tls=server_context(options)) as server:
+        address = f"wss://127.0.0.1:{server.port}"
+        robot = Server(address, "right", PATIENCE, ssl.create_default_context(cafile=str(cert)))
+        assert robot.ask(look())["step"] == 1
+        robot.close()
+        with pytest.raises(ssl.SSLError):
+            Server(address, "right", PATIENCE)
+    with pytest.raises(ConfigError, match="tls_cert and tls_key must be a certificate and its key"):
+        server_context(Options("any", tls_cert=key, tls_key=cert))
 
 
 def test_a_page_in_a_browser_cannot_connect(served: Served) -> None:
