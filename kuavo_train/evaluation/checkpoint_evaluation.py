@@ -97,7 +97,8 @@ def _in_simulation(contestants: Sequence[Contestant], tasks: Sequence[str], opti
             evaluated, memory = row.driving(policy), PeakMemory()
             environments = {task: places[contestant.name, task] for task in tasks}
             rollouts, videos = _play(evaluated, environments, seeds, row, options, contestant.known)
-            cost = time_queries(evaluated, environments[tasks[0]], seeds[0])
+            # With a hand-over a query is answered in another tick than it is made in; it costs what it costs without.
+            cost = None if row.handover else time_queries(evaluated, environments[tasks[0]], seeds[0])
             played[row.name] = {(t, e.seed): e for t, rolled in rollouts.items() for e in rolled.episodes}
             reference = None if row.against is None else played[row.against]
             closed_loop = _summary_of(rollouts, played[row.name], reference)

@@ -114,12 +114,14 @@ def test_a_checkpoint_alone_may_be_evaluated_at_several_horizons(
 ) -> None:
     output = tmp_path / "deep" / "results.json"
     words = [f"it={small_checkpoint}", *IN_THE_ARMS_WORLD, "ablate=cameras", "n_action_steps=1,2"]
-    assert main([*words, f"output={output}"]) == 0
+    assert main([*words, "delay_ms=100", "handover=blend", f"output={output}"]) == 0
     rows = [(row["name"], row["n_action_steps"]) for row in json.loads(output.read_text())["rows"]]
-    assert rows == [("it", 2), ("it, 1 step a look", 1), ("it without cameras", 2)]
+    assert rows == [("it", 2), ("it, 1 step a look", 1), ("it, blend, 100 ms", 2), ("it without cameras", 2)]
     printed = capsys.readouterr().out
     assert "60.0" in printed
     assert "it without cameras, weighing: success" in printed
+    assert "jump at borders" in printed
+    assert "jump at borders" in output.with_suffix(".html").read_text()
     assert str(output) in printed
 
 
