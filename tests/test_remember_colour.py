@@ -158,10 +158,10 @@ def test_a_memory_joins_a_trained_twin_and_training_ends_once_enough_is_right(fo
 
 
 def test_a_memory_trained_through_time_is_used(folder: Path) -> None:
-    """The smallest that learns it: one query between the colour and the decision."""
+    """The smallest that learns it, until it has: one query between the colour and the decision."""
     settings = Settings(depth=3, steps=300, short_steps=0, batch_size=48, longest_delay=1, training_layouts=8)
-    settings = replace(settings, hidden=96, layers=2, lr=2e-3)
-    record = run(replace(settings, held_out_layouts=8), folder)
+    settings = replace(settings, hidden=64, layers=2, lr=2e-3)
+    record = run(replace(settings, held_out_layouts=8, stop_at=0.9), folder)
     found = record["trained_delays"]
     assert found["reset"] == found["n"] / 4
     assert found["on"] > 0.7 * found["n"], json.dumps(record)
