@@ -6,6 +6,7 @@ up in the record that is stored as JSON beside the page, so that the two cannot 
 
 import base64
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,13 +26,7 @@ def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
         template: file below kuavo_train/reporting/templates; it sees the record as `m`.
         figures: name → PNG.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = _environment()
 
     def value(pointer: str, form: str = "number") -> Markup:
         text = FORMATS[form](look_up(record, pointer))
@@ -57,6 +52,18 @@ def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
     shown = {"m": record, "value": value, "interval": interval, "figure": figure, "figures": figures}
     environment.globals.update(shown)  # so that included and imported templates have them too
     return environment.get_template(template).render()
+
+
+@cache
+def _environment() -> Environment:
+    """Which keeps what it compiled: more than half of what a page takes, and a command may write several."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def write_page(path: Path, template: str, record: Json, figures: Mapping[str, Path]) -> Path:

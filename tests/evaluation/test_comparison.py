@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reading import QUICK, Page, analysed, compared_runs, matrix_of, page_of
+from reading import QUICK, Page, analysed, bare_page_of, compared_runs, matrix_of
 from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.errors import RunFolderError
@@ -158,7 +158,7 @@ def test_a_verdict_that_is_not_settled_is_told_with_both_words_and_counted_apart
     text = Page(write_comparison(compared_runs(pair, between), tmp_path / "c").read_text(encoding="utf-8")).text
     assert "1 well retained, 1 significant forgetting, 1 not settled" in " ".join(text.split())
     assert "at best well retained at worst slight degradation" in " ".join(text.split())
-    text = page_of(pair[0], limits=between).text
+    text = bare_page_of(pair[0], limits=between).text
     assert "at best well retained at worst slight degradation: not settled" in " ".join(text.split())
     assert "at best well retained, at worst slight degradation" in summary_table(analysed(pair[0], limits=None))
 

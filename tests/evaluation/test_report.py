@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reading import analysed, matrix_of, page_of
+from reading import analysed, bare_page_of, matrix_of, page_of
 from synthetic_run import TASKS, edit, edit_lines, write_run
 
 from kuavo_train.errors import RunFolderError
@@ -92,9 +92,9 @@ def test_the_report_says_what_validation_cost(reported):
 
 def test_the_report_says_which_stages_end_in_their_last_checkpoint(run):
     words = "stage 2 its last one, as configured"
-    assert words not in page_of(run).text
+    assert words not in bare_page_of(run).text
     edit(run / "stage2_weighing" / "stage.json", lambda stage: stage.update(result="last"))
-    assert words in page_of(run).text
+    assert words in bare_page_of(run).text
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_runs_of_every_shape_are_reported(tmp_path, stages, finished, held_out):
 
 def test_a_partial_run_says_so_and_what_is_missing(tmp_path):
     folder = write_run(tmp_path / "run", finished=2)
-    page = page_of(folder)
+    page = bare_page_of(folder)
     assert "Partial report" in page.text
     assert "stage3_placement is interrupted at step 100" in page.text
     assert "stage 4 (sorting) has not been trained" in page.text
@@ -198,7 +198,7 @@ def test_success_rates_bring_their_intervals_and_liberos_metrics(run):
             stage.folder / "validation.jsonl",
             lambda line: line | {"success": {"successes": 10 if line["seen"] else 0, "trials": 20}},
         )
-    page = page_of(run)
+    page = bare_page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     success = matrix["matrices"]["success"]
     assert success["rows"][4]["intervals"]["weighing"]["low"] == pytest.approx(0.2993, abs=1e-4)
@@ -272,7 +272,7 @@ def test_a_broken_promise_stands_at_the_top_of_the_report_and_in_the_terminal(ru
     break_it(run)
     matrix = matrix_of(run)
     assert [check["name"] for check in matrix["checks"] if check["passed"] is False] == [name]
-    page = page_of(run)
+    page = bare_page_of(run)
     assert page.text.index("Not everything held") < page.text.index(name) < page.text.index("The metrics")
     assert f"FAILED: {name}" in summary_table(analysed(run))
 
@@ -302,7 +302,7 @@ def test_the_strategy_at_work_and_the_gate_are_told_with_their_numbers(run):
     (stage / "merge.json").write_text(json.dumps({"chosen": 1.0, "sweep": sweep}))
     edit_lines(stage / "metrics.jsonl", lambda line: line | {"penalty": 0.01 * line["step"]})
     edit(stage / "stage.json", lambda record: record.update(stopped="held-out loss since learnt: weighing"))
-    page = page_of(run)
+    page = bare_page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
     assert "1 of 2 readings were" in page.text
     assert "raise replay" in page.text

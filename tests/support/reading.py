@@ -8,6 +8,7 @@ from kuavo_train.command_line import parse
 from kuavo_train.evaluation.options import Options
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reading import Json
+from kuavo_train.reporting.html_page import render
 from kuavo_train.reporting.run_analysis import Analysis, analyse, write_matrix
 from kuavo_train.reporting.strategy_comparison import Comparison, compare
 from kuavo_train.reporting.write_report import write_report
@@ -33,7 +34,15 @@ def matrix_of(folder: Path, *, limits: RetentionLimits | None = QUICK, joint: Pa
 
 
 def page_of(folder: Path, *, limits: RetentionLimits = QUICK) -> "Page":
+    """Of the whole report, which is written."""
     return Page(write_report(analysed(folder, limits=limits)).read_text(encoding="utf-8"))
+
+
+def bare_page_of(folder: Path, *, limits: RetentionLimits = QUICK) -> "Page":
+    """Without its figures, which take seconds; matrix.json is written."""
+    analysis = analysed(folder, limits=limits)
+    write_matrix(analysis)
+    return Page(render("report.html.jinja", analysis.matrix, {}))
 
 
 def compared_runs(folders: Sequence[Path], limits: RetentionLimits = QUICK) -> Comparison:
