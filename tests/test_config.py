@@ -2,18 +2,21 @@
 
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from stages import changed
 
 from kuavo_train.compose import compose_run, compose_stage, overrides_for_all_tasks, resolve
 from kuavo_train.config import CONFIG_FOLDER, AugmentationConfig, LoraConfig, RunConfig, StageConfig
 from kuavo_train.config_folders import ConfigFolders
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
-from kuavo_train.keys import fits, words_for_hydra
+from kuavo_train.keys import fits, parsed, words_for_hydra
 
 RECIPES = {  # task → epochs, lr, warm-up, decay, replay
     "moving_grasp": (100, 5e-5, 1500, 25000, {"moving_grasp": 1.0}),
@@ -28,6 +31,26 @@ def shares(config: RunConfig) -> dict[str, float]:
     return mixture_of(config).shares({config.stage.name: 1})
 
 
+@cache
+def all_tasks(*words: str) -> tuple[RunConfig, ...]:
+    """Of the four tasks, composed once for the same words: to read."""
+    return tuple(compose_run(words))
+
+
+@cache
+def composed_of(task: str, *words: str) -> DictConfig:
+    """What Hydra makes of one task alone, as for `python -m kuavo_train`."""
+    folders = ConfigFolders()
+    folders.register_tasks()
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *words], folders))
+
+
+@cache
+def one_task(task: str, *words: str) -> RunConfig:
+    return resolve(composed_of(task, *words))
+
+
 def choices(group: str) -> list[str]:
     return [f"{group}={file.stem}" for file in sorted((CONFIG_FOLDER / group).glob("*.yaml"))]
 
@@ -35,7 +58,7 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize("policy", choices("policy"))
 @pytest.mark.parametrize("profile", choices("profile"))
 def test_every_policy_comes_in_the_size_of_every_profile(profile: str, policy: str) -> None:
-    (config,) = compose_run([profile, policy, "learn=[moving_grasp]"])
+    config = one_task("task1_moving_grasp", profile, policy)
     assert f"profile={config.profile}" == profile
     name = policy.removeprefix("policy=")
     assert config.run == (config.profile if name == "smolvla_memory" else f"{config.profile}-{name}")
@@ -49,7 +72,7 @@ def test_every_policy_comes_in_the_size_of_every_profile(profile: str, policy: s
 
 def test_what_a_profile_changes_of_a_policy_is_in_force() -> None:
     chosen = {
-        profile: compose_with("task2_weighing", [f"profile={profile}"])[0].policy
+        profile: one_task("task2_weighing", f"profile={profile}").policy
         for profile in ("embedded", "smoke", "study", "robot")
     }
     changed = {name: (p["num_steps"], p["mem_backprop_depth"], p["sampling_temperature"]) for name, p in chosen.items()}
@@ -69,14 +92,14 @@ OTHER_GROUPS = [choice for group in ("strategy", "memory", "finetune", "recipe")
 
 @pytest.mark.parametrize("choice", OTHER_GROUPS)
 def test_every_group_composes_with_the_robots_profile(choice: str) -> None:
-    (config,) = compose_with("task2_weighing", ["profile=robot", choice])
+    config = one_task("task2_weighing", "profile=robot", choice)
     if config.mixture != "all_tasks":
         assert sum(shares(config).values()) == pytest.approx(1)
 
 
 def test_the_presets_say_what_they_are_named_for() -> None:
     presets = {
-        choice: compose_with("task2_weighing", ["profile=robot", choice])[0]
+        choice: one_task("task2_weighing", "profile=robot", choice)
         for group in ("memory", "finetune", "recipe")
         for choice in choices(group)
     }
@@ -95,7 +118,7 @@ def test_the_presets_say_what_they_are_named_for() -> None:
 
 
 def test_the_task_files_carry_the_exact_recipes() -> None:
-    configs = compose_run(["profile=robot"])
+    configs = all_tasks("profile=robot")
     assert [config.stage.name for config in configs] == list(RECIPES)
     for config in configs:
         stage, training = config.stage, config.training
@@ -107,7 +130,7 @@ def test_the_task_files_carry_the_exact_recipes() -> None:
 
 
 def test_the_robot_profile_is_smolvla_as_it_is_fine_tuned() -> None:
-    config = compose_run(["profile=robot", "data.root=/data/kuavo"])[1]
+    config = one_task("task2_weighing", "profile=robot", "data.root=/data/kuavo")
     policy, training = config.policy, config.training
     assert config.stage.root == "/data/kuavo/weighing"
     assert policy["pretrained_path"] == "lerobot/smolvla_base"
@@ -122,7 +145,7 @@ def test_the_robot_profile_is_smolvla_as_it_is_fine_tuned() -> None:
 
 
 def test_the_embedded_profile_scales_the_recipe_and_keeps_its_decay() -> None:
-    rates = [config.training.lr for config in compose_run()]
+    rates = [config.training.lr for config in all_tasks()]
     assert [rate / rates[0] for rate in rates] == pytest.approx([1.0, 0.7, 0.5, 0.4])
 
 
@@ -141,11 +164,14 @@ INSTRUCTIONS = [
 
 
 def test_instructions_are_the_exact_texts() -> None:
-    assert [" ".join(config.stage.instruction.split()) for config in compose_run()] == INSTRUCTIONS
+    assert [" ".join(config.stage.instruction.split()) for config in all_tasks()] == INSTRUCTIONS
 
 
 def test_sequential_learns_without_replay() -> None:
-    assert [shares(config) for config in compose_run(["strategy=sequential"])] == [{name: 1.0} for name in RECIPES]
+    configs = [changed(config, strategy="sequential", mixture="own_task") for config in all_tasks()]
+    assert [shares(config) for config in configs] == [{name: 1.0} for name in RECIPES]
+    chosen = one_task("task2_weighing", "strategy=sequential")
+    assert (chosen.strategy, chosen.mixture) == ("sequential", "own_task")
 
 
 def test_a_fifth_task_is_one_more_file(tmp_path: Path) -> None:
@@ -219,17 +245,6 @@ def test_a_joint_stage_learns_the_tasks_of_learn_without_a_task_being_chosen() -
     assert [stage.name for stage in curriculum] == ["placement", "weighing"]
 
 
-def compose_with(task: str, overrides: list[str]) -> list:
-    """The config of one task alone, as `python -m kuavo_train` composes it."""
-    ConfigFolders().register_tasks()
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return [
-            resolve(
-                hydra.compose("train", overrides=words_for_hydra([f"task=tasks/{task}", *overrides], ConfigFolders()))
-            )
-        ]
-
-
 def test_a_stages_own_recipe_does_not_spill_over_to_other_tasks() -> None:
     given = ["task=tasks/task2_weighing", "stage.epochs=3", "+stage.x=1", "~stage.replay.weighing", "seed=5"]
     assert overrides_for_all_tasks(given) == ["seed=5"]
@@ -258,7 +273,7 @@ def test_every_key_is_set_from_the_command_line_without_a_plus_and_a_mapping_rep
     given: str, section: str, field: str, expected: object
 ) -> None:
     words = [given] if given.count("=") == 1 else given.split(" ")
-    (config,) = compose_with("task2_weighing", words)
+    config = one_task("task2_weighing", *words)
     holder = getattr(config, section)
     assert (holder[field] if isinstance(holder, dict) else getattr(holder, field)) == expected
 
@@ -284,17 +299,15 @@ def test_a_value_fits_a_type_or_does_not(value: object, kind: object, *, fitting
     assert fits(value, kind) == fitting
 
 
-BAD_OVERRIDES = [  # override, what the message must name
+BAD_VALUES = [  # settings of task 2's configuration, what the message must name
     ("training.lr=-1", r"training.lr must be positive, got -1"),
     ("training.lr=fast", r"training.lr must be a number, got 'fast'"),
-    ("stage.replay={}", r"replay must give the task itself a share, got {}"),
     ("training.lr=inf", r"training.lr must be a finite number, got inf"),
     ("training.betas=[0.9,nan]", r"training.betas must be a finite number, got nan"),
     (
         "training.grad_clip_norm=inf training.weight_decay=nan",
         r"training.weight_decay must be a finite number, got nan",
     ),
-    ("strategy=ewc ewc.strength=inf", r"ewc.strength must be a finite number, got inf"),
     ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
     ("training.batch_size=two", r"training.batch_size must be a whole number, got 'two'"),
     ("training.betas=[0.9]", r"training.betas must be two numbers in \[0, 1\)"),
@@ -304,18 +317,7 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("training.device=tpu", r"training.device must be auto, cpu"),
     ("training.max_steps=0", r"training.max_steps must be at least 1, got 0"),
     ("training.gradient_accumulation_steps=0", r"gradient_accumulation_steps must be at least 1"),
-    ("training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
-    ("+training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
-    ("enviroment=a:b", r"enviroment must be a key of the configuration, .*stage.environment"),
-    ("zebra=1", r"zebra must be a key of the configuration, got one that is not; --cfg job shows all keys"),
-    ("training=5", r"training must be a mapping of settings, such as training.epochs=…, got 5"),
-    ("~training.lora", r"training.lora must be set to a value \(training.lora=…\), not deleted"),
-    ("training.epochs=${nothing.there}", r"training.epochs: .*nothing"),
-    ("training.lr", r"arguments must be key=value, got 'training.lr'"),
-    ("training.lr=[1", r"arguments must be key=value, got 'training.lr=\[1'"),
     ("data.cameras=head", r"data.cameras must be a list, got 'head'"),
-    ("ewc.strength=3", r"ewc must have batches, got nothing"),
-    ("training.lora.rank=half", r"training.lora.rank must be a whole number, got 'half'"),
     ("data.held_out_episodes=0", r"data.held_out_episodes must be at least 1, got 0"),
     ("data.cameras=[]", r"data.cameras must name at least one camera"),
     ("data.cameras=[a,a]", r"data.cameras must not repeat a camera"),
@@ -338,6 +340,35 @@ BAD_OVERRIDES = [  # override, what the message must name
         "forgetting.budget=0.1 data.held_out_episodes=1",
         r"data.held_out_episodes must be at least 2 with a forgetting.budget, got 1",
     ),
+    ("seed=-1", r"seed must not be negative, got -1"),
+    ("run=a/b", r"run must be a folder name"),
+    ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
+    ("hf_endpoint=mirror", r"hf_endpoint must be an address like https://.*, or null, got 'mirror'"),
+    ("data.claw_limits=[1,0]", r"data.claw_limits must be \[open, closed\] in ascending order, or null, got \[1"),
+    ("resume=perhaps", r"resume must be true or false, got 'perhaps'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_VALUES, ids=[item[0] for item in BAD_VALUES])
+def test_a_bad_value_is_refused_by_key_rule_and_value(settings: str, message: str) -> None:
+    composed = deepcopy(composed_of("task2_weighing"))
+    for override in map(parsed, settings.split(" ")):
+        OmegaConf.update(composed, override.key_or_group, override.value())
+    with pytest.raises(ConfigError, match=message):
+        resolve(composed)
+
+
+BAD_OVERRIDES = [  # of a command line, what the message must name: keys, choices, mappings, what one forbids another
+    ("strategy=ewc ewc.strength=inf", r"ewc.strength must be a finite number, got inf"),
+    ("training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
+    ("+training.learning_rate=1", r"training.learning_rate must be a key .* did you mean .*training.lr"),
+    ("enviroment=a:b", r"enviroment must be a key of the configuration, .*stage.environment"),
+    ("zebra=1", r"zebra must be a key of the configuration, got one that is not; --cfg job shows all keys"),
+    ("training=5", r"training must be a mapping of settings, such as training.epochs=…, got 5"),
+    ("~training.lora", r"training.lora must be set to a value \(training.lora=…\), not deleted"),
+    ("training.epochs=${nothing.there}", r"training.epochs: .*nothing"),
+    ("training.lr", r"arguments must be key=value, got 'training.lr'"),
+    ("training.lr=[1", r"arguments must be key=value, got 'training.lr=\[1'"),
     (
         "strategy=sequential forgetting.budget=0.1 forgetting.on_exceed=raise_replay",
         r"forgetting.on_exceed must be warn or stop where nothing is replayed \(strategy=sequential\), got 'raise_r",
@@ -354,23 +385,20 @@ BAD_OVERRIDES = [  # override, what the message must name
     ("mixture=all_tasks", r"mixture must be replay with strategy=replay, got 'all_tasks'"),
     ("mixture=soup", r"mixture must be one of replay, own_task, all_tasks, got 'soup'"),
     ("strategy=dreaming", r"strategy must be one of ewc, joint, .*, got 'dreaming'"),
-    ("seed=-1", r"seed must not be negative, got -1"),
-    ("run=a/b", r"run must be a folder name"),
-    ("tracking=tensorboard", r"tracking must be one of off, offline, online"),
-    ("hf_endpoint=mirror", r"hf_endpoint must be an address like https://.*, or null, got 'mirror'"),
-    ("data.claw_limits=[1,0]", r"data.claw_limits must be \[open, closed\] in ascending order, or null, got \[1"),
-    ("stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
-    ("resume=perhaps", r"resume must be true or false, got 'perhaps'"),
     ("learn=[weighing,weighing]", r"learn must name a task once, got 'weighing'"),
     ("learn=[]", r"learn must name at least one task, or be null for all, got \[\]"),
     ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),
     ("profile=huge", r"profile must be one of embedded, robot, smoke, study, got 'huge'"),
     ("task=tasks/task9_nothing", r"task must be one of tasks/task1_moving_grasp, .*, got 'tasks/task9_nothing'"),
+    ("stage.replay={}", r"replay must give the task itself a share, got {}"),
+    ("ewc.strength=3", r"ewc must have batches, got nothing"),
+    ("training.lora.rank=half", r"training.lora.rank must be a whole number, got 'half'"),
+    ("stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
 ]
 
 
 @pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES, ids=[item[0] for item in BAD_OVERRIDES])
-def test_a_bad_value_is_refused_by_key_rule_and_value(override: str, message: str) -> None:
+def test_a_bad_override_is_refused_by_key_rule_and_value(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_run(override.split(" "))
 
@@ -425,5 +453,5 @@ def test_a_file_that_is_no_tasks_is_refused_by_name(tmp_path: Path, text: str, m
         compose_run(folder=folder)
 
 
-def test_overrides_reach_every_task(small_run: Callable[..., list[str]]) -> None:
-    assert {config.training.batch_size for config in compose_run(small_run("training.batch_size=3"))} == {3}
+def test_overrides_reach_every_task(small_configs: Callable[..., list[RunConfig]]) -> None:
+    assert {config.training.batch_size for config in small_configs("training.batch_size=3")} == {3}

@@ -124,8 +124,8 @@ def blocked(pid: int | None) -> list[int]:
 
 
 def recording_in(folder: Path) -> tuple[str, ...]:
-    small = ("profile=smoke", "learn=[moving_grasp]", "simulation.episodes=2", "data.record_workers=2")
-    return (*small, f"outputs={folder}")
+    small = ("simulation.episodes=2", "simulation.image_size=16", "data.record_workers=2")
+    return ("profile=smoke", "learn=[moving_grasp]", *small, f"outputs={folder}")
 
 
 def when_recorded(do: Callable[[], Any]) -> None:
