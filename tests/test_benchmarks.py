@@ -13,9 +13,11 @@ from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
 from benchmarks.models import SIZES
 from benchmarks.video_dataset import write_dataset
-from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
+
+Configs = Callable[..., list[RunConfig]]
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count() -> None:
@@ -89,8 +91,8 @@ def test_every_memory_is_measured_against_none(tmp_path: Path) -> None:
     ]
 
 
-def test_a_memory_of_less_weight_disturbs_the_policy_it_joins_less(small_run: Callable[..., list[str]]) -> None:
-    (config,) = compose_run(small_run("policy=smolvla", "learn=[moving_grasp]", "training.max_steps=1"))
+def test_a_memory_of_less_weight_disturbs_the_policy_it_joins_less(small_configs: Configs) -> None:
+    (config,) = small_configs("policy=smolvla", "learn=[moving_grasp]", training={"max_steps": 1})
     assert run_stage(config, [config.stage]) == 0
     ask = memory_joins.HeldOutLoss(TrainedRun.open(config.run_folder))
     alone, faint, loud = (

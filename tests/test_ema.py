@@ -11,16 +11,15 @@ import pytest
 import torch
 from forked import interrupted_in_step
 from safetensors.torch import load_file
+from stages import run
 from torch import nn
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import stage_folder
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.ema import NoAverage, average_of, check_average
 
-Overrides = Callable[..., list[str]]
+Configs = Callable[..., list[RunConfig]]
 
 
 def test_the_average_warms_up_and_is_the_one_worked_out_by_hand() -> None:
@@ -73,10 +72,6 @@ def test_running_statistics_beside_averaged_weights_are_refused() -> None:
         check_average(policy, 0.9)
 
 
-def run(configs: list[RunConfig], place: int = 0, **changed: Any) -> int:
-    return run_stage(replace(configs[place], **changed), [config.stage for config in configs])
-
-
 def stored(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     checkpoint = stage_folder(config).checkpoints.at("last")
     return load_file(checkpoint.pretrained_model / "model.safetensors"), checkpoint.training_state()
@@ -84,12 +79,12 @@ def stored(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 @pytest.mark.parametrize("lora", ["null", pytest.param("{rank: 2}", marks=pytest.mark.slow)], ids=["whole", "adapters"])
 def test_training_goes_on_as_without_and_an_interrupted_stage_resumes_to_the_same_bits(
-    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str
+    small_configs: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str
 ) -> None:
     """Validated, saved and handed on is the average; what was trained is beside it."""
     ways = ("learn=[moving_grasp]", "validation.result=last", f"training.lora={lora}")
-    plain = compose_run(small_run(*ways))
-    averaged = compose_run(small_run("run=averaged", "training.ema=0.5", *ways))
+    plain = small_configs(*ways)
+    averaged = small_configs(*ways, run="averaged", training={"ema": 0.5})
     cut = [replace(config, outputs=str(tmp_path / "cut")) for config in averaged]
     for configs in (plain, averaged):
         assert run(configs) == 0

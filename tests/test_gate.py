@@ -14,20 +14,19 @@ import pytest
 import torch
 from forked import interrupted_in_step
 from safetensors.torch import load_file
+from stages import run
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import ForgettingConfig, RunConfig
 from kuavo_train.data.replay import proportional_shares, raised_shares
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.records import GateReading
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.stage import stage
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.stage.training import StageHooks
 from kuavo_train.strategies.forgetting_gate import Gate
 from kuavo_train.training.epochs import Timetable
 
-Overrides = Callable[..., list[str]]
+Configs = Callable[..., list[RunConfig]]
 ByDepth = Callable[[int], list[RunConfig]]  # depth of backpropagation through the memory → a run, trained once
 SHARES = {"first": 0.1, "second": 0.2, "new": 0.7}
 LEARNT = {"first": {1: 0.10, 2: 0.12, 3: 0.08, 4: 0.11, 5: 0.09}, "second": {1: 0.2, 4: 0.3, 7: 0.25, 8: 0.22}}
@@ -145,10 +144,6 @@ def test_epochs_after_a_raise_are_longer_and_the_plan_goes_by_passes() -> None:
 # --- whole stages -----------------------------------------------------------------------------------------------------
 
 
-def run(configs: list[RunConfig], place: int, **changes: Any) -> int:
-    return run_stage(replace(configs[place], **changes), [config.stage for config in configs])
-
-
 def continued(first: list[RunConfig], outputs: Path, on_exceed: str) -> list[RunConfig]:
     """A run of its own that begins with the first stage of another, which need not be trained again."""
     shutil.copytree(first[0].run_folder, outputs / first[0].run, symlinks=True)
@@ -178,14 +173,14 @@ FEW_WHOLE_EPOCHS = (
 
 
 @pytest.fixture(scope="module")
-def begun(small_run_in: Overrides, tmp_path_factory: pytest.TempPathFactory) -> ByDepth:
+def begun(small_configs_in: Configs, tmp_path_factory: pytest.TempPathFactory) -> ByDepth:
     """A run of few, whole epochs whose gate is on, with its first stage done."""
 
     @cache
     def train(depth: int) -> list[RunConfig]:
         outputs = tmp_path_factory.mktemp("begun")
         three = "learn=[moving_grasp,weighing,placement]"
-        configs = compose_run(small_run_in(outputs, three, *FEW_WHOLE_EPOCHS, f"policy.mem_backprop_depth={depth}"))
+        configs = small_configs_in(outputs, three, *FEW_WHOLE_EPOCHS, policy={"mem_backprop_depth": depth})
         assert run(configs, 0) == 0
         return configs
 
@@ -225,14 +220,14 @@ def test_stop_ends_the_stage_at_its_best_checkpoint_and_the_next_one_goes_on(beg
 
 @pytest.mark.parametrize(("result", "place"), [("best", 0), ("last", 2)])
 def test_a_stage_that_only_gets_worse_ends_in_its_first_checkpoint_or_where_told_in_its_last(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch, result: str, place: int
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch, result: str, place: int
 ) -> None:
     worse = iter([0.1, 0.2, 0.3])
     epoch_done = StageHooks.epoch_done
     monkeypatch.setattr(
         StageHooks, "epoch_done", lambda *words, **named: replace(epoch_done(*words, **named), loss=next(worse))
     )
-    configs = compose_run(small_run(*FEW_WHOLE_EPOCHS, "policy.mem_backprop_depth=0", f"validation.result={result}"))
+    configs = small_configs(*FEW_WHOLE_EPOCHS, policy={"mem_backprop_depth": 0}, validation={"result": result})
     assert run(configs, 0) == 0
     folder = stage_folder(configs[0])
     lines = folder.validations.read()

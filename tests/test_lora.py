@@ -4,24 +4,22 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from forked import interrupted_in_step
 from safetensors.torch import load_file
+from stages import run
 from torch import nn
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import LoraConfig, RunConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.preflight import examine_stage
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.lora import adapted_state, adapters_merged, add_adapters, merge_adapters, restore_adapted
 from kuavo_train.training.parameter_groups import parameter_counts
 
-Overrides = Callable[..., list[str]]
+Configs = Callable[..., list[RunConfig]]
 RANK = 2
 EXPERT = "model.vlm_with_expert.lm_expert."
 
@@ -97,18 +95,11 @@ def test_other_adapters_than_a_stage_began_with_are_refused(adapted: Arm) -> Non
 
 
 @pytest.fixture
-def lora_run(small_run: Overrides) -> list[RunConfig]:
+def lora_run(small_configs: Configs) -> list[RunConfig]:
     """A stage of 4 steps on all of the task, adapters on the expert."""
-    freeze = "[vision,connector,vlm_text]"
-    return compose_run(
-        small_run(
-            "finetune=lora", f"training.lora.rank={RANK}", "allow_random_frozen_vlm=true", f"training.freeze={freeze}"
-        )
-    )
-
-
-def run(configs: list[RunConfig], number: int, **changed: Any) -> int:
-    return run_stage(replace(configs[number], **changed), [config.stage for config in configs])
+    words = ("finetune=lora", f"training.lora.rank={RANK}")
+    freeze = ["vision", "connector", "vlm_text"]
+    return small_configs(*words, allow_random_frozen_vlm=True, training={"freeze": freeze})
 
 
 def weights(folder: StageFolder) -> dict[str, torch.Tensor]:
@@ -146,13 +137,13 @@ def test_an_interrupted_stage_resumes_to_bit_identical_weights(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_frozen_expert_a_policy_without_one_and_ewc_are_refused(small_run: Overrides) -> None:
-    frozen = compose_run(small_run("training.lora={}", "training.freeze_first_stage=[expert]"))
+def test_a_frozen_expert_a_policy_without_one_and_ewc_are_refused(small_configs: Configs) -> None:
+    frozen = small_configs("training.lora={}", training={"freeze_first_stage": ["expert"]})
     problems = examine_stage(frozen[0], [config.stage for config in frozen]).problems
     assert any("training.lora must have an expert to adapt, got a frozen one" in problem for problem in problems)
     with pytest.raises(ConfigError, match="an expert to adapt, got a policy without one"):
         add_adapters(nn.Sequential(nn.Linear(2, 2)), LoraConfig())
     with pytest.raises(ConfigError, match=r"training\.lora must be null with ewc"):
-        compose_run(small_run("training.lora={}", "strategy=ewc"))
+        small_configs("training.lora={}", "strategy=ewc")
     with pytest.raises(ConfigError, match=r"training\.lora\.rank must be at least 1, got 0"):
-        compose_run(small_run("training.lora={rank: 0}"))
+        small_configs("training.lora={rank: 0}")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked, when
+from stages import run
 from torch.utils.data import get_worker_info
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
 from kuavo_train.data.dataset import MixedDataset
@@ -25,16 +25,12 @@ from kuavo_train.runs import run_folder
 from kuavo_train.runs.files import JsonLines
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import findings
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder
 from kuavo_train.training.learner import Learner
 
 Overrides = Callable[..., list[str]]
+Configs = Callable[..., list[RunConfig]]
 Start = Callable[..., Forked]
-
-
-def run(configs: list[RunConfig]) -> int:
-    return run_stage(configs[0], [config.stage for config in configs])
 
 
 def die(number: int) -> None:
@@ -113,9 +109,9 @@ def test_a_worker_says_nothing_of_a_trainer_that_has_gone_while_it_hands_over_a_
 
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = compose_run(small_run("data.num_workers=3", "training.gradient_accumulation_steps=2"))
+    configs = small_configs(data={"num_workers": 3}, training={"gradient_accumulation_steps": 2})
     monkeypatch.setattr(workers, "free_shared_memory", lambda: 2**16)
     message = (
         r"data.num_workers=3 needs [\d.]+ [KM]iB of shared memory, 10 batches of [\d.]+ [KM]iB, /dev/shm has 64.0 KiB "
@@ -153,9 +149,9 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_once_there_
 
 
 def test_a_disk_without_room_for_a_line_is_told_and_the_status_is_right(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = compose_run(small_run("learn=[moving_grasp]"))
+    configs = small_configs("learn=[moving_grasp]")
 
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
@@ -171,15 +167,15 @@ def test_a_disk_without_room_for_a_line_is_told_and_the_status_is_right(
 
 
 def test_too_little_memory_is_told_with_what_takes_it(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8")
 
     monkeypatch.setattr(Learner, "learn", no_memory)
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
-    configs = compose_run(
-        small_run("learn=[moving_grasp]", "training.freeze_first_stage=[expert,state_proj]", "training.batch_size=8")
+    configs = small_configs(
+        "learn=[moving_grasp]", training={"freeze_first_stage": ["expert", "state_proj"], "batch_size": 8}
     )
     message = (
         r"out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.*; lower training.batch_size=8 and raise "
@@ -193,13 +189,13 @@ def test_too_little_memory_is_told_with_what_takes_it(
 
 
 def test_a_fault_of_our_own_keeps_its_traceback_and_is_named_in_the_status(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*_: Any, **__: Any) -> None:
         raise KeyError("observation.state")
 
     monkeypatch.setattr(Learner, "learn", fault)
-    configs = compose_run(small_run("learn=[moving_grasp]"))
+    configs = small_configs("learn=[moving_grasp]")
     with pytest.raises(KeyError):
         run(configs)
     assert stage_folder(configs[0]).about["reason"] == "KeyError: 'observation.state'"
@@ -207,12 +203,12 @@ def test_a_fault_of_our_own_keeps_its_traceback_and_is_named_in_the_status(
 
 
 def test_a_signal_to_the_process_group_does_not_cost_the_commit(
-    small_run: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "git").write_text("#!/bin/sh\ncut -d' ' -f5 /proc/self/stat\n")  # tells its process group
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    configs = compose_run(small_run("learn=[moving_grasp]"))
+    configs = small_configs("learn=[moving_grasp]")
     assert run(configs) == 0
     commit = json.loads((configs[0].run_folder / "run.json").read_text())["git_commit"]
     assert commit.isdigit()
@@ -230,9 +226,9 @@ def test_sizes_are_told_in_units_that_show_something() -> None:
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_told_in_such_units(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = findings.shutil.disk_usage("/")._replace(free=20_000)
     monkeypatch.setattr(findings.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConfigError, match=r"the checkpoints need [1-9][\d.]* MiB below .*, 19.5 KiB are free"):
-        run(compose_run(small_run()))
+        run(small_configs())

@@ -33,6 +33,8 @@ SMALLEST = {
 }
 SMOLVLAS_OWN = ("policy.resize_imgs_with_padding", "policy.chunk_size", "tiny_vlm")
 
+Configs = Callable[..., list[RunConfig]]
+
 
 def overrides_of(policy: str, small_run: list[str]) -> list[str]:
     shared = [item for item in small_run if not item.startswith(SMOLVLAS_OWN)]
@@ -208,8 +210,8 @@ def test_groups_of_a_policy_without_its_own_are_the_parts_of_its_network() -> No
     assert list(parameter_groups(Network().inner)) == ["0", "1"]
 
 
-def test_smolvla_is_the_memory_policy_without_memory(small_run: Callable[..., list[str]]) -> None:
-    plain, memory = (compose_run(small_run(*more))[0] for more in (["policy=smolvla"], []))
+def test_smolvla_is_the_memory_policy_without_memory(small_configs: Configs) -> None:
+    plain, memory = (small_configs(*more)[0] for more in (["policy=smolvla"], []))
     assert plain.policy == {**memory.policy, "num_mem_tokens": 0}
     assert (plain.run, memory.run) == ("smoke-smolvla", "smoke")
 

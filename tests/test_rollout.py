@@ -27,6 +27,8 @@ from kuavo_train.stage.stage_validation import StageValidation
 
 COUNTING = Environment("worlds:Counting-v0", "count to the goal")
 
+Configs = Callable[..., list[RunConfig]]
+
 
 class Echo:
     """Acts as the state's first entry says, from the second look on as at the first: so it depends on resets."""
@@ -245,8 +247,8 @@ def test_an_environment_that_would_fail_after_training_is_refused_before(
     assert not config.run_folder.exists()
 
 
-def test_a_task_without_an_environment_cannot_be_rolled_out(small_run: Callable[..., list[str]]) -> None:
-    configs = compose_run(small_run("learn=[moving_grasp]", "rollout.episodes=3"))
+def test_a_task_without_an_environment_cannot_be_rolled_out(small_configs: Configs) -> None:
+    configs = small_configs("learn=[moving_grasp]", rollout={"episodes": 3})
     with pytest.raises(
         ConfigError,
         match=r"stage 1 \(moving_grasp\): environment must name one .*, got None with simulation=null",

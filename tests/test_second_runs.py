@@ -16,8 +16,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from forked import interrupted_in_step
+from stages import run
 
-from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.errors import ConfigError
@@ -27,14 +27,9 @@ from kuavo_train.runs.stored_run import StoredRun, finished_cells
 from kuavo_train.runs.study_file import StudyFile
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.lineage import check_settings
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.training.checkpoint import CheckpointFolder, Contents
 
-Overrides = Callable[..., list[str]]
-
-
-def run(configs: list[RunConfig], place: int = 0, **changes: Any) -> int:
-    return run_stage(replace(configs[place], **changes), [config.stage for config in configs])
+Configs = Callable[..., list[RunConfig]]
 
 
 def together(function: Callable[[], int], *, processes: int = 2) -> list[int]:
@@ -61,9 +56,9 @@ def together(function: Callable[[], int], *, processes: int = 2) -> list[int]:
 
 
 def test_a_stage_goes_on_with_another_number_of_processes(
-    small_run: Overrides, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    configs = compose_run(small_run("training.max_steps=6", "policy.mem_backprop_depth=2", "training.save_every=9"))
+    configs = small_configs(training={"max_steps": 6, "save_every": 9}, policy={"mem_backprop_depth": 2})
     with (
         held(stage_folder(configs[0]).path, "it"),
         pytest.raises(ConfigError, match=r"stage 1 .* one process at a time"),

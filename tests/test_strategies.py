@@ -10,11 +10,12 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
+from stages import changed, run
 from torch import nn
 
 from kuavo_sim import ENVIRONMENT_IDS
 from kuavo_train.compose import compose_run, stages_to_run
-from kuavo_train.config import CONFIG_FOLDER, RunConfig
+from kuavo_train.config import CONFIG_FOLDER, EwcConfig, MergeConfig, RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.errors import ConfigError
@@ -24,13 +25,18 @@ from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.stage.stage import run_stage
 from kuavo_train.strategies.ewc import ElasticPenalty
 from kuavo_train.strategies.importance import Importance, measure_importance
 from kuavo_train.strategies.merge import set_merged_weights, sweep_merges
 
 Overrides = Callable[..., list[str]]
-STRATEGIES = ("replay", "sequential", "joint", "ewc", "merge")
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "replay": {},
+    "sequential": {"mixture": "own_task"},
+    "joint": {"mixture": "all_tasks"},
+    "ewc": {"mixture": "own_task", "ewc": EwcConfig(strength=1e6, batches=1)},
+    "merge": {"mixture": "own_task", "merge": MergeConfig(alphas=[0.5, 1.0])},
+}
 EPOCHS = {"moving_grasp": 4, "weighing": 1, "placement": 2}
 
 
@@ -146,40 +152,33 @@ def test_the_sweep_keeps_the_alpha_with_the_least_mean_loss_over_the_tasks_seen(
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def run(configs: list[RunConfig], place: int, **changes: Any) -> int:
-    return run_stage(replace(configs[place], **changes), [config.stage for config in configs])
-
-
 @pytest.fixture(scope="module")
 def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[RunConfig]]]:
     """A finished run of each strategy, of few, whole epochs."""
     outputs = tmp_path_factory.mktemp("strategies") / "outputs"
+    composed = compose_run(
+        [
+            "profile=smoke",
+            "learn=[moving_grasp,weighing,placement]",
+            "simulation=null",
+            "rollout.episodes=0",
+            f"outputs={outputs}",
+            f"data.root={datasets}",
+            "tiny_vlm.image_size=32",
+            "policy.resize_imgs_with_padding=[32,32]",
+            "policy.chunk_size=6",
+            "policy.n_action_steps=4",
+            "policy.mem_backprop_depth=2",
+            "training.max_steps=null",
+            "training.batch_size=16",
+            "validation.every_epochs=2",
+        ]
+    )
     finished = {}
-    for strategy in STRATEGIES:
-        configs = compose_run(
-            [
-                "profile=smoke",
-                f"strategy={strategy}",
-                f"run={strategy}",
-                "learn=[moving_grasp,weighing,placement]",
-                "simulation=null",
-                "rollout.episodes=0",
-                f"outputs={outputs}",
-                f"data.root={datasets}",
-                "tiny_vlm.image_size=32",
-                "policy.resize_imgs_with_padding=[32,32]",
-                "policy.chunk_size=6",
-                "policy.n_action_steps=4",
-                "policy.mem_backprop_depth=2",
-                "training.max_steps=null",
-                "training.batch_size=16",
-                "validation.every_epochs=2",
-                *(["ewc.strength=1e6", "ewc.batches=1"] if strategy == "ewc" else []),
-                *(["merge.alphas=[0.5,1.0]"] if strategy == "merge" else []),
-            ]
-        )
+    for strategy, settings in STRATEGIES.items():
         finished[strategy] = [
-            replace(config, training=replace(config.training, epochs=EPOCHS[config.stage.name])) for config in configs
+            changed(c, strategy=strategy, run=strategy, training={"epochs": EPOCHS[c.stage.name]}, **settings)
+            for c in composed
         ]
         assert train_all_stages(finished[strategy]) == 0
     yield finished
