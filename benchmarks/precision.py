@@ -137,7 +137,7 @@ def compare(work: Path, rate: float, settings: Settings) -> Table:
         base = load_file(work / f"base_bfloat16_{seed}" / "model.safetensors")
         for name, folder in results.items():
             losses[name].append(held_out_loss(trained, folder, settings))
-            changes[name].append(_changed_and_moved(base, load_file(folder / "model.safetensors")))
+            changes[name].append(changed_and_moved(base, load_file(folder / "model.safetensors")))
             print(
                 f"seed {seed}, {name}: loss {losses[name][-1]:.4f}, changed and moved {changes[name][-1]}", flush=True
             )
@@ -150,7 +150,7 @@ def compare(work: Path, rate: float, settings: Settings) -> Table:
                 "": name,
                 "held-out loss": f"{mean(of_seeds):.4f}",
                 **{f"seed {seed}": f"{loss:.4f}" for seed, loss in zip(settings.seed, of_seeds, strict=True)},
-                "less or more than the first": None if name == half else _with_interval(differences),
+                "less or more than the first": None if name == half else with_interval(differences),
                 "expert's weights that changed": f"{mean(changed for changed, _ in changes[name]):.1%}",
                 "distance moved": mean(moved for _, moved in changes[name]),
             }
@@ -279,13 +279,13 @@ def held_out_loss(trained: TrainedRun, folder: Path, settings: Settings) -> floa
     return found.loss
 
 
-def _changed_and_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+def changed_and_moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """Of the expert: share of the weights that are others than before, and the Euclidean distance."""
     steps = torch.cat([(after[name].float() - before[name].float()).flatten() for name in before if EXPERT in name])
     return (steps != 0).double().mean().item(), steps.double().norm().item()
 
 
-def _with_interval(differences: Sequence[float]) -> str:
+def with_interval(differences: Sequence[float]) -> str:
     if len(differences) < 2:
         return f"{differences[0]:+.4f} (one seed)"
     reach = student_quantile(0.95, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5

@@ -230,7 +230,7 @@ class FastForward:
     def expert_prefix(self, encoded: Encoded) -> ExpertPrefix:
         """Once per query: all that the expert's layers need of the prefix."""
         keys, values = [], []
-        for index, layer, crosses in self._expert_layers():
+        for index, layer, crosses in self.expert_layers():
             key, value = encoded.keys[index], encoded.values[index]
             if crosses:
                 key, value = (
@@ -253,7 +253,7 @@ class FastForward:
         """The expert over action embeddings [B, T, H_expert], attending to the prefix: [B, T, H_expert]."""
         hidden = hidden.to(self.model.lm_expert.norm.weight.dtype)
         own_rotation = rotation_at(torch.arange(hidden.shape[1], device=hidden.device)[None], self._head_dim)
-        for (_, layer, crosses), key, value in zip(self._expert_layers(), prefix.keys, prefix.values, strict=True):
+        for (_, layer, crosses), key, value in zip(self.expert_layers(), prefix.keys, prefix.values, strict=True):
             normed = _rms_norm(layer.input_layernorm, hidden)
             query = _heads(layer, "q_proj", normed)
             if crosses:  # positions count from 0 here, and the keys come as the prefix left them
@@ -266,7 +266,7 @@ class FastForward:
             hidden = _finish_layer(layer, hidden, attended)
         return _rms_norm(self.model.lm_expert.norm, hidden)
 
-    def _expert_layers(self) -> Iterator[tuple[int, "LlamaDecoderLayer", bool]]:
+    def expert_layers(self) -> Iterator[tuple[int, "LlamaDecoderLayer", bool]]:
         """(index of the VLM's layer it reads, expert layer, whether it attends across to the prefix alone)."""
         model = self.model
         every = max(model.num_vlm_layers // model.num_expert_layers, 1)

@@ -143,8 +143,8 @@ def test_the_steps_that_were_rounded_away_are_counted_and_an_interval_is_over_se
     name = f"{precision.EXPERT}layers.0.weight"
     before = {name: torch.full((4,), 1.0, dtype=torch.bfloat16), "other": torch.zeros(1)}
     after = {name: torch.tensor([1.0, 1.0, 4.0, 5.0]), "other": torch.ones(1)}
-    assert precision._changed_and_moved(before, after) == (0.5, 5.0)
-    assert precision._with_interval([1.0, 2.0, 3.0]) == "+2.0000 (-0.4841 to +4.4841)"
+    assert precision.changed_and_moved(before, after) == (0.5, 5.0)
+    assert precision.with_interval([1.0, 2.0, 3.0]) == "+2.0000 (-0.4841 to +4.4841)"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from reading import is_drawn, memory_report_of
 
 from kuavo_train.memory_report import main
 
@@ -18,8 +18,7 @@ def stage(simulated_run: Path) -> Path:
 
 
 def test_the_numbers_of_a_report_agree(stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([f"checkpoint={stage / 'checkpoints' / 'best'}", "task=weighing", f"output={tmp_path}"]) == 0
-    found = json.loads((tmp_path / "memory.json").read_text())
+    found = memory_report_of(stage, "weighing", tmp_path)
     decision = found["decision"]
     assert decision["n"] == len(found["episodes"]) == decision["identical_observations"]
     assert decision["chance"] == 0.5
@@ -38,7 +37,7 @@ def test_the_numbers_of_a_report_agree(stage: Path, tmp_path: Path, capsys: pyte
     assert np.allclose(change, expected, atol=0.02)  # law of cosines
     assert sum(found["attention"].values()) == pytest.approx(1, abs=1e-5)
     for name in ("memory_trace.png", "memory_cue.png"):
-        assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 10
+        assert is_drawn(tmp_path / name)
     shown = capsys.readouterr().out
     assert f"{decision['interventions']['on']['correct']}/{decision['n']}" in shown
 

@@ -3,27 +3,29 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from reading import is_drawn, memory_report_of
 from small_datasets import write_dataset
 
 from kuavo_train.compose import compose_run
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
-from kuavo_train.memory_report import main
 from kuavo_train.probing.cue_source import Asked
 from kuavo_train.probing.memory_decisions import answer_rounds
 from kuavo_train.probing.memory_interventions import loss_sentences
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recorded_cues import RecordedCues, moments
 from kuavo_train.probing.run_probes import run_probe
+from kuavo_train.reading import Json
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 
@@ -61,15 +63,19 @@ def without(task: Task, *, decision: bool = True, visible: bool = True) -> Task:
     return replace(task, cues=replace(task.cues, **changes))
 
 
-def report(stage: Path, task: str, output: Path, *words: str) -> dict:
-    assert main([f"checkpoint={stage / 'checkpoints' / 'best'}", f"task={task}", f"output={output}", *words]) == 0
-    return json.loads((output / "memory.json").read_text())
+@pytest.fixture(scope="module")
+def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Json, Path, str]:
+    """The report on the stage whose cues are columns, its folder, and what it printed."""
+    output, printed = tmp_path_factory.mktemp("reported"), StringIO()
+    with redirect_stdout(printed):
+        found = memory_report_of(trained / "stage1_moving_grasp", "moving_grasp", output)
+    return found, output, printed.getvalue()
 
 
 def test_the_report_asks_where_the_columns_say_that_the_cue_must_be_acted_on(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    reported: tuple[Json, Path, str],
 ) -> None:
-    found = report(trained / "stage1_moving_grasp", "moving_grasp", tmp_path)
+    found, output, printed = reported
     decision = found["decision"]
     assert found["cue_columns"] == ["cue", "cue_visible", "decision"]
     assert decision["n"] == decision["episodes"] == decision["distinguished"] == len(found["episodes"]) == 4
@@ -78,14 +84,14 @@ def test_the_report_asks_where_the_columns_say_that_the_cue_must_be_acted_on(
     assert decision["identical_observations"] is None
     assert list(decision["interventions"])[:3] == ["on", "reset", "frozen"]
     assert decision["takes_away"]["reset"]["n"] == 4
-    assert np.asarray(Image.open(tmp_path / "memory_cue.png").convert("L")).std() > 10
-    assert "cues from column cue; pictures may tell them too, so compare with reset" in capsys.readouterr().out
+    assert is_drawn(output / "memory_cue.png")
+    assert "cues from column cue; pictures may tell them too, so compare with reset" in printed
 
 
 def test_without_a_cue_the_report_says_what_memory_does_to_the_loss(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    found = report(trained / "stage2_weighing", "weighing", tmp_path)
+    found = memory_report_of(trained / "stage2_weighing", "weighing", tmp_path)
     held_out = found["held_out"]
     assert "decision" not in found
     assert list(held_out["loss"]) == ["on", "reset", "swapped"]
@@ -102,16 +108,16 @@ def test_without_a_cue_the_report_says_what_memory_does_to_the_loss(
     assert "no cue in this task's data: nothing to decide from memory" in shown
     for sentence in loss_sentences(held_out):
         assert sentence in shown
-    assert np.asarray(Image.open(tmp_path / "memory_loss.png").convert("L")).std() > 10
+    assert is_drawn(tmp_path / "memory_loss.png")
     assert not (tmp_path / "memory_cue.png").exists()
 
 
-def test_the_probe_of_a_run_asks_the_same(trained: Path, tmp_path: Path) -> None:
+def test_the_probe_of_a_run_asks_the_same(trained: Path, reported: tuple[Json, Path, str], tmp_path: Path) -> None:
     copy = tmp_path / "smoke"
     shutil.copytree(trained, copy, symlinks=True)
     found = json.loads(run_probe("memory", copy).read_text())
     grasping, weighing = found["stages"][0]["tasks"]
-    direct = report(trained / "stage1_moving_grasp", "moving_grasp", tmp_path / "report")
+    direct, _, _ = reported
     assert grasping["decision"] == direct["decision"]
     assert grasping["loss_lowered"] == direct["held_out"]["loss_lowered"]
     assert weighing["decision"] is None

@@ -11,9 +11,11 @@ import pytest
 import torch
 from small_datasets import ARM_NAMES, CAMERAS
 
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.runs.trained_run import TrainedRun
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
+from kuavo_train.wrapper.policy.loading import open_policy, stored_config
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of
 
 Observation = dict[str, Any]
 
@@ -84,9 +86,13 @@ def test_it_computes_in_bfloat16_what_it_computes_in_float32_but_for_rounding(ch
     assert np.array_equal(episode(given), whole)
     assert not np.array_equal(walked, whole)
     np.testing.assert_allclose(walked, whole, atol=0.02)  # rad
-    types = {parameter.dtype for parameter in half._policy.model.vlm_with_expert.parameters()}
+    folder = folder_of(checkpoint)
+    policy, processors = open_policy(folder, stored_config(folder, "cpu"))
+    policy.compute_in(torch.bfloat16)
+    assert np.array_equal(episode(SmolVLAPolicyWrapper(policy, processors, KnownTasks.load(folder), seed=3)), walked)
+    types = {parameter.dtype for parameter in policy.model.vlm_with_expert.parameters()}
     assert types == {torch.bfloat16}
-    assert half._policy.get_memory().tokens.dtype == torch.float32
+    assert policy.get_memory().tokens.dtype == torch.float32
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, or None, got 'float16'"):
         SmolVLAPolicyWrapper.from_pretrained(checkpoint, dtype="float16")
 

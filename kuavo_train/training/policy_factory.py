@@ -290,8 +290,7 @@ def _check_vlm_description(policy_config: PreTrainedConfig) -> None:
     if name is None:
         return
     try:
-        AutoConfig.from_pretrained(name)
-        AutoTokenizer.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name, config=AutoConfig.from_pretrained(name))  # or it reads the config again
     except (OSError, ValueError, *NOT_LOADED) as error:
         raise ConfigError(_not_had("policy.vlm_model_name", name, error)) from error
 

@@ -148,7 +148,7 @@ def test_nothing_is_recorded_of_a_frozen_context(make_policy, make_batch):
     """No graph before the state: this is where most of the time goes."""
     policy = make_policy(**FREEZING["VLM frozen"])
     prefix = policy.model.embed(
-        *policy._images(make_batch(2)),
+        *policy.prepare_images(make_batch(2)),
         *(make_batch(2)[f"observation.language.{key}"] for key in ("tokens", "attention_mask")),
         policy.prepare_state(make_batch(2)),
     )
@@ -159,7 +159,7 @@ def test_nothing_is_recorded_of_a_frozen_context(make_policy, make_batch):
 
 def test_the_expert_projects_the_prefix_once_per_query(make_policy, make_batch, monkeypatch):
     policy, calls = make_policy(num_steps=5), []
-    crossing = [layer for _, layer, crosses in policy.model.backbone._expert_layers() if crosses]
+    crossing = [layer for _, layer, crosses in policy.model.backbone.expert_layers() if crosses]
     for layer in crossing:
         layer.self_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
     policy.eval().sample_actions_with(make_batch(2))

@@ -123,7 +123,7 @@ def test_tied_embeddings_stay_tied(make_config, hub, tmp_path):
         return vlm
 
     tie(policy)
-    policy._save_pretrained(tmp_path)
+    policy.save_pretrained(tmp_path)
     for tied in (policy, SmolVLAMemoryPolicy(make_config(**hub | {"load_vlm_weights": False}))):
         vlm = tie(tied)
         SmolVLAMemoryPolicy._load_as_safetensor(tied, str(tmp_path / "model.safetensors"), "cpu", True)

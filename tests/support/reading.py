@@ -1,9 +1,14 @@
 """What a test sees of a run's report, and of a page."""
 
+import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from kuavo_train import memory_report
 from kuavo_train.command_line import parse
 from kuavo_train.evaluation.options import Options
 from kuavo_train.metrics.verdict import RetentionLimits
@@ -43,6 +48,17 @@ def bare_page_of(folder: Path, *, limits: RetentionLimits = QUICK) -> "Page":
     analysis = analysed(folder, limits=limits)
     write_matrix(analysis)
     return Page(render("report.html.jinja", analysis.matrix, {}))
+
+
+def memory_report_of(stage: Path, task: str, output: Path, *words: str) -> Json:
+    """Of a stage's best checkpoint, which is written into `output`."""
+    given = (f"checkpoint={stage / 'checkpoints' / 'best'}", f"task={task}", f"output={output}", *words)
+    assert memory_report.main(given) == 0
+    return json.loads((output / "memory.json").read_text())
+
+
+def is_drawn(picture: Path) -> bool:
+    return bool(np.asarray(Image.open(picture).convert("L")).std() > 10)
 
 
 def compared_runs(folders: Sequence[Path], limits: RetentionLimits = QUICK) -> Comparison:
