@@ -13,29 +13,34 @@ import pandas as pd
 import pytest
 from commands import Here
 from small_datasets import CAMERAS, write_dataset
+from stages import changed
 
-from kuavo_train.compose import compose_run
+from kuavo_train.config import RunConfig
 from kuavo_train.stage.description import describe
 from kuavo_train.stage.findings import Findings, NotReady, listed, token_counts
 from kuavo_train.stage.preflight import examine_stage
 from kuavo_train.stage.stage import run_stage
 
+Configs = Callable[..., list[RunConfig]]
 Overrides = Callable[..., list[str]]
 
 
-def examine(overrides: list[str], place: int = 0) -> Findings:
-    configs = compose_run(overrides)
+def examine(configs: list[RunConfig], place: int = 0) -> Findings:
     return examine_stage(configs[place], [config.stage for config in configs])
 
 
+def on_data(configs: list[RunConfig], root: Path) -> list[RunConfig]:
+    return [changed(config, stage={"root": str(root / config.stage.name)}) for config in configs]
+
+
 @pytest.fixture
-def small_run(small_run: Overrides) -> Overrides:
+def small_configs(small_configs: Configs) -> Configs:
     """Of all four tasks, of which the fourth has other dimensions."""
-    return partial(small_run, "learn=null")
+    return partial(small_configs, "learn=null")
 
 
-def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> None:
-    findings = examine(small_run())
+def test_the_table_shows_what_will_be_trained_on_what(small_configs: Configs) -> None:
+    findings = examine(small_configs())
     assert findings.problems == []
     table = describe(findings)
     for words in (
@@ -55,27 +60,28 @@ def test_the_table_shows_what_will_be_trained_on_what(small_run: Overrides) -> N
     assert all(10 < count <= findings.facts["token_limit"] for count in tokens)
 
 
-def test_a_clip_stands_beside_the_episodes_in_seconds(small_run: Overrides) -> None:
+def test_a_clip_stands_beside_the_episodes_in_seconds(small_configs: Configs) -> None:
     """The small episodes last 1.4 s at 10 Hz, and a query is made every 4 frames."""
-    short = examine(small_run("policy.mem_backprop_depth=2", "policy.n_action_steps=4"))
+    short = examine(small_configs(policy={"mem_backprop_depth": 2, "n_action_steps": 4}))
     said = "  clip     K = 2 queries × 4 steps / 10 Hz = 0.8 s; episodes last 1.4 – 1.4 s (median 1.4)"
     assert f"{said}; cues further back are carried without gradient" in describe(short).splitlines()
     assert short.facts["clip"] == {"queries": 2, "steps": 4}
     assert [task["episode_seconds"] for task in short.facts["tasks"]] == [(1.4, 1.4, 1.4)] * 4
-    whole = examine(small_run("policy.mem_backprop_depth=4", "policy.n_action_steps=4"))
+    whole = examine(small_configs(policy={"mem_backprop_depth": 4, "n_action_steps": 4}))
     assert said.replace("K = 2", "K = 4").replace("= 0.8", "= 1.6") in describe(whole).splitlines()
 
 
-def test_where_no_memory_is_trained_through_time_there_is_no_clip(small_run: Overrides) -> None:
-    findings = examine(small_run("policy.mem_backprop_depth=0"))
+def test_where_no_memory_is_trained_through_time_there_is_no_clip(small_configs: Configs) -> None:
+    findings = examine(small_configs(policy={"mem_backprop_depth": 0}))
     assert findings.problems == []
     assert "clip" not in findings.facts
     assert not [line for line in describe(findings).splitlines() if line.startswith("  clip")]
 
 
-def test_training_and_preflight_find_the_same(small_run: Overrides) -> None:
-    overrides = small_run("run=wrong", "policy.max_state_dim=4", "tracking=online", "training.freeze_first_stage=[arm]")
-    configs, problems = compose_run(overrides), examine(overrides).problems
+def test_training_and_preflight_find_the_same(small_configs: Configs) -> None:
+    wrong = {"policy": {"max_state_dim": 4}, "tracking": "online", "training": {"freeze_first_stage": ["arm"]}}
+    configs = small_configs(run="wrong", **wrong)
+    problems = examine(configs).problems
     assert len(problems) >= 2
     with pytest.raises(NotReady) as refused:
         run_stage(configs[0], [config.stage for config in configs])
@@ -83,14 +89,14 @@ def test_training_and_preflight_find_the_same(small_run: Overrides) -> None:
 
 
 def test_preflight_prints_its_table_and_nothing_else(small_run: Overrides, here: Here) -> None:
-    shown = here("kuavo_train.preflight", *small_run("run=quiet"))
+    shown = here("kuavo_train.preflight", *small_run("learn=null", "run=quiet"))
     assert shown.stderr == ""
     assert shown.stdout.splitlines()[0] == "stage 1 (moving_grasp) of run quiet"
     assert shown.stdout.splitlines()[-1] == "no problems"
 
 
-def test_a_long_name_does_not_run_into_what_stands_beside_it(small_run: Overrides) -> None:
-    findings = examine(small_run())
+def test_a_long_name_does_not_run_into_what_stands_beside_it(small_configs: Configs) -> None:
+    findings = examine(small_configs())
     for task in findings.facts["tasks"]:
         task["name"] = f"{task['name']}_of_twenty_and_more"
     lines = describe(findings).splitlines()
@@ -98,25 +104,22 @@ def test_a_long_name_does_not_run_into_what_stands_beside_it(small_run: Override
     assert len({len(row) for row in lines[:5]}) == 1  # the columns stand below each other
 
 
-def test_preflight_writes_nothing_into_the_runs_folder(small_run: Overrides) -> None:
-    overrides = small_run()
-    examine(overrides)
-    assert not compose_run(overrides)[0].run_folder.exists()
+def test_preflight_writes_nothing_into_the_runs_folder(small_configs: Configs) -> None:
+    configs = small_configs()
+    examine(configs)
+    assert not configs[0].run_folder.exists()
 
 
-def test_all_problems_are_told_at_once_each_with_its_fix(small_run: Overrides, datasets: Path, tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once_each_with_its_fix(
+    small_configs: Configs, datasets: Path, tmp_path: Path
+) -> None:
     shutil.copytree(datasets, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "weighing")
     shutil.rmtree(tmp_path / "data" / "placement")
     write_dataset(tmp_path / "data" / "placement", fps=20, size=48)
-    overrides = small_run(
-        f"data.root={tmp_path / 'data'}",
-        "policy.tokenizer_max_length=20",
-        "policy.max_action_dim=16",
-        "policy.pretrained_path=/nowhere/at/all",
-        "training.device=mps",
-    )
-    said = "\n".join(examine(overrides, place=1).problems)
+    policy = {"tokenizer_max_length": 20, "max_action_dim": 16, "pretrained_path": "/nowhere/at/all"}
+    configs = small_configs(policy=policy, training={"device": "mps"})
+    said = "\n".join(examine(on_data(configs, tmp_path / "data"), place=1).problems)
     for problem in (
         "must follow a finished stage 1",
         "stage 2 (weighing): dataset",
@@ -131,14 +134,14 @@ def test_all_problems_are_told_at_once_each_with_its_fix(small_run: Overrides, d
         assert problem in said, problem
 
 
-def test_what_two_checks_come_upon_is_one_problem(small_run: Overrides) -> None:
-    problems = examine(small_run("policy.chunk_sise=3")).problems
+def test_what_two_checks_come_upon_is_one_problem(small_configs: Configs) -> None:
+    problems = examine(small_configs(policy={"chunk_sise": 3})).problems
     assert [problem for problem in problems if "chunk_sise" in problem] == problems
     assert len(problems) == 1
 
 
 def test_what_is_wrong_with_a_dataset_does_not_hide_what_else_is(
-    small_run: Overrides, datasets: Path, tmp_path: Path
+    small_configs: Configs, datasets: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(datasets, tmp_path / "data")
     for name, about in (
@@ -147,8 +150,8 @@ def test_what_is_wrong_with_a_dataset_does_not_hide_what_else_is(
     ):
         shutil.rmtree(tmp_path / "data" / name)
         write_dataset(tmp_path / "data" / name, episodes=4, length=4, size=24, **about)
-    overrides = small_run(f"data.root={tmp_path / 'data'}", "policy.tokenizer_max_length=20")
-    problems = examine(overrides).problems
+    configs = small_configs(policy={"tokenizer_max_length": 20})
+    problems = examine(on_data(configs, tmp_path / "data")).problems
     for begin, words in (
         ("stage 2 (weighing)", "claws must be in"),
         ("stage 3 (placement)", "cameras must include observation.images.head_cam_h"),
@@ -160,7 +163,7 @@ def test_what_is_wrong_with_a_dataset_does_not_hide_what_else_is(
 
 
 def test_one_joint_under_two_names_and_one_that_never_moves_are_noted(
-    small_run: Overrides, datasets: Path, tmp_path: Path
+    small_configs: Configs, datasets: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(datasets, tmp_path / "data")
     info = tmp_path / "data" / "weighing" / "meta" / "info.json"
@@ -169,7 +172,7 @@ def test_one_joint_under_two_names_and_one_that_never_moves_are_noted(
     frames = pd.read_parquet(table)
     frames["action"] = [np.concatenate([[0.25], action[1:]]).astype(np.float32) for action in frames["action"]]
     frames.to_parquet(table)
-    said = examine(small_run(f"data.root={tmp_path / 'data'}"))
+    said = examine(on_data(small_configs(), tmp_path / "data"))
     assert said.problems == []
     names = "has gripper_l, gripper_r where moving_grasp has left_claw, right_claw; if they are the same"
     assert [note.partition(names)[0] for note in said.notes if names in note] == [
@@ -180,7 +183,7 @@ def test_one_joint_under_two_names_and_one_that_never_moves_are_noted(
 
 
 def test_a_video_that_was_cut_off_is_named_with_the_episode_it_lacks(
-    small_run: Overrides, datasets: Path, tmp_path: Path
+    small_configs: Configs, datasets: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(datasets, tmp_path / "data")
     root = tmp_path / "data" / "sorting"
@@ -190,20 +193,20 @@ def test_a_video_that_was_cut_off_is_named_with_the_episode_it_lacks(
     write_dataset(tmp_path / "short", episodes=4, base=True)
     shutil.copy(next((tmp_path / "short" / "videos").rglob("*wrist_cam_l*/**/*.mp4")), video)
     assert len(video.read_bytes()) < len(whole)
-    problems = examine(small_run(f"data.root={tmp_path / 'data'}")).problems
+    problems = examine(on_data(small_configs(), tmp_path / "data")).problems
     assert len(problems) == 1
     file = video.relative_to(root)
     assert f"wrist_cam_l of episode 4 must lie in its file, of 5.60 s, got 5.60 to 7.00 s of {file}" in problems[0]
 
 
 def test_the_command_prints_json_alone_and_fails_where_there_are_problems(small_run: Overrides, here: Here) -> None:
-    done = here("kuavo_train.preflight", *small_run("policy.tokenizer_max_length=20"), "--json")
+    done = here("kuavo_train.preflight", *small_run("learn=null", "policy.tokenizer_max_length=20"), "--json")
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["problems"]
 
 
-def test_machines_are_told_what_the_table_tells(small_run: Overrides) -> None:
-    said = json.loads(examine(small_run()).for_machines())
+def test_machines_are_told_what_the_table_tells(small_configs: Configs) -> None:
+    said = json.loads(examine(small_configs()).for_machines())
     assert said["problems"] == []
     assert [task["name"] for task in said["tasks"]] == ["moving_grasp", "weighing", "placement", "sorting"]
     assert {"parameters", "memory_bytes", "disk_bytes", "training", "notes"} <= said.keys()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from stages import changed
 
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
@@ -37,12 +38,14 @@ Embedded = Callable[..., list[RunConfig]]
 
 @pytest.fixture(scope="module")
 def embedded_in(small_run_in: Callable[..., list[str]]) -> Embedded:
-    """The embedded profile, as it is but for its sizes, in a folder of its own."""
+    """The embedded profile, as it is but for its sizes, in a folder of its own; composed once, then `changed`."""
+    sizes = [item for item in small_run_in(Path("outputs")) if not item.startswith("profile=")]
+    given = ["learn=null", "validation.draws=1", "allow_random_frozen_vlm=true"]
+    composed = compose_run(["profile=embedded", *sizes, *given])
 
-    def configs(folder: Path, *more: str) -> list[RunConfig]:
-        sizes = [item for item in small_run_in(folder) if not item.startswith("profile=")]
-        given = ["learn=null", "validation.draws=1", f"data.cache_root={folder}", "allow_random_frozen_vlm=true"]
-        return compose_run(["profile=embedded", *sizes, *given, *more])
+    def configs(folder: Path, *, data: dict[str, Any] | None = None, **changes: Any) -> list[RunConfig]:
+        here = {"outputs": str(folder), "data": {"cache_root": str(folder), **(data or {})}}
+        return [changed(config, **here, **changes) for config in composed]
 
     return configs
 
@@ -55,7 +58,7 @@ def embedded(embedded_in: Embedded, tmp_path: Path) -> Embedded:
 @pytest.fixture(scope="module")
 def begun(embedded_in: Embedded, tmp_path_factory: pytest.TempPathFactory) -> list[RunConfig]:
     """A run with its first stage done, in which nothing is frozen and no embedding computed."""
-    configs = embedded_in(tmp_path_factory.mktemp("begun"), "policy.mem_backprop_depth=2")
+    configs = embedded_in(tmp_path_factory.mktemp("begun"), policy={"mem_backprop_depth": 2})
     run(configs, 0)
     return configs
 
@@ -115,7 +118,7 @@ def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(em
 @pytest.mark.parametrize("trained", ["vision", "connector"])
 def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(embedded: Embedded, trained: str) -> None:
     frozen = {"vision": "connector", "connector": "vision"}[trained]
-    stage = opened(embedded(f"training.freeze=[{frozen}]"))
+    stage = opened(embedded(training={"freeze": [frozen]}))
     assert all(isinstance(source, CachedFrames) for source in stage.images.sources.values())
     assert "no embeddings: the image encoder is trained" in describe(stage.findings)
 
@@ -123,8 +126,8 @@ def test_a_stage_that_trains_a_part_of_the_encoder_uses_frames(embedded: Embedde
 def test_the_loss_from_features_is_that_from_pictures(embedded: Embedded) -> None:
     relative = []
     batches: list[dict[str, Any]] = []
-    for cached in ("true", "false"):
-        stage = opened(embedded(f"data.feature_cache={cached}"))
+    for cached in (True, False):
+        stage = opened(embedded(data={"feature_cache": cached}))
         stage.images.fill(progress=False)
         dataset = stage.dataset(stage.tasks)
         draws = [Draw(place, row) for place in range(4) for row in (0, 20, 41, 69)]

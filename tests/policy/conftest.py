@@ -4,20 +4,40 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.smolvla import smolvlm_with_expert
 from tiny_sizes import ACTION_DIM, CAMERAS, CHUNK, LANGUAGE_LENGTH, STATE_DIM
 from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
 
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 torch.set_num_threads(1)
+
+
+_config_of = cache(AutoConfig.from_pretrained)
+_processor_of = cache(AutoProcessor.from_pretrained)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _vlm_read_once() -> Iterator[None]:
+    """LeRobot reads config and processor of the VLM for every policy: more than half of what a tiny one takes."""
+    configs = SimpleNamespace(from_pretrained=lambda name: deepcopy(_config_of(name)))
+    processors = SimpleNamespace(from_pretrained=_processor_of)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(smolvlm_with_expert, "AutoConfig", configs)
+        patched.setattr(smolvlm_with_expert, "AutoProcessor", processors)
+        yield
 
 
 @pytest.fixture(scope="session")
