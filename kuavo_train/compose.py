@@ -78,6 +78,8 @@ def compose_run(
 
 def _compose_all(overrides: Sequence[str], current: RunConfig | None, folders: ConfigFolders) -> list[RunConfig]:
     def composed(file: TaskFile) -> RunConfig:
+        if current is not None and file.task == current.stage.name:
+            return current
         try:
             return resolve(hydra.compose("train", overrides=[f"task={file.choice}", *overrides, *folders.for_hydra]))
         except HydraException as error:

@@ -139,6 +139,7 @@ def words_for_hydra(words: Sequence[str], folders: ConfigFolders) -> list[str]:
     return [taken for word in words for taken in _for_hydra(word, parsed(word), folders)]
 
 
+@cache
 def parsed(word: str) -> Override:
     """Raises `ConfigError` for a word that is no override."""
     require(not word.startswith("="), "arguments", "be key=value", word)
