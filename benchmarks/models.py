@@ -113,16 +113,21 @@ def our_policy(
     return policy
 
 
+def features(cameras: Sequence[str], *, image: int, state: int, actions: int) -> dict[str, Any]:
+    """What a policy's config says it reads and answers: square pictures of `image` pixels, dimensions."""
+    camera = PolicyFeature(FeatureType.VISUAL, (3, image, image))
+    return {
+        "input_features": {OBS_STATE: PolicyFeature(FeatureType.STATE, (state,)), **dict.fromkeys(cameras, camera)},
+        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (actions,))},
+    }
+
+
 def _settings(size: Size, vlm: Path, frozen: Sequence[str]) -> dict[str, Any]:
     return {
         "vlm_model_name": str(vlm),
         "load_vlm_weights": False,
         "device": "cpu",
-        "input_features": {
-            OBS_STATE: PolicyFeature(FeatureType.STATE, (STATE,)),
-            **{camera: PolicyFeature(FeatureType.VISUAL, (3, size.image, size.image)) for camera in CAMERAS},
-        },
-        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (ACTIONS,))},
+        **features(CAMERAS, image=size.image, state=STATE, actions=ACTIONS),
         "resize_imgs_with_padding": (size.image, size.image),
         "chunk_size": size.chunk,
         "n_action_steps": min(8, size.chunk),

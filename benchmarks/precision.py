@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 
 from benchmarks.end_to_end import run_command
 from benchmarks.measuring import Table
-from benchmarks.models import CAMERAS
+from benchmarks.models import CAMERAS, features
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import train_all_stages
@@ -99,14 +98,12 @@ def write_bases(work: Path, seed: int, settings: Settings) -> None:
 
 
 def _base_config(vlm: Path, settings: Settings, *, load_vlm_weights: bool) -> SmolVLAConfig:
-    camera = PolicyFeature(FeatureType.VISUAL, (3, settings.image, settings.image))
     return SmolVLAConfig(
         vlm_model_name=str(vlm),
         load_vlm_weights=load_vlm_weights,
         device="cpu",
         push_to_hub=False,
-        input_features={**dict.fromkeys(CAMERAS, camera), OBS_STATE: PolicyFeature(FeatureType.STATE, (16,))},
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (16,))},
+        **features(CAMERAS, image=settings.image, state=16, actions=16),
         resize_imgs_with_padding=(settings.image, settings.image),
         chunk_size=16,
         n_action_steps=8,

@@ -26,11 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from benchmarks.models import LAYOUTS
+from benchmarks.models import LAYOUTS, features
 from kuavo_train.config import TrainingConfig
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset
@@ -186,11 +185,7 @@ def build(settings: Settings, folder: Path) -> tuple[SmolVLAMemoryPolicy, Any]:
         vlm_model_name=str(vlm),
         load_vlm_weights=True,
         device="cpu",
-        input_features={
-            OBS_STATE: PolicyFeature(FeatureType.STATE, (1,)),
-            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)),
-        },
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (2,))},
+        **features([CAMERA], image=SIZE, state=1, actions=2),
         resize_imgs_with_padding=(SIZE, SIZE),
         tokenizer_max_length=8,
         chunk_size=1,

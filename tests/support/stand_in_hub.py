@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import OBS_IMAGES
 
-from benchmarks.models import SIZES
+from benchmarks.models import SIZES, features
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 
 SMOLVLM, SMOLVLA = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "lerobot/smolvla_base"
@@ -34,17 +33,12 @@ def write_smolvla(folder: Path, vlm: Path, **settings: Any) -> None:
     Args:
         settings: of its config, in place of smolvla_base's.
     """
-    camera = PolicyFeature(FeatureType.VISUAL, (3, 256, 256))
     config = SmolVLAConfig(
         vlm_model_name=str(vlm),
         load_vlm_weights=False,
         device="cpu",
         **{"num_vlm_layers": 16, **settings},
-        input_features={
-            **{f"{OBS_IMAGES}.camera{number}": camera for number in (1, 2, 3)},
-            OBS_STATE: PolicyFeature(FeatureType.STATE, (6,)),
-        },
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (6,))},
+        **features([f"{OBS_IMAGES}.camera{number}" for number in (1, 2, 3)], image=256, state=6, actions=6),
     )
     torch.manual_seed(0)
     policy = SmolVLAPolicy(config)
