@@ -3,6 +3,7 @@
 Nothing here imports torch: the process that hands tests to the workers of pytest-xdist would wait for it first.
 """
 
+import gc
 import json
 import os
 from collections import Counter
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     known = _recorded()
     items.sort(key=lambda item: -known.get(_file(item.nodeid), float("inf")))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported, which it would look through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class RecordDurations:

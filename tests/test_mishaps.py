@@ -4,15 +4,15 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Forked, when
+from forked import Forked, fork, when
 from stages import run
 from torch.utils.data import get_worker_info
 
@@ -20,6 +20,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.data import workers
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.plan import size_text
+from kuavo_train.data.workers import begin_as_worker
 from kuavo_train.errors import ConfigError, RunError
 from kuavo_train.runs import run_folder
 from kuavo_train.runs.files import JsonLines
@@ -80,12 +81,7 @@ def test_the_death_of_a_worker_ends_the_run_with_a_line(
     assert stage.about["reason"] in message
 
 
-HAND_OVER_TO_NOBODY = """
-import multiprocessing, socket
-from multiprocessing import resource_sharer
-from kuavo_train.data.workers import begin_as_worker
-
-def hand_over():
+def hand_over_to_nobody() -> int:
     begin_as_worker(0)
     address, _ = resource_sharer.DupFd(1)._id
     for bytes_read in (0, 4):
@@ -95,14 +91,9 @@ def hand_over():
     resource_sharer.stop(timeout=20)
     raise LookupError("a fault of its own is reported")
 
-worker = multiprocessing.get_context("fork").Process(target=hand_over)
-worker.start()
-worker.join()
-"""
 
-
-def test_a_worker_says_nothing_of_a_trainer_that_has_gone_while_it_hands_over_a_batch() -> None:
-    done = subprocess.run([sys.executable, "-c", HAND_OVER_TO_NOBODY], capture_output=True, text=True, timeout=60)
+def test_a_worker_says_nothing_of_a_trainer_that_has_gone_while_it_hands_over_a_batch(tmp_path: Path) -> None:
+    done = fork(hand_over_to_nobody, tmp_path / "printed").wait()
     assert "ConnectionResetError" not in done.stderr
     assert "EOFError" not in done.stderr
     assert done.stderr.splitlines()[-1] == "LookupError: a fault of its own is reported"

@@ -3,7 +3,7 @@
     running = forked("kuavo_train", *words, before=lambda: when(Learner, "learn", send(signal.SIGTERM), call=3))
     done = running.wait()
 
-Forking is safe where torch has one thread, as in all tests (tests/conftest.py), and CUDA was not touched.
+Forking is safe where torch has one thread, as in all tests (shared_fixtures.py), and CUDA was not touched.
 """
 
 import contextlib
