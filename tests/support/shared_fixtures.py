@@ -109,7 +109,7 @@ def _train_simulated_run(outputs: Path) -> None:
             "profile=smoke",
             f"outputs={outputs}",
             "simulation.episodes=5",
-            "simulation.image_size=16",
+            "simulation.image_size=32",
             "data.held_out_episodes=2",
             "data.record_workers=1",
             "tiny_vlm.image_size=32",
