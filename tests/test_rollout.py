@@ -128,9 +128,9 @@ def test_an_environment_that_raises_is_reported_and_the_others_go_on() -> None:
 
 def test_a_process_that_dies_or_hangs_takes_only_its_own_episodes_with_it() -> None:
     broken = Environment(COUNTING.id, COUNTING.task, {"fails": {0: "die", 5: "hang"}})
-    rollouts = play(range(8), environment=broken, parallel=2, timeout=5.0)
+    rollouts = play(range(8), environment=broken, parallel=2, timeout=10.0)
     errors = {episode.seed: episode.error for episode in rollouts.failures}
-    assert errors == {0: "the environment's process died", 5: "the environment did not answer within 5 s"}
+    assert errors == {0: "the environment's process died", 5: "the environment did not answer within 10 s"}
     assert rollouts.successes == rollouts.trials == 6
 
 
