@@ -11,8 +11,8 @@ import numpy as np
 
 from kuavo_sim.picture_size import ImageSize, height_and_width
 from kuavo_sim.render import RENDERERS, RayRenderer, Renderer, depth_picture, make_renderer
+from kuavo_sim.repertoire import REPERTOIRE
 from kuavo_sim.robot import CAMERAS, DEPTHS, FPS, STATE_NAMES, action_limits
-from kuavo_sim.tasks import TASKS
 from kuavo_sim.tasks.task import Task
 
 _OVERVIEW_SIZE = 256
@@ -35,10 +35,10 @@ class KuavoEnv(gymnasium.Env):
 
     `info`: success and is_success (bool), failed (bool), subgoals (name → bool), progress (float in [0, 1]), cue and
     choice (int or None: what was demanded, what the robot did), decision_point (bool: this observation is the first
-    whose right action depends on the cue).
+    whose right action depends on the cue); of a skill also instruction (str, of this episode).
 
     Args:
-        task: name, one of `TASKS`.
+        task: name, of a job or a skill.
         image_size: side of square pictures in pixels, or (height, width).
         renderer: "rays", "egl" or "none" (black pictures, physics only).
         phase_visible: whether lamps show which phase the job is in (weighing: the "done" light).
@@ -61,8 +61,8 @@ class KuavoEnv(gymnasium.Env):
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
     ):
-        if task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if task not in REPERTOIRE:
+            raise ValueError(f"task must be one of {', '.join(REPERTOIRE)}, got {task!r}")
         height, width = height_and_width(image_size)
         if not 8 <= min(height, width) <= max(height, width) <= 1024:
             raise ValueError(f"image_size must be in [8, 1024] pixels, got {image_size}")
@@ -74,7 +74,7 @@ class KuavoEnv(gymnasium.Env):
             raise ValueError(f'render_mode must be "rgb_array" or None, got {render_mode!r}')
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
-        self.task: Task = TASKS[task](phase_visible=phase_visible)
+        self.task: Task = REPERTOIRE[task](phase_visible=phase_visible)
         self.image_size, self.renderer, self.render_mode = image_size, renderer, render_mode
         self.depth = depth
         self._max_episode_steps = max_episode_steps or self.task.time_limit  # LeRobot's evaluator reads this name
@@ -108,6 +108,7 @@ class KuavoEnv(gymnasium.Env):
         elif options.get("cue") is not None:
             raise ValueError(f"{self.task.name} has no cue, got {options['cue']!r}")
         self.task.reset(self.np_random, cue)
+        self.task_description = self.task.instruction
         if self._renderer is not None:
             self._renderer.close()
         self._renderer = make_renderer(self.renderer, self.task.world.model, self.image_size)
@@ -164,7 +165,9 @@ class KuavoEnv(gymnasium.Env):
 
     def _info(self) -> Info:
         task = self.task
+        own_words = {"instruction": task.instruction} if task.words_vary else {}
         return {
+            **own_words,
             "success": task.success,
             "is_success": task.success,
             "failed": task.failed,

@@ -28,6 +28,7 @@ class Demonstration:
     """One episode by the expert. T steps; observation t is what was seen before action t."""
 
     seed: int
+    instruction: str
     cue: int | None
     success: bool
     states: np.ndarray  # [T, 16] float32
@@ -79,6 +80,7 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
         pass  # the episode counts as failed
     return Demonstration(
         seed=seed,
+        instruction=task.instruction,
         cue=info["cue"],
         success=info["success"],
         states=np.array(states, np.float32),

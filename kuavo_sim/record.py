@@ -43,6 +43,7 @@ from kuavo_sim.cpus import usable_cpus
 from kuavo_sim.env import KuavoEnv
 from kuavo_sim.expert import Demonstration, demonstrate
 from kuavo_sim.picture_size import ImageSize, height_and_width
+from kuavo_sim.repertoire import REPERTOIRE
 from kuavo_sim.robot import BASE_NAMES, CAMERAS, DEPTHS, FPS, STATE_NAMES
 from kuavo_sim.sheet import contact_sheet
 from kuavo_sim.tasks import TASKS
@@ -79,7 +80,7 @@ class RecordSettings:
     def __post_init__(self) -> None:
         sides = height_and_width(self.image_size)
         rules = (
-            ("task", self.task in TASKS, f"be one of {', '.join(TASKS)}"),
+            ("task", self.task in REPERTOIRE, f"be one of {', '.join(REPERTOIRE)}"),
             ("episodes", 1 <= self.episodes <= _SEEDS_PER_RECORDING // 2, f"be in [1, {_SEEDS_PER_RECORDING // 2}]"),
             ("seed", 0 <= self.seed <= _MAX_SEED, f"be in [0, {_MAX_SEED}]"),
             # Video in yuv420p needs even sides.
@@ -154,7 +155,7 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
 
     av.logging.set_libav_level(av.logging.ERROR)  # x264 reports every episode otherwise
     datasets.disable_progress_bars()
-    task = TASKS[settings.task]
+    task = REPERTOIRE[settings.task]
     shape = (*height_and_width(settings.image_size), 3)
     picture = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
     actions = STATE_NAMES + BASE_NAMES if task.mobile else STATE_NAMES
@@ -197,7 +198,7 @@ def _write_episodes(
     settings: RecordSettings, dataset: "LeRobotDataset", *, workers: int | None, progress: bool
 ) -> tuple[list[dict], Image.Image]:
     """Fill `dataset`; what is to be known beside it: side data per episode, and a picture sheet of the first."""
-    task = TASKS[settings.task]
+    task = REPERTOIRE[settings.task]
     side_data: list[dict] = []
     bar = tqdm(total=settings.episodes, desc=f"recording {settings.task}", unit="episode", disable=not progress)
     with bar, contextlib.closing(_demonstrations(settings, workers)) as demonstrations:
@@ -208,7 +209,7 @@ def _write_episodes(
                     frame[f"observation.{name}"] = np.repeat(depths[t][..., None], 3, axis=-1)
                 frame["observation.state"] = demonstration.states[t]
                 frame["action"] = demonstration.actions[t]
-                dataset.add_frame({**frame, "task": task.instruction})
+                dataset.add_frame({**frame, "task": demonstration.instruction})
             dataset.save_episode()
             if not side_data:
                 sheet = contact_sheet(task, demonstration)
@@ -264,7 +265,7 @@ def _in_seed_order(settings: RecordSettings, first: int, workers: int) -> Genera
 
 def demonstration_of(settings: RecordSettings, seed: int) -> Demonstration:
     """The episode that a recording under these settings holds of a seed, if the expert succeeds."""
-    task = TASKS[settings.task]
+    task = REPERTOIRE[settings.task]
     env = KuavoEnv(
         settings.task,
         image_size=settings.image_size,

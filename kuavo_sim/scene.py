@@ -197,6 +197,19 @@ class World:
         self.data.ctrl[:] = self._controls(self.target)
         mujoco.mj_forward(self.model, self.data)
 
+    def put_in_hand(self, side: str) -> None:
+        """Let the episode begin with the object in a closed claw, upright as the hand holds it."""
+        grip = 1 - self._graspable.width / (2 * FINGER_TRAVEL)
+        self.target[CLAW_INDEX[side]] = 1.0
+        place = self.data.qpos[self._joint_address(("object",))[0] :]
+        place[:3] = self.tool_position(side)
+        mujoco.mju_mat2Quat(place[3:7], self.tool_rotation(side).ravel())
+        self.data.qpos[self._joint_address((f"{side}_finger_a", f"{side}_finger_b"))] = FINGER_TRAVEL * grip
+        mujoco.mj_forward(self.model, self.data)
+        self._grasp_or_release(side)
+        self.data.ctrl[:] = self._controls(self.target)
+        mujoco.mj_forward(self.model, self.data)
+
     # ── what is the case ────────────────────────────────────────────────────
 
     def state(self) -> np.ndarray:

@@ -25,7 +25,7 @@ def contact_sheet(task: type[Task], demonstration: Demonstration) -> Image.Image
     cue = "none" if demonstration.cue is None else task.cues[demonstration.cue]
     header = f"{task.name}   cue: {cue}   seed {demonstration.seed}   {len(demonstration.actions)} steps at {FPS} Hz"
     draw.text((_GAP, 4), header, fill=(0, 0, 0), font=ImageFont.load_default(15))
-    lines = textwrap.wrap(task.instruction, width // 7)[:2]
+    lines = textwrap.wrap(demonstration.instruction, width // 7)[:2]
     draw.text((_GAP, 26), "\n".join(lines), fill=(70, 70, 70), font=ImageFont.load_default(12))
     for column, frame in enumerate(frames):
         x = _GAP + column * (cell[0] + _GAP)

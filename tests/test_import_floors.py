@@ -26,7 +26,7 @@ FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not impo
     {"probing"},
     {"__main__", "evaluate", "inspect_data", "memory_report", "preflight", "report", "serve"},
     {"curriculum", "probes"},
-    {"study"},
+    {"base", "study"},
 ]
 NEIGHBOURS = {  # package beside kuavo_train → rooms that may import it
     # those that carry its memory from query to query, and those that build or open a policy
@@ -111,14 +111,20 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"motions"},
     {"tasks.task"},
     {"tasks.moving_grasp", "tasks.placement", "tasks.sorting", "tasks.weighing"},
-    {"tasks"},
+    {"skills.words", "tasks"},
+    {"skills.things"},
+    {"skills.skill"},
+    {"skills.drive", "skills.hand_over", "skills.put"},
+    {"skills"},
+    {"repertoire"},
     {"env"},
     {"expert", "lerobot.environment"},
     {"lerobot.robot", "sheet"},
     {"lerobot", "record"},
 ]
 POLICY = [
-    {"configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule", "vlm_description"},
+    {"configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule"},
+    {"tiny_vlm_words", "vlm_description"},
     {"memory", "pretrained_weights", "processor_smolvla_memory"},
     {"backbone", "lerobot_forward", "tiny_vlm"},
     {"flow_model"},

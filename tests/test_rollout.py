@@ -18,9 +18,9 @@ from kuavo_train.compose import compose_run
 from kuavo_train.config import RolloutConfig, RunConfig, SimulationConfig
 from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
-from kuavo_train.evaluation.environment_pool import carry_out_orders, seen_in
+from kuavo_train.evaluation.environment_pool import Seen, carry_out_orders, seen_in
 from kuavo_train.evaluation.episodes import Rollouts
-from kuavo_train.evaluation.rollout import Environment, roll_out
+from kuavo_train.evaluation.rollout import Environment, observation_of, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.stage import run_stage
 from kuavo_train.stage.stage_validation import StageValidation
@@ -107,6 +107,14 @@ def test_a_trace_holds_what_was_seen_before_every_action(rollouts: Rollouts) -> 
     shown = [np.asarray(Image.open(io.BytesIO(pictures["head"]))) for pictures in trace.pictures]
     assert [int(picture[0, 0, 0]) for picture in shown] == list(range(6))
     assert [norms.tolist() for norms in trace.memory_norms] == [[3.0, 0.0]] * 6
+
+
+def test_an_environment_with_words_of_its_own_for_an_episode_has_them_told_to_its_robot() -> None:
+    def seen(**info: str) -> Seen:
+        return Seen({"head": np.zeros((4, 4, 3), np.uint8)}, np.zeros(2, np.float32), info)
+
+    assert observation_of([seen(), seen()], "count")["task"] == "count"
+    assert observation_of([seen(instruction="count to three"), seen()], "count")["task"] == ["count to three", "count"]
 
 
 def test_a_policy_that_acts_wrongly_fails_at_the_environments_or_at_our_limit() -> None:

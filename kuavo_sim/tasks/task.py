@@ -24,7 +24,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    instruction: ClassVar[str]
+    instruction: str  # of all episodes, or where `words_vary` of this one
+    words_vary: ClassVar[bool] = False
     subgoals: ClassVar[tuple[str, ...]]  # in order; the last one is success
     cues: ClassVar[tuple[str, ...]] = ()
     time_limit: ClassVar[int]  # control steps

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from kuavo_sim import ENVIRONMENT_IDS
-from kuavo_sim.tasks import TASKS
+from kuavo_sim.repertoire import REPERTOIRE
 from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
@@ -148,7 +148,9 @@ def _play(
 
 def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: float) -> list[Json]:
     """Videos below the folder named like the JSON, and what they show, at the rate the policy was trained at."""
-    simulated = {f"kuavo_sim:{id}": TASKS[name] for name, id in ENVIRONMENT_IDS.items()}.get(rollouts.environment.id)
+    simulated = {f"kuavo_sim:{id}": REPERTOIRE[name] for name, id in ENVIRONMENT_IDS.items()}.get(
+        rollouts.environment.id
+    )
     films = []
     for rank, episode in picked(rollouts.played, options.videos):
         caption = Caption(

@@ -9,7 +9,8 @@ memory reset where an episode begins. One query serves several robots. An episod
 checkpoint, the environment and its seed, wherever in the batch it is played, up to the rounding of batched arithmetic.
 
 Environments observe `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [S]}`, LeRobot's convention, and report success
-as `info["is_success"]`. What else kuavo_sim reports is taken where it is there: sub-goals, progress, cue, choice.
+as `info["is_success"]`. What else kuavo_sim reports is taken where it is there: sub-goals, progress, cue, choice, and
+the episode's own instruction.
 """
 
 import io
@@ -177,8 +178,14 @@ def _roughness(actions: Sequence[np.ndarray]) -> float:
 
 
 def observation_of(seen: Sequence[Seen], task: str) -> Observation:
-    """What the policy is shown, of B robots: each camera [B, H, W, 3], the state [B, S], and the task of all."""
+    """What the policy is shown, of B robots: each camera [B, H, W, 3], the state [B, S], and what each is told.
+
+    Args:
+        task: the instruction where an environment has no words of its own for an episode (`info["instruction"]`).
+    """
     cameras = {
         f"{OBS_IMAGES}.{camera}": np.stack([each.pictures[camera] for each in seen]) for camera in seen[0].pictures
     }
-    return {**cameras, OBS_STATE: np.stack([each.state for each in seen]), "task": task}
+    own = [each.info.get("instruction", task) for each in seen]
+    told = own if any("instruction" in each.info for each in seen) else task
+    return {**cameras, OBS_STATE: np.stack([each.state for each in seen]), "task": told}

@@ -28,8 +28,10 @@ def test_an_environment_passes_gymnasiums_check(task):
 
 
 def test_the_ids_are_those_of_the_documentation():
-    assert list(kuavo_sim.ENVIRONMENT_IDS) == list(kuavo_sim.JOBS) == list(kuavo_sim.tasks.TASKS)
-    assert list(kuavo_sim.ENVIRONMENT_IDS.values()) == [
+    assert list(kuavo_sim.JOBS) == list(kuavo_sim.tasks.TASKS)
+    assert list(kuavo_sim.SKILLS) == list(kuavo_sim.skills.SKILLS)
+    assert list(kuavo_sim.ENVIRONMENT_IDS) == [*kuavo_sim.JOBS, *kuavo_sim.SKILLS]
+    assert [kuavo_sim.ENVIRONMENT_IDS[job] for job in kuavo_sim.JOBS] == [
         "kuavo_sim/MovingGrasp-v0",
         "kuavo_sim/Weighing-v0",
         "kuavo_sim/Placement-v0",
@@ -207,7 +209,7 @@ def test_environments_run_side_by_side_in_a_gymnasium_vector():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"task": "juggling"}, "task must be one of moving_grasp, weighing, placement, sorting, got 'juggling'"),
+        ({"task": "juggling"}, "task must be one of moving_grasp, weighing, placement, sorting, .*, got 'juggling'"),
         ({"task": "weighing", "image_size": 4}, "image_size must be in"),
         ({"task": "weighing", "image_size": (64, 4)}, r"image_size must be in .* got \(64, 4\)"),
         (
