@@ -29,6 +29,11 @@ _INSTALLED = Path(__file__).resolve().parent / "configs"
 CONFIG_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "configs"
 """The YAML files: inside the package where that was installed from a wheel, beside it in the repository."""
 
+MODELS_FOLDER = CONFIG_FOLDER.parent / "models"
+"""Pretrained models that come with the project, beside the YAML files."""
+
+OmegaConf.register_new_resolver("model", lambda name: str(MODELS_FOLDER / name), replace=True)
+
 
 def said(error: BaseException, limit: int = 1500) -> str:
     """What an error says: its type and text, and of those it came from the last that says anything else.
@@ -353,6 +358,11 @@ class TinyVLMConfig:
     patch_size: int = 16  # pixels a patch; smaller ones make more tokens
     scale_factor: int = 2  # patches per side that the connector joins into one token
     seed: int = 0  # of its weights
+    corpus: str = "tasks"  # what its tokenizer is made from: tasks (their instructions), words (a fixed list)
+    vocabulary_size: int = 512  # tokens at most
+
+    def __post_init__(self) -> None:
+        one_of("tiny_vlm.corpus", self.corpus, ("tasks", "words"))
 
 
 @dataclass(frozen=True)
@@ -402,6 +412,7 @@ class RunConfig:
     offline: bool = False  # never use the hub: everything is in local folders or in its cache
     licence: str = "apache-2.0"  # of the trained weights, in their model card
     allow_random_frozen_vlm: bool = False
+    base_sha256: str | None = None  # of the weights at policy.pretrained_path; None: whatever is there
     data_only: bool = False  # record missing demonstrations and stop
     tasks_dir: str | None = None  # folder of the tasks' files, in place of configs/tasks
     config_dir: str | None = None  # folder of groups and tasks beside those of configs

@@ -68,7 +68,7 @@ class _Settings:
     seed: int
     corpus: list[str]
     dtype: str
-    version: int = 1  # to be raised when this module writes something else for the same settings
+    version: int = 2  # to be raised when this module writes something else for the same settings
 
     def __post_init__(self) -> None:
         for name in ("text_hidden", "vision_hidden"):
@@ -128,7 +128,7 @@ def make_tiny_vlm(
         scale_factor: how many patches per side are merged into one token.
         key_value_heads: of the language model; None gives every head its own.
         text_intermediate, vision_intermediate: widths of the feed-forward layers; None: twice the model's.
-        vocabulary_size: rows of the embedding. The tokenizer fills the first of them.
+        vocabulary_size: rows of the embedding. The tokenizer fills as many of them as the corpus gives it words for.
         write_weights: false writes shapes only, for `load_vlm_weights=False`.
         corpus: instructions to train the tokenizer on. Sentences like these then take few tokens; any other
             text still tokenizes, byte by byte at worst.
@@ -187,7 +187,7 @@ def _move_into_place(staging: Path, folder: Path, settings: _Settings) -> None:
 
 
 def _write(folder: Path, settings: _Settings) -> None:
-    tokenizer = _train_tokenizer(settings.corpus)
+    tokenizer = _train_tokenizer(settings.corpus, settings.vocabulary_size)
     _processor(tokenizer, settings).save_pretrained(folder)
     config = _model_config(tokenizer, settings)
     if settings.write_weights:
@@ -203,12 +203,12 @@ def _write(folder: Path, settings: _Settings) -> None:
     os.chmod(folder, 0o755)  # mkdtemp makes folders that only their owner can enter
 
 
-def _train_tokenizer(corpus: Sequence[str]) -> PreTrainedTokenizerFast:
+def _train_tokenizer(corpus: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=size,
         special_tokens=[*SPECIAL_TOKENS.values(), *IMAGE_TOKENS.values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -37,6 +37,7 @@ from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # 
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
+from lerobot_policy_smolvla_memory.tiny_vlm_words import WORDS
 from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
 
 NOT_A_FIELD = ("type", "pretrained_path")
@@ -119,10 +120,10 @@ def configure_policy(
         # A checkpoint keeps its own: a task added later must not change its tokenizer.
         stored = PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
         values["vlm_model_name"] = vlm_described_in(checkpoint, stored)
-    elif config.tiny_vlm is not None and "vlm_model_name" in values:
-        values["vlm_model_name"] = _tiny_vlm(config, instructions)
     elif "vlm_model_name" in values and source is not None and Path(source).is_dir():
         values["vlm_model_name"] = vlm_described_in(source, values["vlm_model_name"])
+    elif config.tiny_vlm is not None and "vlm_model_name" in values:
+        values["vlm_model_name"] = _tiny_vlm(config, instructions)
     if source is not None:
         # It holds the weights of the parts as well; fetched once more they would only be overwritten.
         values |= {key: nothing for key, nothing in WEIGHTS_OF_PARTS.items() if key in values}
@@ -158,6 +159,8 @@ def build_policy(
     source = _source(config, checkpoint)
     if misnamed := _misnamed("policy.pretrained_path", source):
         raise ConfigError(misnamed[0])
+    if source is not None and source != checkpoint:
+        check_base(config.base_sha256, source)
     _check_frozen_vlm(config, policy_config, frozen, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StoredNarrower)  # preflight reports it, of what learns in this stage
@@ -173,6 +176,19 @@ def build_policy(
     statistics = {**normalization.for_lerobot(), **_picture_statistics(policy_config)}
     preprocessor, postprocessor = make_pre_post_processors(policy_config, dataset_stats=statistics)
     return BuiltPolicy(policy.to(device), preprocessor, postprocessor, _stored_dtypes(source))
+
+
+def check_base(expected: str | None, source: str | Path) -> None:
+    """Raises `ConfigError` where the weights in a folder are not those that the configuration names."""
+    weights = Path(source) / constants.SAFETENSORS_SINGLE_FILE
+    if expected is None or not weights.is_file():
+        return
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != expected:
+        raise ConfigError(
+            f"base_sha256 must be that of {weights}, got {expected}, where {found} is there; restore the file, or say "
+            "base_sha256=null to start from what is there"
+        )
 
 
 def _check_freezing(config: RunConfig, policy: PreTrainedPolicy) -> None:
@@ -220,7 +236,8 @@ def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
 
 def _tiny_vlm(config: RunConfig, instructions: Sequence[str]) -> str:
     """Folder of the tiny VLM, made now unless it is there."""
-    settings = {**asdict(config.tiny_vlm), "corpus": list(instructions)}  # type: ignore[arg-type]
+    settings = asdict(config.tiny_vlm)  # type: ignore[arg-type]
+    settings["corpus"] = list(instructions) if settings["corpus"] == "tasks" else [" ".join(WORDS.split())]
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return str(make_tiny_vlm(Path(config.outputs).resolve() / "tiny_vlm" / name, **settings))
 

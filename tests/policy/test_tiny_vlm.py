@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from kuavo_sim.tasks import TASKS
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
+from lerobot_policy_smolvla_memory.tiny_vlm_words import WORDS
 
 SENTENCE = "Pick up the package from the conveyor belt, weigh it on the electronic scale"
 SMALL = {
@@ -86,3 +88,13 @@ def test_transformers_opens_it_by_name(tmp_path):
 def test_sizes_that_do_not_divide_are_refused(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message):
         make_tiny_vlm(tmp_path / "vlm", **sizes)
+
+
+def test_a_tokenizer_of_words_alone_serves_instructions_it_was_not_made_from(tmp_path):
+    folder = make_tiny_vlm(
+        tmp_path / "vlm", corpus=[" ".join(WORDS.split())], vocabulary_size=1024, write_weights=False, **SMALL
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lengths = [len(tokenizer(job.instruction)["input_ids"]) for job in TASKS.values()]
+    assert max(lengths) <= 70  # of at most 96; made from 512 tokens they were 118
+    assert not any(job.instruction[:40] in WORDS for job in TASKS.values())
