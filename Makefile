@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train-stage train-all-stages study probes report evaluate test test-full lint format bench docs pictures constraints clean
+.PHONY: help setup data base train-stage train-all-stages study probes report evaluate test test-full lint format bench docs pictures constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -26,6 +26,9 @@ setup: .venv/.ready  ## make .venv with everything in it (the other targets do i
 
 data: .venv/.ready  ## record the simulated demonstrations that are missing
 	$(PY) -m kuavo_train.curriculum data_only=true $(ARGS)
+
+base: .venv/.ready  ## pretrain the small base that simulated runs start from: generic skills, none of the jobs
+	$(PY) -m kuavo_train.base $(ARGS)
 
 STAGE_TASK := $(filter $(basename $(notdir $(TASK))),$(TASKS))
 ifneq ($(STAGE_TASK),)

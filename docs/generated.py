@@ -29,6 +29,7 @@ COMMANDS = (
     "kuavo_train/__main__.py",
     "kuavo_train/curriculum.py",
     "kuavo_train/study.py",
+    "kuavo_train/base.py",
     "kuavo_train/preflight.py",
     "kuavo_train/inspect_data.py",
     "kuavo_train/report.py",
@@ -47,7 +48,7 @@ OPTIONS = {  # module with the dataclass of the command's own key=value words
     "kuavo_train.probes": "kuavo_train.probes",
     "kuavo_train.memory_report": "kuavo_train.probing.memory_report",
 }
-GROUPS = ("profile", "policy", "strategy", "memory", "finetune", "recipe", "tasks")
+GROUPS = ("profile", "base", "policy", "strategy", "memory", "finetune", "recipe", "tasks")
 POLICY = REPOSITORY / "lerobot_policy_smolvla_memory" / "configuration_smolvla_memory.py"
 
 

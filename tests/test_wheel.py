@@ -50,8 +50,9 @@ def test_wheel_and_source_hold_all_that_is_needed_and_neither_tests_nor_benchmar
     ours = {file.relative_to(REPOSITORY) for name in PACKAGES for file in (REPOSITORY / name).rglob("*")}
     ours = {str(file) for file in ours if file.suffix in (".py", ".jinja", ".css", ".typed")}
     configs = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "configs").rglob("*.yaml")}
-    assert ours | configs <= source
-    assert ours | {f"kuavo_train/{file}" for file in configs} <= installed
+    models = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "models").rglob("*") if file.is_file()}
+    assert ours | configs | models <= source
+    assert ours | {f"kuavo_train/{file}" for file in configs | models} <= installed
     assert {name.split("/")[0] for name in installed if ".dist-info" not in name} == {*PACKAGES, ENTRY}
     assert ENTRY in source
     assert not any(name.startswith(("tests", "benchmarks")) for name in source)

@@ -9,11 +9,20 @@ from pathlib import Path
 import numpy as np
 from lerobot.utils.constants import OBS_STATE
 
+from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.reading import read_json
 
 FILE_NAME = "tasks.json"
+
+
+def trained_space(folder: Path) -> FeatureSpace | None:
+    """The dimensions that the checkpoint in `folder` says it was trained with; None where it says none."""
+    if not (folder / FILE_NAME).is_file():
+        return None
+    known = KnownTasks.load(folder)
+    return FeatureSpace(known.state_names, known.action_names)
 
 
 @dataclass(frozen=True)

@@ -110,28 +110,43 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def normalization_from_checkpoint(folder: Path, space: FeatureSpace) -> Normalization:
-    """The statistics a LeRobot checkpoint was trained with, for its own dimensions in the order of `space`.
+def normalization_from_checkpoint(
+    folder: Path, space: FeatureSpace, trained: FeatureSpace | None = None
+) -> Normalization:
+    """The statistics a LeRobot checkpoint was trained with, for the dimensions of `space`.
+
+    Args:
+        trained: the checkpoint's own dimensions, where it names them; those of `space` must be the first of them, as
+            its weights know a dimension by its place. None: it has those of `space`.
 
     Raises:
-        ConfigError: the checkpoint stores none, or another number of dimensions.
+        ConfigError: the checkpoint stores none, or another number of dimensions, or others.
     """
     from safetensors.torch import load_file
 
     states = sorted(folder.glob("policy_preprocessor*normalizer*.safetensors"))
     stored = load_file(states[0]) if states else {}
     statistics: dict[str, Json] = {}
-    for feature, names in ((OBS_STATE, space.state_names), (ACTION, space.action_names)):
+    own = space if trained is None else trained
+    for feature, names, all_names in (
+        (OBS_STATE, space.state_names, own.state_names),
+        (ACTION, space.action_names, own.action_names),
+    ):
         values = {kind: stored.get(f"{feature}.{kind}") for kind in ("mean", "std", "min", "max")}
-        if values["mean"] is None or values["std"] is None or len(values["mean"]) != len(names):
+        if values["mean"] is None or values["std"] is None or len(values["mean"]) != len(all_names):
             raise ConfigError(
-                f"data.normalization=pretrained needs {feature} statistics of {len(names)} dimensions in {folder}, "
+                f"data.normalization=pretrained needs {feature} statistics of {len(all_names)} dimensions in {folder}, "
                 f"got {None if values['mean'] is None else len(values['mean'])}; use data.normalization=joint"
+            )
+        if all_names[: len(names)] != names:
+            raise ConfigError(
+                f"{feature} must have the dimensions that {folder} was trained with, in their order "
+                f"({', '.join(all_names)}), got {', '.join(names)}; start from other weights (base=none)"
             )
         statistics[feature] = {
             "names": list(names),
             **{
-                kind: [_rounded(float(x)) for x in (values["mean"] if value is None else value)]
+                kind: [_rounded(float(x)) for x in (values["mean"] if value is None else value)[: len(names)]]
                 for kind, value in values.items()
             },
             "count": [0] * len(names),

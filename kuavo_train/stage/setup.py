@@ -14,7 +14,7 @@ from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.data.checkpoint_tasks import KnownTasks
+from kuavo_train.data.checkpoint_tasks import KnownTasks, trained_space
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.feature_space import FeatureSpace
@@ -350,7 +350,7 @@ def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization
         return Normalization.load(path)
     if source == "pretrained":
         checkpoint = Path(str(config.policy.get("pretrained_path")))
-        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks))
+        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks), trained_space(checkpoint))
     return fit_normalization(tasks if source == "joint" else tasks[:1], source)
 
 

@@ -1,0 +1,76 @@
+"""The small base that simulated runs start from: `python -m kuavo_train.base [profile=smoke key=value …]`.
+
+It records the generic skills of kuavo_sim (no job is among them), teaches a policy without memory all of them at once,
+and writes what came out as a LeRobot checkpoint: to models/kuavo_sim_base, or with another profile than `base` into
+the run's own folder. It is an ordinary run with other tasks: what was cut off goes on where it stood, and
+`training.epochs=…` with another `run=…` makes a longer one.
+"""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kuavo_train.command_line import hydra_entry
+from kuavo_train.compose import check_overrides, compose_run, stages_to_run
+from kuavo_train.config import CONFIG_FOLDER, RunConfig
+from kuavo_train.curriculum import train_all_stages
+
+PROFILE = "base"
+FOLDER = Path("models") / "kuavo_sim_base"
+SETTLED = (
+    f"tasks_dir={CONFIG_FOLDER / 'skills'}",
+    "strategy=joint",
+    "policy=smolvla",
+    "policy.flow_draws=4",  # a step's prefix serves four: cheap, and less noise in the gradient
+    "tiny_vlm.corpus=words",  # tokens that do not depend on who goes on from it
+    "tiny_vlm.vocabulary_size=1024",
+)
+"""What a base is, whatever its size."""
+NOT_COPIED = shutil.ignore_patterns("*.tmp")
+
+
+def main(_composed: DictConfig, overrides: list[str]) -> int:
+    check_overrides(overrides)
+    configs = compose_run(overrides)
+    from kuavo_train.stage.setup import record_missing_data  # heavy, and the configuration comes first
+
+    if configs[0].data_only:
+        record_missing_data(configs[0], [config.stage for config in configs])
+        return 0
+    if status := train_all_stages(configs):
+        return status
+    into = FOLDER if configs[0].profile == PROFILE else configs[0].run_folder / FOLDER.name
+    print(f"base: {into}, sha256 of its weights {hand_out(stages_to_run(configs)[0], into)}")
+    return 0
+
+
+def hand_out(stage: RunConfig, into: Path) -> str:
+    """Copy a finished stage's result to the folder `into`, in place of what was there; the sha256 of its weights."""
+    from kuavo_train.runs.run_folder import stage_folder
+
+    result = stage_folder(stage).checkpoints.at("best").pretrained_model
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(result, into, ignore=NOT_COPIED)
+    return hashlib.sha256((into / "model.safetensors").read_bytes()).hexdigest()
+
+
+def with_settled(words: Sequence[str]) -> list[str]:
+    """A command line's words after what makes the run one of a base."""
+    given = {word.partition("=")[0] for word in words}
+    profile = [] if "profile" in given else [f"profile={PROFILE}"]
+    name = next((word.partition("=")[2] for word in words if word.startswith("profile=")), PROFILE)
+    run = [] if "run" in given else [f"run={PROFILE if name == PROFILE else f'{PROFILE}-{name}'}"]
+    return [*profile, *SETTLED, *run, *words]
+
+
+def command() -> None:
+    sys.argv[1:] = with_settled(sys.argv[1:])
+    hydra_entry(main)()
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,73 @@
+"""The small base: what makes it, what is handed out, and what a run that starts from it checks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kuavo_sim.tasks import TASKS
+from kuavo_train.base import FOLDER, SETTLED, with_settled
+from kuavo_train.compose import compose_run
+from kuavo_train.config import MODELS_FOLDER
+from kuavo_train.data.feature_space import FeatureSpace
+from kuavo_train.data.normalization import normalization_from_checkpoint
+from kuavo_train.errors import ConfigError
+from kuavo_train.training.policy_factory import check_base
+
+BASE = MODELS_FOLDER / FOLDER.name
+STATE, ACTION = ("a", "b"), ("a", "b", "x")
+
+
+def test_a_base_is_an_ordinary_run_of_the_skills_without_memory_and_with_words_of_no_task() -> None:
+    assert with_settled([]) == ["profile=base", *SETTLED, "run=base"]
+    configs = compose_run(with_settled(["profile=smoke", "seed=3"]))
+    assert [config.run for config in configs] == ["base-smoke"] * len(configs)
+    assert {config.strategy for config in configs} == {"joint"}
+    assert not {config.stage.name for config in configs} & set(TASKS)
+    first = configs[0]
+    assert (first.seed, first.policy["num_mem_tokens"]) == (3, 0)
+    assert first.tiny_vlm is not None
+    assert first.tiny_vlm.corpus == "words"
+
+
+def test_a_run_may_start_from_the_base_and_by_default_starts_from_nothing() -> None:
+    assert compose_run([])[0].policy["pretrained_path"] is None
+    config = compose_run(["base=kuavo_sim_base"])[0]
+    assert config.policy["pretrained_path"] == str(BASE)
+    assert config.data.normalization == "pretrained"
+    assert config.training.freeze_first_stage == config.training.freeze
+    assert config.policy["num_mem_tokens"] > 0  # memory joins at the first stage, as on the robot
+
+
+def test_other_weights_than_those_named_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    check_base(None, tmp_path)
+    with pytest.raises(ConfigError, match=r"base_sha256 must be that of .*, got 123, .*base_sha256=null"):
+        check_base("123", tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    values = {"mean": 1.0, "std": 2.0, "min": -1.0, "max": 3.0}
+    sizes = {"observation.state": len(STATE), "action": len(ACTION)}
+    tensors = {
+        f"{key}.{kind}": torch.full((size,), value) + torch.arange(size)
+        for key, size in sizes.items()
+        for kind, value in values.items()
+    }
+    save_file(tensors, str(tmp_path / "policy_preprocessor_step_5_normalizer_processor.safetensors"))
+    return tmp_path
+
+
+def test_tasks_with_the_first_of_a_bases_dimensions_take_over_its_statistics_of_these(checkpoint: Path) -> None:
+    found = normalization_from_checkpoint(checkpoint, FeatureSpace(STATE, ACTION[:2]), FeatureSpace(STATE, ACTION))
+    assert found.space == FeatureSpace(STATE, ACTION[:2])
+    assert found.array("action", "mean").tolist() == [1.0, 2.0]
+    assert found.array("action", "std").tolist() == [2.0, 3.0]
+
+
+def test_dimensions_at_other_places_than_a_bases_are_refused(checkpoint: Path) -> None:
+    swapped = FeatureSpace(STATE, ("b", "a"))
+    with pytest.raises(ConfigError, match=r"action must have the dimensions .* \(a, b, x\), got b, a; .*base=none"):
+        normalization_from_checkpoint(checkpoint, swapped, FeatureSpace(STATE, ACTION))
