@@ -45,10 +45,9 @@ class DriveAndPick(Skill):
         self.goals = []
         self.instruction = sentence(one_of(rng, _DRIVE_FORMS).format(thing=self.thing.words))
         scene = table_xml("rack", rack_x, half_depth=rng.uniform(0.22, 0.26), half_width=rng.uniform(0.40, 0.55))
-        scene += clutter_xml(rng, (rack_x - 0.1, -0.35), (rack_x + 0.2, 0.35), [place])
+        scene += clutter_xml(rng, (rack_x - 0.1, -0.35), (rack_x + 0.2, 0.35), [place], without=[self.thing.colour])
         at = (place[0], place[1], TABLE_TOP + self.thing.half_height + 0.001)
         scene += object_xml(at, rng.uniform(-0.6, 0.6), self.thing.geoms)
-        self._over = (rng.uniform(0.32, 0.40), sign * rng.uniform(0.10, 0.22), rng.uniform(1.0, 1.08))
         return World(
             scene,
             self.thing.graspable,
@@ -66,7 +65,8 @@ class DriveAndPick(Skill):
     def demonstrate(self, script: Script) -> Iterator[Command]:
         yield from script.drive(*self._stand)
         grip = (0, 0, max(0.0, self.thing.half_height - 0.035))
-        yield from script.pick(self.side, np.add(self._over, [*self._stand[:2], 0]), grip=grip)
+        lift_to = self.world.object_position() + np.array([-0.06, 0.0, 0.20])
+        yield from script.pick(self.side, lift_to, grip=grip)
         yield from script.wait(5)
 
 

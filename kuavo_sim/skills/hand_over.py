@@ -41,7 +41,7 @@ class HandOver(Skill):
         self.instruction = sentence(one_of(rng, _FORMS).format(**words))
         taken = [place, *(each.centre for each in self.goals)]
         scene = table_xml() + "".join(each.xml() for each in self.goals)
-        scene += clutter_xml(rng, (0.30, -0.5), (0.70, 0.5), taken)
+        scene += clutter_xml(rng, (0.30, -0.5), (0.70, 0.5), taken, without=[self.thing.colour])
         start = (place[0], place[1], TABLE_TOP + self.thing.half_height + 0.001)
         scene += object_xml(start, rng.uniform(-0.4, 0.4), self.thing.geoms)
         self._meeting = (rng.uniform(0.33, 0.39), sign * rng.uniform(-0.04, 0.04), rng.uniform(1.03, 1.09))

@@ -31,10 +31,9 @@ class _Put(Skill):
         self.instruction = get_and_set(rng, self.thing.words, one_of(rng, _FROM_TABLE), goal)
         taken = [place, *(each.centre for each in self.goals)]
         scene = table_xml() + "".join(each.xml() for each in self.goals)
-        scene += clutter_xml(rng, (0.30, -0.5), (0.70, 0.5), taken)
+        scene += clutter_xml(rng, (0.30, -0.5), (0.70, 0.5), taken, without=[self.thing.colour])
         start = (place[0], place[1], TABLE_TOP + self.thing.half_height + 0.001)
         scene += object_xml(start, rng.uniform(-0.8, 0.8), self.thing.geoms)
-        self._over = (rng.uniform(0.34, 0.44), sign * rng.uniform(0.0, 0.22), rng.uniform(1.0, 1.08))
         return World(scene, self.thing.graspable, head=HeadCamera(), arm_offset=arm_offset(rng))
 
     def judge(self) -> dict[str, bool]:
@@ -42,7 +41,7 @@ class _Put(Skill):
 
     def demonstrate(self, script: Script) -> Iterator[Command]:
         grip = (0, 0, max(0.0, self.thing.half_height - 0.035))
-        yield from script.pick(self.side, self._over, grip=grip)
+        yield from script.pick(self.side, self.halfway(), grip=grip)
         yield from script.put(self.side, self.goal_place())
         yield from script.wait(5)
 
@@ -91,7 +90,6 @@ class TakeFromBelt(Skill):
         self.instruction = get_and_set(rng, self.thing.words, f"{one_of(rng, _FROM_BELT)} {when}", goal)
         scene = table_xml() + belt + "".join(each.xml() for each in self.goals)
         scene += object_xml(start, rng.uniform(-0.7, 0.7), self.thing.geoms)
-        self._over = (x - rng.uniform(0.05, 0.12), end - rng.uniform(0.0, 0.12), rng.uniform(1.02, 1.08))
         return World(
             scene, self.thing.graspable, head=HeadCamera(), belt=Belt(speed, barrier), arm_offset=arm_offset(rng)
         )
@@ -115,8 +113,8 @@ class TakeFromBelt(Skill):
             else:
                 yield from script.claw(side, 0.0)
         if world.holds(side):
-            yield from script.reach(side, self._over, noise=0.5)
+            yield from script.reach(side, self.halfway(), noise=0.5)
         else:
-            yield from script.pick(side, self._over)
+            yield from script.pick(side, self.halfway())
         yield from script.put(side, self.goal_place())
         yield from script.wait(5)

@@ -7,6 +7,7 @@ from kuavo_sim.skills.things import Goal, Thing
 from kuavo_sim.tasks.task import Task
 
 LIFTED = 0.05  # m above where it stood
+HALFWAY_HEIGHT = 1.04  # m
 CLEAR = 0.07  # m between an object and the hand that has let go of it
 
 
@@ -47,6 +48,11 @@ class Skill(Task):
         place = self.world.object_position()
         clear = all(np.linalg.norm(self.world.tool_position(side) - place) > CLEAR for side in SIDES)
         return self.lasts("put_down", clear and self.goals[0].holds(self.world, self.centre))
+
+    def halfway(self) -> np.ndarray:
+        """[3] of the tool point above the middle between object and goal: what can be seen decides the path."""
+        place = self.world.object_position()
+        return np.array([*(place[:2] + self.centre) / 2, HALFWAY_HEIGHT])
 
     def goal_place(self) -> np.ndarray:
         """[3] of the object's centre, a little above standing where it is meant to."""

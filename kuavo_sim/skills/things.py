@@ -78,7 +78,7 @@ def draw_thing(rng: np.random.Generator, kind: str | None = None) -> Thing:
             f'rgba="{decoration[0]:.3f} {decoration[1]:.3f} {decoration[2]:.3f} 1" mass="0.01" contype="0" '
             'conaffinity="0"/>'
         )
-    words = named(one_of(rng, _NOUNS[kind]), name if rng.random() < 0.5 else None)
+    words = named(one_of(rng, _NOUNS[kind]), name)
     return Thing(geoms, half_height, Graspable(2 * half, half_length=max(0.0, half_height - 0.02)), name, words)
 
 
@@ -178,16 +178,22 @@ def free_place(
 
 
 def clutter_xml(
-    rng: np.random.Generator, low: Sequence[float], high: Sequence[float], taken: Sequence[np.ndarray], most: int = 3
+    rng: np.random.Generator,
+    low: Sequence[float],
+    high: Sequence[float],
+    taken: Sequence[np.ndarray],
+    *,
+    without: Collection[str],
+    most: int = 3,
 ) -> str:
-    """Up to `most` bodies that only stand in the way, clear of what is `taken`."""
+    """Up to `most` bodies that only stand in the way, clear of what is `taken`, of none of the colours in `without`."""
     xml, occupied = "", list(taken)
     for number in range(int(rng.integers(most + 1))):
         place = free_place(rng, low, high, occupied, apart=0.15)
         if place is None:
             break
         occupied.append(place)
-        (_, (r, g, b)), half = some_colour(rng), rng.uniform(0.025, 0.05)
+        (_, (r, g, b)), half = some_colour(rng, without), rng.uniform(0.025, 0.05)
         if rng.random() < 0.5:
             xml += box_xml(f"clutter{number}", (*place, TABLE_TOP + half), (half * 0.7, half * 0.7, half), (r, g, b))
         else:

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ class KnownTasks:
 
     def closest(self, instruction: str) -> "Likeness":
         """The task one of whose instructions is most like this one, by their words in order."""
+        if instruction not in self._compared:
+            self._compared[instruction] = self._compare(instruction)
+        return self._compared[instruction]
+
+    @cached_property
+    def _compared(self) -> dict[str, "Likeness"]:
+        """Of the instructions met so far: a robot asks at every step, and there may be hundreds to compare with."""
+        return {}
+
+    def _compare(self, instruction: str) -> "Likeness":
         words = instruction.lower().split()
         sentences = [(task, text) for task in self.tasks for text in task.instructions]
         exact = next((task for task, text in sentences if text == instruction), None)

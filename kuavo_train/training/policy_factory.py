@@ -38,7 +38,7 @@ from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtype
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.tiny_vlm_words import WORDS
-from lerobot_policy_smolvla_memory.vlm_description import vlm_described_in
+from lerobot_policy_smolvla_memory.vlm_description import VLM_FOLDER, vlm_described_in
 
 NOT_A_FIELD = ("type", "pretrained_path")
 """Keys of `policy` that say which policy, not how it is made."""
@@ -120,10 +120,10 @@ def configure_policy(
         # A checkpoint keeps its own: a task added later must not change its tokenizer.
         stored = PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
         values["vlm_model_name"] = vlm_described_in(checkpoint, stored)
+    elif config.tiny_vlm is not None and "vlm_model_name" in values and not _brings_vlm(source):
+        values["vlm_model_name"] = _tiny_vlm(config, instructions)
     elif "vlm_model_name" in values and source is not None and Path(source).is_dir():
         values["vlm_model_name"] = vlm_described_in(source, values["vlm_model_name"])
-    elif config.tiny_vlm is not None and "vlm_model_name" in values:
-        values["vlm_model_name"] = _tiny_vlm(config, instructions)
     if source is not None:
         # It holds the weights of the parts as well; fetched once more they would only be overwritten.
         values |= {key: nothing for key, nothing in WEIGHTS_OF_PARTS.items() if key in values}
@@ -232,6 +232,11 @@ def _picture_statistics(policy_config: PreTrainedConfig) -> dict[str, dict[str, 
 def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
     """Folder or hub id whose weights the policy starts from; None for new ones."""
     return checkpoint or config.policy.get("pretrained_path")
+
+
+def _brings_vlm(source: str | Path | None) -> bool:
+    """Whether a folder of weights has the config and tokenizer that these were trained with."""
+    return source is not None and (Path(source) / VLM_FOLDER).is_dir()
 
 
 def _tiny_vlm(config: RunConfig, instructions: Sequence[str]) -> str:
