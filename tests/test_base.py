@@ -1,15 +1,20 @@
 """The small base: what makes it, what is handed out, and what a run that starts from it checks."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from safetensors.torch import save_file
 
+from kuavo_sim import SKILLS
 from kuavo_sim.tasks import TASKS
 from kuavo_train.base import FOLDER, SETTLED, with_settled
 from kuavo_train.compose import compose_run
 from kuavo_train.config import MODELS_FOLDER
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.normalization import normalization_from_checkpoint
 from kuavo_train.errors import ConfigError
@@ -71,3 +76,27 @@ def test_dimensions_at_other_places_than_a_bases_are_refused(checkpoint: Path) -
     swapped = FeatureSpace(STATE, ("b", "a"))
     with pytest.raises(ConfigError, match=r"action must have the dimensions .* \(a, b, x\), got b, a; .*base=none"):
         normalization_from_checkpoint(checkpoint, swapped, FeatureSpace(STATE, ACTION))
+
+
+def test_the_base_that_comes_along_is_small_whole_and_has_learnt_no_job() -> None:
+    files = [path for path in BASE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    named = compose_run(["base=kuavo_sim_base"])[0].base_sha256
+    assert named == hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    known = KnownTasks.load(BASE)
+    assert [task.name for task in known.tasks] == list(SKILLS)
+    told = {text for task in known.tasks for text in task.instructions}
+    assert not told & {job.instruction for job in TASKS.values()}
+    card = (BASE / "README.md").read_text()
+    assert [name for name in SKILLS if f"| {name} |" not in card] == []
+
+
+def test_lerobot_opens_the_base_with_its_processors() -> None:
+    config = PreTrainedConfig.from_pretrained(str(BASE))
+    policy = get_policy_class(config.type).from_pretrained(str(BASE))
+    before, after = make_pre_post_processors(config, pretrained_path=str(BASE))
+    cameras = {key: torch.zeros(1, *feature.shape) for key, feature in config.image_features.items()}
+    ready = before({**cameras, "observation.state": torch.zeros(1, 16), "task": ["Put the can on the red mark."]})
+    actions = after(policy.select_action(ready))
+    assert actions.shape == (1, 20)
+    assert torch.isfinite(actions).all()
