@@ -105,7 +105,7 @@ def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
     assert shown.returncode == 0
     for word in (
         "task/tasks: task1_moving_grasp, task2",
-        "profile: embedded, robot, smoke",
+        "profile: base, embedded, robot, smoke, study",
         "strategy: ewc, joint, merge, replay, sequential",
         "replay",
     ):
