@@ -7,7 +7,6 @@ the run's own folder. It is an ordinary run with other tasks: what was cut off g
 """
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from kuavo_train.command_line import hydra_entry
 from kuavo_train.compose import check_overrides, compose_run, stages_to_run
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.curriculum import train_all_stages
+from kuavo_train.runs.files import copy_folder
 
 PROFILE = "base"
 FOLDER = Path("models") / "kuavo_sim_base"
@@ -30,7 +30,6 @@ SETTLED = (
     "tiny_vlm.vocabulary_size=1024",
 )
 """What a base is, whatever its size."""
-NOT_COPIED = shutil.ignore_patterns("*.tmp")
 
 
 def main(_composed: DictConfig, overrides: list[str]) -> int:
@@ -52,9 +51,7 @@ def hand_out(stage: RunConfig, into: Path) -> str:
     """Copy a finished stage's result to the folder `into`, in place of what was there; the sha256 of its weights."""
     from kuavo_train.runs.run_folder import stage_folder
 
-    result = stage_folder(stage).checkpoints.at("best").pretrained_model
-    shutil.rmtree(into, ignore_errors=True)
-    shutil.copytree(result, into, ignore=NOT_COPIED)
+    copy_folder(stage_folder(stage).checkpoints.at("best").pretrained_model, into)
     return hashlib.sha256((into / "model.safetensors").read_bytes()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The small base: what makes it, what is handed out, and what a run that starts from it checks."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.normalization import normalization_from_checkpoint
 from kuavo_train.errors import ConfigError
+from kuavo_train.runs.files import copy_folder
 from kuavo_train.training.policy_factory import check_base
 
 BASE = MODELS_FOLDER / FOLDER.name
@@ -43,6 +45,21 @@ def test_a_run_may_start_from_the_base_and_by_default_starts_from_nothing() -> N
     assert config.data.normalization == "pretrained"
     assert config.training.freeze_first_stage == config.training.freeze
     assert config.policy["num_mem_tokens"] > 0  # memory joins at the first stage, as on the robot
+
+
+def test_a_base_stays_as_it_was_until_the_next_one_is_copied_whole(tmp_path: Path) -> None:
+    source, into = tmp_path / "result", tmp_path / "base"
+    for folder in (source, into):
+        folder.mkdir()
+        (folder / "made_by").write_text(folder.name)
+    (source / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(shutil.Error):
+        copy_folder(source, into)
+    assert (into / "made_by").read_text() == "base"
+    (source / "gone").unlink()
+    copy_folder(source, into)
+    assert (into / "made_by").read_text() == "result"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "result"]
 
 
 def test_other_weights_than_those_named_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -64,6 +65,19 @@ def write_json(path: Path, content: JsonValue) -> None:
 def write_text(path: Path, content: str) -> None:
     with in_one_move(path) as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+def copy_folder(source: Path, into: Path) -> None:
+    """Copy a folder in place of what was there, which stays until all is copied."""
+    partial = into.with_name(f".{into.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(into, ignore_errors=True)
+    partial.rename(into)
 
 
 @contextmanager
