@@ -159,47 +159,22 @@ class FastForward:
         *,
         first_position: Tensor | int = 0,
         moves_on: bool = True,
-    ) -> Encoded:
+        read: bool = False,
+    ) -> tuple[Tensor | None, Encoded]:
         """A block of tokens through the vision-language model.
-
-        A block that does not move on takes no place in the count of positions: what comes next stands where it
-        would without it.
 
         Args:
             tokens: [B, N, H] embeddings.
             bias: [B, N] what attention adds to their scores; `UNSEEN` for padding, which takes no position either.
             before: the blocks before; None for the first block.
             first_position: of the first block.
+            moves_on: false takes no place in the count of positions: what comes next stands where it would without
+                the block.
+            read: whether the output is wanted.
 
         Returns:
-            The block's keys and values.
+            The model's final-norm output [B, N, H], None where it is not wanted, and the block's keys and values.
         """
-        return self._run(tokens, bias, before, first_position=first_position, moves_on=moves_on)[1]
-
-    def append_and_read(
-        self,
-        tokens: Tensor,
-        bias: Tensor,
-        before: Encoded | None = None,
-        *,
-        first_position: Tensor | int = 0,
-        moves_on: bool = True,
-    ) -> tuple[Tensor, Encoded]:
-        """As `append`, with the model's final-norm output [B, N, H] before the block's keys and values."""
-        output, block = self._run(tokens, bias, before, first_position=first_position, moves_on=moves_on, read=True)
-        assert output is not None
-        return output, block
-
-    def _run(
-        self,
-        tokens: Tensor,
-        bias: Tensor,
-        before: Encoded | None,
-        *,
-        first_position: Tensor | int = 0,
-        moves_on: bool = True,
-        read: bool = False,
-    ) -> tuple[Tensor | None, Encoded]:
         text_model = self.model.get_vlm_model().text_model
         *first, last = text_model.layers
         positions, biases = (bias > UNSEEN).cumsum(dim=1), bias
@@ -294,49 +269,33 @@ class Encoding:
 
     def _without_memory(self) -> Encoded:
         """Context and state of all queries at once: what does not depend on memory."""
-        context = self.forward.append(self.prefix.context, attention_bias(self.prefix.valid))
+        _, context = self.forward.append(self.prefix.context, attention_bias(self.prefix.valid))
         return context.followed_by(self._state(self.prefix.state, context))
 
     def _state(self, state: Tensor, before: Encoded) -> Encoded:
-        return self.forward.append(state, _unbiased(state), before)
+        return self.forward.append(state, _unbiased(state), before)[1]
 
     def query(self, number: int, tokens: Tensor) -> Tensor | None:
         """Memory tokens [clips, M, H] through the model in query `number`: their output, where the memory awaits it."""
         assert self.memory is not None
-        forward, bias = self.forward, self.memory.key_bias.expand(tokens.shape[:2])
+        forward, awaited = self.forward, self.memory.awaits_backbone
+        bias = self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
-            output, last = self._remember(tokens, bias, self.shared.query(number, self.queries), moves_on=False)
+            before = self.shared.query(number, self.queries)
+            output, last = forward.append(tokens, bias, before, moves_on=False, read=awaited)
             self.remembered.append(last)
             return output
         prefix = self.prefix.query(number, self.queries)
         block = torch.cat([tokens.to(prefix.context.dtype), prefix.context], dim=1)
         biases = torch.cat([bias, attention_bias(prefix.valid)], dim=1)
-        first_position = self.memory.first_position
-        if not forward.mem_at_end:
-            output, blocks = self._remember(block, biases, first_position=first_position)
-            self.remembered.append(blocks.followed_by(self._state(prefix.state, blocks)))
-            return output if output is None else output[:, : tokens.shape[1]]
-        blocks = forward.append(block, biases, first_position=first_position)
+        first_position, ends = self.memory.first_position, forward.mem_at_end
+        output, blocks = forward.append(block, biases, first_position=first_position, read=awaited and not ends)
         blocks = blocks.followed_by(self._state(prefix.state, blocks))
-        output, last = self._remember(tokens, bias, blocks, moves_on=False)
-        self.remembered.append(blocks.followed_by(last))
-        return output
-
-    def _remember(
-        self,
-        tokens: Tensor,
-        bias: Tensor,
-        before: Encoded | None = None,
-        *,
-        first_position: Tensor | int = 0,
-        moves_on: bool = True,
-    ) -> tuple[Tensor | None, Encoded]:
-        """The block that the memory is written from, where it awaits the output."""
-        assert self.memory is not None
-        place = (tokens, bias, before)
-        if self.memory.awaits_backbone:
-            return self.forward.append_and_read(*place, first_position=first_position, moves_on=moves_on)
-        return None, self.forward.append(*place, first_position=first_position, moves_on=moves_on)
+        if ends:
+            output, last = forward.append(tokens, bias, blocks, moves_on=False, read=awaited)
+            blocks = blocks.followed_by(last)
+        self.remembered.append(blocks)
+        return None if output is None else output[:, : tokens.shape[1]]
 
     def finish(self) -> ExpertPrefix:
         if not self.remembered:

@@ -152,7 +152,7 @@ def test_nothing_is_recorded_of_a_frozen_context(make_policy, make_batch):
         *(make_batch(2)[f"observation.language.{key}"] for key in ("tokens", "attention_mask")),
         policy.prepare_state(make_batch(2)),
     )
-    output, encoded = policy.model.backbone.append_and_read(prefix.context, attention_bias(prefix.valid))
+    output, encoded = policy.model.backbone.append(prefix.context, attention_bias(prefix.valid), read=True)
     assert prefix.state.requires_grad
     assert not any(tensor.requires_grad for tensor in (output, *encoded.keys, *encoded.values))
 
