@@ -11,7 +11,7 @@ TASKS := $(sort $(basename $(notdir $(wildcard configs/tasks/*.yaml))))
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data base train-stage train-all-stages study probes report evaluate test test-full lint format bench docs pictures constraints clean
+.PHONY: help setup data base train-stage train-all-stages study probes report evaluate test test-whole test-full lint format bench docs pictures constraints clean
 
 help:  ## this list
 	@echo "kuavo_train: one robot policy, several jobs, one after another"
@@ -19,7 +19,9 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS=\"key=value …\" hands settings on:  make train-all-stages ARGS=\"profile=smoke seed=1\""
-	@echo "  Strategies and seeds of a study:       make study ARGS=\"strategy=replay,sequential,joint,ewc,merge seed=0,1\""
+	@echo "  Strategies and seeds of a study:       make study ARGS=\"strategy=replay,sequential,joint,ewc,distill,merge,merge_replay seed=0,1\""
+	@echo "  Several of its runs at a time:         make study ARGS=\"engine=local engine.jobs=4\""
+	@echo "  Several GPUs train one policy:         make train-all-stages ARGS=\"processes=2\""
 	@echo "  TASK names a task:                     make train-stage TASK=$(firstword $(TASKS) task1_moving_grasp)"
 
 setup: .venv/.ready  ## make .venv with everything in it (the other targets do it when needed)
@@ -60,17 +62,22 @@ evaluate: .venv/.ready  ## checkpoints side by side in closed loop: ARGS="baseli
 
 # Two workers with one thread each: torch would otherwise start as many threads as there are cores, in each of them. A file's
 # tests stay together, so that the runs they share are trained once; the longest come first (tests/durations.json).
-test test-full: export OMP_NUM_THREADS = 1
-test test-full: export HF_HUB_OFFLINE = 1
-test test-full: export WANDB_MODE = offline
+test test-whole test-full: export OMP_NUM_THREADS = 1
+test test-whole test-full: export HF_HUB_OFFLINE = 1
+test test-whole test-full: export WANDB_MODE = offline
 # Python keeps what it compiled: without, each process of a test compiles torch and LeRobot anew, for ten seconds.
-test test-full: export PYTHONDONTWRITEBYTECODE =
+test test-whole test-full: export PYTHONDONTWRITEBYTECODE =
 
-test: .venv/.ready  ## the tests, without the slow ones (minutes; ARGS="-k memory" for a part)
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-full: .venv/.ready  ## all tests
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" $(ARGS)
+test: .venv/.ready  ## the tests, in minutes (ARGS="-k memory" for a part)
+	$(PYTEST) --ignore=tests/whole $(ARGS)
+
+test-whole: .venv/.ready  ## the tests of whole runs, studies and commands in processes of their own
+	$(PYTEST) tests/whole $(ARGS)
+
+test-full: .venv/.ready  ## all tests, the slow ones too
+	$(PYTEST) -m "" $(ARGS)
 
 lint: .venv/.ready  ## ruff and mypy, changing nothing
 	$(PY) -m ruff check .

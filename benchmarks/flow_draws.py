@@ -63,6 +63,7 @@ def train(settings: Settings, draws: int, seed: int, steps: int, folder: Path) -
     """Held-out loss at the end of a run."""
     configs = compose_run(
         [
+            "base=none",
             f"outputs={folder}",
             f"run=draws{draws}_seed{seed}",
             f"data.root={Path(settings.data).resolve()}",

@@ -3,12 +3,12 @@
     python -m benchmarks.serving_load checkpoint=<checkpoint>                      # 16 robots, 10 minutes
     python -m benchmarks.serving_load checkpoint=<checkpoint> robots=4 seconds=20
 
-Each robot goes through the same short episode again and again, so that every answer is known from its first time. One
-request in ten is garbage, after one in twenty the connection breaks in the midst of an answer. Reported: answers,
-wrong ones (there must be none), latency, and how much memory the server's process has taken on since its first minute.
+The server is `python -m kuavo_train.serve` in a process of its own; the robots are threads of this one. Each goes
+through the same short episode again and again, so that every answer is known from its first time. One request in ten
+is garbage, after one in twenty the connection breaks in the midst of an answer. Reported: answers, wrong ones (there
+must be none), latency, and how much memory the server's process holds at the beginning, after a minute and at the end.
 """
 
-import asyncio
 import sys
 import threading
 import time
@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 import psutil
+from tqdm import tqdm
 
+from benchmarks.server_process import served
 from kuavo_client import Server, ServerError
 from kuavo_train.command_line import errors_in_one_line, option, parse, quieten_libraries
 from kuavo_train.errors import require
-from kuavo_train.serving.server import PolicyServer, Serving
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 LOOKS, GARBAGE, BREAKS = 4, 0.1, 0.05
 CLOSE = 1e-5  # rad: batches round differently from time to time
-MIB = 2**20
+MIB, MINUTE = 2**20, 60.0
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,18 @@ class Counts:
     wrong: int = 0
     refused: int = 0
     broken: int = 0
+    error: str = ""  # that ended it before its time
 
 
 def robot(number: int, address: str, until: float, counts: Counts) -> None:
+    """Until `until`, by time.monotonic."""
+    try:
+        _ask_again_and_again(number, address, until, counts)
+    except Exception as error:
+        counts.error = f"{type(error).__name__}: {error}"
+
+
+def _ask_again_and_again(number: int, address: str, until: float, counts: Counts) -> None:
     random = np.random.default_rng(number)
     server = Server(address)
     task = sorted(server.metadata["tasks"])[number % len(server.metadata["tasks"])]
@@ -105,42 +114,51 @@ def main(words: Sequence[str]) -> int:
 
 def _run(options: Options) -> int:
     quieten_libraries()
-    policy = SmolVLAPolicyWrapper.from_pretrained(options.checkpoint, device=options.device, seed=0)
-    server = PolicyServer(policy, Serving(port=0, robots=2 * options.robots))
-    listening, port, loops = threading.Event(), list[int](), list[asyncio.AbstractEventLoop]()
+    words = [f"checkpoint={options.checkpoint}", f"robots={2 * options.robots}"]
+    words += [] if options.device is None else [f"device={options.device}"]
+    counts = [Counts() for _ in range(options.robots)]
+    with served(*words) as server:
+        memory = [_memory(server.pid)]
+        until = time.monotonic() + options.seconds
+        robots = [
+            threading.Thread(target=robot, args=(number, server.address, until, counts[number]))
+            for number in range(options.robots)
+        ]
+        for each in robots:
+            each.start()
+        warm = time.monotonic() + min(MINUTE, options.seconds / 4)
+        with tqdm(total=round(options.seconds), unit="s") as bar:
+            while time.monotonic() < until:
+                time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+                bar.update(round(options.seconds - max(0.0, until - time.monotonic())) - bar.n)
+                bar.set_postfix_str(f"{sum(len(each.latencies) for each in counts)} answers", refresh=False)
+                if len(memory) == 1 and time.monotonic() >= warm:
+                    memory.append(_memory(server.pid))
+        for each in robots:
+            each.join()
+        memory.append(_memory(server.pid))
+    _print(counts, memory)
+    return int(any(each.wrong or each.error for each in counts))
 
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await server.run(ready)
 
-    def ready(chosen: int) -> None:
-        port.append(chosen)
-        listening.set()
+def _memory(pid: int) -> float:
+    """MiB in main memory."""
+    return psutil.Process(pid).memory_info().rss / MIB
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    listening.wait()
-    until, counts = time.monotonic() + options.seconds, [Counts() for _ in range(options.robots)]
-    robots = [
-        threading.Thread(target=robot, args=(number, f"ws://127.0.0.1:{port[0]}", until, counts[number]))
-        for number in range(options.robots)
-    ]
-    for each in robots:
-        each.start()
-    time.sleep(min(60.0, options.seconds / 4))
-    before = psutil.Process().memory_info().rss
-    for each in robots:
-        each.join()
-    after = psutil.Process().memory_info().rss
-    loops[0].call_soon_threadsafe(server.stop)
-    thread.join()
+
+def _print(counts: Sequence[Counts], memory: Sequence[float]) -> None:
+    for number, each in enumerate(counts):
+        if each.error:
+            print(f"robot {number} gave up: {each.error}")
     latencies = np.concatenate([each.latencies for each in counts])
-    p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
     wrong, garbage, broken = (sum(getattr(each, key) for each in counts) for key in ("wrong", "refused", "broken"))
     print(f"{len(latencies)} answers, {wrong} wrong; {garbage} garbage frames, {broken} broken connections")
-    print(f"latency p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")
-    print(f"memory {(after - before) / MIB:+.1f} MiB since the first minute, {server.sessions} sessions left")
-    return int(wrong > 0)
+    if len(latencies):
+        p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
+        print(f"latency p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")
+    begin, *later, end = memory
+    warm = later[0] if later else begin
+    print(f"server's memory {begin:.1f} MiB at the beginning, {warm:.1f} after a minute, {end:.1f} at the end")
 
 
 if __name__ == "__main__":

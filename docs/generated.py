@@ -48,7 +48,7 @@ OPTIONS = {  # module with the dataclass of the command's own key=value words
     "kuavo_train.probes": "kuavo_train.probes",
     "kuavo_train.memory_report": "kuavo_train.probing.memory_report",
 }
-GROUPS = ("profile", "base", "policy", "strategy", "memory", "finetune", "recipe", "tasks")
+GROUPS = ("profile", "base", "policy", "strategy", "engine", "memory", "finetune", "recipe", "tasks")
 POLICY = REPOSITORY / "lerobot_policy_smolvla_memory" / "configuration_smolvla_memory.py"
 
 

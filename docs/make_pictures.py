@@ -3,7 +3,7 @@
 Without words it makes those of the simulation, four_jobs.png and sim_….png, and chunk_timeline.png. The others show
 runs, and each word names what a run left:
 
-    report=outputs/embedded/report            report.png: the top of report.html, by Chromium, and the matrix below
+    report=outputs/embedded/report            report.png: the top of report.html, by Chromium, and success below
     embedded=outputs/embedded-study/report    study_stability_plasticity.png
     study=outputs/study-study/report          study_success.png
     weighing=… moving_grasp=…                 memory_….png: folders that kuavo_train.memory_report wrote to
@@ -33,8 +33,12 @@ from kuavo_sim.tasks import TASKS
 FOLDER = Path(__file__).parent / "pictures"
 WHITE = (255, 255, 255)
 HEIGHT, WIDTH, MOMENTS, GAP, TITLE = 180, 240, 4, 6, 26  # of four_jobs.png
-PAGE_WIDTH, PAGE_HEIGHT = 1000, 1600  # of the browser's window
-TOP_OF_THE_PAGE = "<style>main > :not(header):not(.verdicts) {display: none}</style></head>"
+PAGE_WIDTH, PAGE_HEIGHT = 1000, 3200  # of the browser's window
+TOP_OF_THE_PAGE = """<style>
+    main > :not(header):not(.films):not(.verdicts) {display: none}
+    .films > .pair ~ .pair ~ .pair, .films > h2:nth-of-type(n+3) {display: none}
+    video::-webkit-media-controls {display: none !important}
+</style></head>"""
 
 
 def four_jobs() -> Image.Image:
@@ -61,7 +65,7 @@ def contact_sheet(job: str) -> Image.Image:
 
 
 def top_of_a_report(folder: Path) -> Image.Image:
-    """The sentence of each job, and the matrix of held-out losses below them."""
+    """The films of two jobs and the sentence of each, and the matrix of success below them."""
     page = (folder / "report.html").read_text()
     with tempfile.TemporaryDirectory() as work:
         shown, shot = Path(work) / "page.html", Path(work) / "page.png"
@@ -74,7 +78,7 @@ def top_of_a_report(folder: Path) -> Image.Image:
         top = Image.open(shot).convert("RGB")
     ground = top.getpixel((0, top.height - 1))
     written = ImageChops.difference(top, Image.new("RGB", top.size, ground)).getbbox() or (0, 0, *top.size)
-    return one_below_the_other([top.crop((0, 0, top.width, written[3] + 24)), opened(folder / "matrix_loss.png")])
+    return one_below_the_other([top.crop((0, 0, top.width, written[3] + 24)), opened(folder / "matrix_success.png")])
 
 
 def opened(path: Path) -> Image.Image:

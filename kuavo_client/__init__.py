@@ -13,6 +13,9 @@
     report = loop.run()                         # until loop.stop(), or request_stop() from a signal handler
 
 This file is all there is: copy it to the robot, or install the wheel. The server is `python -m kuavo_train.serve`.
+Whether it answers, and how fast, without a robot that moves (KUAVO_API_KEY may hold the key):
+
+    python3 kuavo_client.py ws://192.168.26.1:8000          # from the wheel: kuavo-check ws://…
 
 The policy plans chunks of actions. How the robot passes from one to the next:
 
@@ -24,7 +27,9 @@ The policy plans chunks of actions. How the robot passes from one to the next:
 from __future__ import annotations
 
 import json
+import os
 import ssl
+import sys
 import threading
 import time
 import uuid
@@ -262,7 +267,7 @@ class RobotLoop:
         server: str,
         task: str,
         rate: float | None = 10,
-        handover: str = "wait",
+        handover: str = "blend",
         limits: Any = "checkpoint",
         slack: float = 0.1,
         seed: int | None = None,
@@ -279,7 +284,7 @@ class RobotLoop:
             act: takes the action [D] of this tick.
             task: a task's name, or an instruction.
             rate: ticks a second; None ticks as fast as answers come, for a simulated robot that stands still meanwhile.
-            handover: wait, blend or rtc.
+            handover: wait, blend or rtc. Measured, blend does the jobs as often as rtc and holds still least of all.
             limits: "checkpoint" for those of the policy's demonstrations, a mapping of name → (least, greatest,
                 greatest change per tick), or None.
             slack: by how much of itself a range is wider and a change greater.
@@ -562,3 +567,53 @@ def _is_refusal(error: BaseException) -> bool:
     """Whether the server is there and says no, as it does to a wrong key; one that is full is asked again."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is not None and status != 503
+
+
+# ------------------------------------------------------------------------------------------------------------ the check
+
+
+def check(address: str, api_key: str | None = None, looks: int = 20) -> str:
+    """What a server serves, and how fast it answers to black pictures and joints at zero; nothing moves.
+
+    Raises:
+        OSError, EOFError, ServerError, WebSocketException: there is none, or it refuses.
+    """
+    server = Server(address, api_key)
+    about = server.metadata
+    frames = () if about["frames"] == 1 else (about["frames"],)
+    name, task = sorted(about["tasks"].items())[0]
+    seen = {key: np.zeros((*frames, *size, 3), np.uint8) for key, size in about["cameras"].items()}
+    seen[STATE] = np.zeros((*frames, len(task["state_names"])), np.float32)
+    took = []
+    for look in range(looks):
+        begun = time.monotonic()
+        answer = server.ask(dict(seen, task=name, executed=about["n_action_steps"] if look else 0))
+        took.append(1000 * (time.monotonic() - begun))
+    server.close()
+    cameras = ["%s %dx%d" % (key, width, height) for key, (height, width) in about["cameras"].items()]
+    every = about["n_action_steps"], 1000.0 / about["fps"]
+    lines = [
+        "policy     " + about["policy"] + (", with a memory" if about["has_memory"] else ""),
+        "tasks      " + ", ".join(sorted(about["tasks"])),
+        "cameras    " + ", ".join(cameras),
+        "hand-over  " + ", ".join(about["handover"]),
+        "a chunk    %s of %s; a look every %d steps of %d ms" % (list(answer["actions"].shape), name, *every),
+        "answers    p50 %.0f ms, slowest %.0f ms, of %d" % (np.median(took), max(took), looks),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: %s ws://SERVER:PORT" % os.path.basename(sys.argv[0]), file=sys.stderr)
+        return 2
+    try:
+        print(check(sys.argv[1], os.environ.get("KUAVO_API_KEY")))
+    except (OSError, EOFError, ServerError, WebSocketException) as error:
+        print("error: %s: %s" % (sys.argv[1], error), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ Importing this package registers the environments with gymnasium. It needs no Mu
 import gymnasium
 
 # Raise it with every change that makes the same seed give another episode: datasets of another version are refused.
-__version__ = "1.1"
+__version__ = "1.3"
 
 __all__ = ["ENVIRONMENT_IDS", "EVALUATION_SEED_START", "JOBS", "SKILLS"]
 

@@ -37,6 +37,8 @@ class KuavoEnv(gymnasium.Env):
     choice (int or None: what was demanded, what the robot did), decision_point (bool: this observation is the first
     whose right action depends on the cue); of a skill also instruction (str, of this episode).
 
+    While `draws` is false, steps take no pictures, which is most of their time: what is observed holds the last ones.
+
     Args:
         task: name, of a job or a skill.
         image_size: side of square pictures in pixels, or (height, width).
@@ -76,7 +78,9 @@ class KuavoEnv(gymnasium.Env):
             raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
         self.task: Task = REPERTOIRE[task](phase_visible=phase_visible)
         self.image_size, self.renderer, self.render_mode = image_size, renderer, render_mode
-        self.depth = depth
+        self.depth, self.draws = depth, True
+        self._pixels: dict[str, np.ndarray] = {}
+        self._depth: dict[str, np.ndarray] = {}
         self._max_episode_steps = max_episode_steps or self.task.time_limit  # LeRobot's evaluator reads this name
         self.task_description = self.task.instruction  # and this one
         self._renderer: Renderer | None = None
@@ -112,6 +116,7 @@ class KuavoEnv(gymnasium.Env):
         if self._renderer is not None:
             self._renderer.close()
         self._renderer = make_renderer(self.renderer, self.task.world.model, self.image_size)
+        self._draw()
         return self._observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, Info]:
@@ -131,6 +136,8 @@ class KuavoEnv(gymnasium.Env):
         reward = self.task.progress - before + float(success)
         terminated = success or self.task.failed
         truncated = not terminated and self.task.steps >= self._max_episode_steps
+        if self.draws:
+            self._draw()
         return self._observation(), reward, terminated, truncated, self._info()
 
     def render(self) -> np.ndarray | None:
@@ -148,20 +155,23 @@ class KuavoEnv(gymnasium.Env):
             self._renderer.close()
             self._renderer = None
 
-    def _observation(self) -> Observation:
+    def _draw(self) -> None:
         assert self._renderer is not None
-        world = self.task.world
-        agent_pos = np.clip(world.state(), -np.pi, np.pi).astype(np.float32)
+        data = self.task.world.data
         if not self.depth:
-            pixels = {camera: self._renderer.render(world.data, camera) for camera in CAMERAS}
-            return {"pixels": pixels, "agent_pos": agent_pos}
+            self._pixels = {camera: self._renderer.render(data, camera) for camera in CAMERAS}
+            return
         assert isinstance(self._renderer, RayRenderer)
-        seen = {camera: self._renderer.render_with_depth(world.data, camera) for camera in CAMERAS}
-        return {
-            "pixels": {camera: picture for camera, (picture, _) in seen.items()},
-            "agent_pos": agent_pos,
-            "depth": {name: depth_picture(seen[camera][1]) for name, camera in DEPTHS.items()},
-        }
+        seen = {camera: self._renderer.render_with_depth(data, camera) for camera in CAMERAS}
+        self._pixels = {camera: picture for camera, (picture, _) in seen.items()}
+        self._depth = {name: depth_picture(seen[camera][1]) for name, camera in DEPTHS.items()}
+
+    def _observation(self) -> Observation:
+        agent_pos = np.clip(self.task.world.state(), -np.pi, np.pi).astype(np.float32)
+        seen: Observation = {"pixels": dict(self._pixels), "agent_pos": agent_pos}
+        if self.depth:
+            seen["depth"] = dict(self._depth)
+        return seen
 
     def _info(self) -> Info:
         task = self.task

@@ -61,10 +61,11 @@ def demonstrate(env: KuavoEnv, seed: int, *, cue: int | None = None, action_nois
     task = env.task
     low, high = action_limits(mobile=task.mobile)
     try:
-        for command in task.demonstrate(Script(task.world, lambda: task.at_decision_point)):
+        mishaps = np.random.default_rng([seed, 2]) if action_noise else None
+        for command in task.demonstrate(Script(task.world, lambda: task.at_decision_point, mishaps)):
             fresh = noise_rng.normal(0, action_noise, 16)
             noise = _NOISE_MEMORY * noise + np.sqrt(1 - _NOISE_MEMORY**2) * fresh
-            executed = command.action.copy()
+            executed = command.action + command.offset
             for arm in ARM_SLICE.values():
                 executed[arm] += command.noise * noise[arm]
             states.append(observation["agent_pos"])

@@ -3,21 +3,29 @@
 With strategy=joint there is a single stage, for all tasks: leave task= out.
 """
 
+from collections.abc import Sequence
+
 from omegaconf import DictConfig
 
 from kuavo_train.command_line import hydra_entry
 from kuavo_train.compose import compose_stage
+from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.launcher import run_together
 
 
 def main(composed: DictConfig, overrides: list[str]) -> int:
     config, curriculum = compose_stage(composed, overrides)
-    # The heavy imports come after the configuration has been found good.
-    from kuavo_train.stage.setup import record_missing_data
-    from kuavo_train.stage.stage import run_stage
-
     if config.data_only:
+        from kuavo_train.stage.setup import record_missing_data
+
         record_missing_data(config, curriculum)
         return 0
+    return run_together(config.processes, _train, config, curriculum)
+
+
+def _train(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
+    from kuavo_train.stage.stage import run_stage  # heavy, and the configuration comes first
+
     return run_stage(config, curriculum)
 
 

@@ -7,6 +7,7 @@ the run's own folder. It is an ordinary run with other tasks: what was cut off g
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from kuavo_train.command_line import hydra_entry
-from kuavo_train.compose import check_overrides, compose_run, stages_to_run
+from kuavo_train.compose import check_no_study, check_overrides, compose_run, stages_to_run
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.curriculum import train_all_stages
 from kuavo_train.runs.files import copy_folder
@@ -25,7 +26,7 @@ SETTLED = (
     f"tasks_dir={CONFIG_FOLDER / 'skills'}",
     "strategy=joint",
     "policy=smolvla",
-    "policy.flow_draws=4",  # a step's prefix serves four: cheap, and less noise in the gradient
+    "policy.flow_draws=2",  # a step's prefix serves two: less noise in the gradient for a fifth of a step
     "tiny_vlm.corpus=words",  # tokens that do not depend on who goes on from it
     "tiny_vlm.vocabulary_size=1024",
 )
@@ -34,13 +35,15 @@ SETTLED = (
 
 def main(_composed: DictConfig, overrides: list[str]) -> int:
     check_overrides(overrides)
+    check_no_study(overrides)
     configs = compose_run(overrides)
-    from kuavo_train.stage.setup import record_missing_data  # heavy, and the configuration comes first
-
     if configs[0].data_only:
+        from kuavo_train.stage.setup import record_missing_data  # heavy, and the configuration comes first
+
         record_missing_data(configs[0], [config.stage for config in configs])
         return 0
-    if status := train_all_stages(configs):
+    status = train_all_stages(configs)
+    if status or os.environ.get("RANK", "0") != "0":  # of several processes, the first one hands out
         return status
     into = FOLDER if configs[0].profile == PROFILE else configs[0].run_folder / FOLDER.name
     print(f"base: {into}, sha256 of its weights {hand_out(stages_to_run(configs)[0], into)}")

@@ -41,6 +41,9 @@ OF_A_TASKS_DATA = (
 OF_ONE_TASK = ("task=", "stage=", "stage.")
 """What an override begins with that chooses a stage, or changes its recipe."""
 
+OF_A_STUDY = ("engine=", "engine.", "axes=", "axes.")
+"""What one begins with that says how the cells of a study are trained."""
+
 
 def folders_named(overrides: Sequence[str], base: Path = CONFIG_FOLDER) -> ConfigFolders:
     """The folders that a command line's tasks_dir= and config_dir= name. Raises `ConfigError`."""
@@ -208,6 +211,7 @@ def without_data(stage: StageConfig) -> StageConfig:
 
 def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:
     """The stage that a command line names, and the curriculum it belongs to. Raises `ConfigError`."""
+    check_no_study(overrides)
     config = resolve(composed)
     for_all = overrides_for_all_tasks(overrides)
     if learns_all_at_once(config):
@@ -237,21 +241,32 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def split_varied(
-    overrides: Sequence[str], varied: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The values of the keys of which a run each is wanted, by default those of `varied`, and all other overrides.
+def check_no_study(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for one that is meant for the cells of a study, where a single run is asked for."""
+    for override in overrides:
+        if override.lstrip("~+").startswith(OF_A_STUDY):
+            raise ConfigError(
+                f"engine chooses what trains the cells of a study (python -m kuavo_train.study), got {override} for a "
+                "single run; leave it out"
+            )
 
-    Raises:
-        ConfigError: commas for another key.
+
+def split_varied(
+    overrides: Sequence[str], varied: Mapping[str, Sequence[str]], also: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of the keys of which a run each is wanted, and all other overrides.
+
+    Args:
+        varied: keys that are varied in any case, and their default values.
+        also: keys that are varied even if they are given a single value, as each is that is given several.
     """
     values, others = {key: list(default) for key, default in varied.items()}, []
     for word, override in ((word, parsed(word)) for word in overrides):
         key, several = override.key_or_group, override.is_sweep_override()
-        if key in varied:
-            values[key] = list(dict.fromkeys(override.sweep_string_iterator() if several else [str(override.value())]))
-        elif several:
-            raise ConfigError(f"a study must vary {' and '.join(varied)} alone, got {word}; a list is [a,b]")
+        if several:
+            values[key] = list(dict.fromkeys(override.sweep_string_iterator()))
+        elif key in varied or key in also:
+            values[key] = [override.get_value_element_as_str() if key in also else str(override.value())]
         else:
             others.append(word)
     return values, others

@@ -173,6 +173,7 @@ class DataConfig:
     frame_cache: bool = True
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
+    context_cache_limit_gib: float = 4.0
     cache_root: str | None = None  # None: .cache in `root`
     augmentation: AugmentationConfig | None = None
     num_workers: int = 0  # processes that load batches; 0 loads them in the trainer
@@ -184,8 +185,8 @@ class DataConfig:
         require(len(set(self.cameras)) == len(self.cameras), "data.cameras", "not repeat a camera", self.cameras)
         require(self.held_out_episodes >= 1, "data.held_out_episodes", "be at least 1", self.held_out_episodes)
         require(self.num_workers >= 0, "data.num_workers", "not be negative", self.num_workers)
-        limit = self.feature_cache_limit_gib
-        require(limit >= 0, "data.feature_cache_limit_gib", "not be negative", limit)
+        for key in ("feature_cache_limit_gib", "context_cache_limit_gib"):
+            require(getattr(self, key) >= 0, f"data.{key}", "not be negative", getattr(self, key))
         one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
         if self.claw_limits is not None:
             valid = len(self.claw_limits) == 2 and self.claw_limits[0] < self.claw_limits[1]
@@ -223,6 +224,7 @@ class TrainingConfig:
     decay_steps: int  # optimizer steps from lr to decay_lr, a cosine
     batch_size: int = 64  # samples per batch, replayed ones included
     decay_lr: float = 1e-6  # learning rate that the decay ends in
+    optimizer: str = "adamw"  # adamw, or muon: orthogonal steps of matrices between hidden states, AdamW for the rest
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     eps: float = 1e-8  # of AdamW
     weight_decay: float = 5e-7  # of AdamW
@@ -250,6 +252,7 @@ class TrainingConfig:
         valid_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(valid_betas, "training.betas", "be two numbers in [0, 1)", self.betas)
         require(self.ema is None or 0 <= self.ema < 1, "training.ema", "be a decay in [0, 1), or null", self.ema)
+        one_of("training.optimizer", self.optimizer, ("adamw", "muon"))
         one_of("training.mixed_precision", self.mixed_precision, ("no", "bf16"))
         require(
             self.device in ("auto", "cpu", "cuda", "mps"),
@@ -296,6 +299,28 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """How much of an earlier task's training data is kept for replay, and which part of it."""
+
+    buffer: float | None = None  # share of its training episodes that is kept; null or 1: all
+    unit: str = "episode"  # what is kept: episode (whole ones), frame (single ones; the share is of frames then)
+    select: str = "random"  # which are kept: random, phase (balanced over phases of the job), loss (known least)
+
+    def __post_init__(self) -> None:
+        buffer = self.buffer
+        require(buffer is None or 0 < buffer <= 1, "replay.buffer", "be a share in (0, 1], or null", buffer)
+        one_of("replay.unit", self.unit, ("episode", "frame"))
+        one_of("replay.select", self.select, ("random", "phase", "loss"))
+        rule = "be random or phase with replay.unit=frame, since losses are of episodes"
+        require(self.unit == "episode" or self.select != "loss", "replay.select", rule, self.select)
+
+    @property
+    def keeps_part(self) -> bool:
+        """Whether anything is left out."""
+        return self.buffer is not None and self.buffer < 1
+
+
+@dataclass(frozen=True)
 class ForgettingConfig(RetentionLimits):
     """Limits of the verdict, and the gate; change is relative to the held-out loss when the task was learnt."""
 
@@ -336,14 +361,33 @@ class EwcConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """The policy of before a stage as its teacher: a loss on velocities that differ from the teacher's."""
+
+    weight: float  # of that loss; the tasks' own has 1
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "distill.weight", "not be negative", self.weight)
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """After a stage, weights between its first and its last: (1 − alpha) × old + alpha × new."""
 
-    alphas: list[float]  # those tried; the one with the least held-out loss over all tasks seen is kept
+    alphas: list[float]  # those tried; kept is the one of least loss, over all tasks seen
+    per_module: bool = True  # an alpha each for expert, projections and memory; false: one for all
+    episodes: int | None = None  # a task, set apart from training to choose alphas on; null: as many as are held out
 
     def __post_init__(self) -> None:
         valid = bool(self.alphas) and all(0 <= alpha <= 1 for alpha in self.alphas)
         require(valid, "merge.alphas", "be one or more numbers in [0, 1]", self.alphas)
+        valid = self.episodes is None or self.episodes >= 1
+        require(valid, "merge.episodes", "be at least 1, or null", self.episodes)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(set(self.alphas)) > 1
 
 
 @dataclass(frozen=True)
@@ -376,6 +420,37 @@ class WandbConfig:
         require(bool(self.project.strip()), "wandb.project", "not be empty", self.project)
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """What trains the cells of a study: this process, several on this machine, or jobs of a SLURM cluster."""
+
+    name: str = "inline"  # inline (one cell after another), local (jobs at a time), slurm (a job of the cluster each)
+    jobs: int = 1  # cells at a time; with slurm those of an array that may run at once
+    partition: str | None = None  # of the cluster; None: its default
+    gpus: int | None = None  # of a job; None: one per process that trains the cell
+    cpus: int = 8  # of a job
+    memory_gb: float | None = None  # of a job; None: the cluster's default
+    minutes: int = 1440  # after which a job is queued again and goes on
+    warning_seconds: int = 120  # before that, and before a job is preempted: time to write a checkpoint
+    requeues: int = 100  # how often a job's time may run out; being preempted does not count
+    setup: list[str] = field(default_factory=list)  # shell commands before a job, such as `module load cuda`
+    more: Json = field(default_factory=dict)  # further options of sbatch, such as {account: robots, qos: low}
+
+    def __post_init__(self) -> None:
+        one_of("engine.name", self.name, ("inline", "local", "slurm"))
+        obeyed = {"inline": ("name",), "local": ("name", "jobs")}.get(self.name, tuple(vars(self)))
+        for key, value in vars(self).items():
+            rule = f"be left out with engine={self.name}, which has no such setting"
+            require(key in obeyed or value == getattr(EngineConfig, key, type(value)()), f"engine.{key}", rule, value)
+        for key in ("jobs", "cpus", "minutes", "warning_seconds"):
+            require(getattr(self, key) >= 1, f"engine.{key}", "be at least 1", getattr(self, key))
+        for key in ("gpus", "requeues"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"engine.{key}", "not be negative", value)
+        valid = self.memory_gb is None or self.memory_gb > 0
+        require(valid, "engine.memory_gb", "be positive, or null", self.memory_gb)
+
+
 MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",)}
 """Strategy that is nothing but its samples → what `mixture` must say with it."""
 
@@ -387,7 +462,7 @@ class RunConfig:
     run: str
     outputs: str  # folder of all runs
     profile: str  # size of model and data: embedded, smoke, study, robot
-    strategy: str  # how earlier tasks are kept: replay, sequential, joint, ewc, merge
+    strategy: str  # how earlier tasks are kept: replay, sequential, joint, ewc, distill, merge
     mixture: str  # what a stage's samples are from: replay (shares), own_task, all_tasks (one stage for all)
     seed: int  # of samples, noise and new weights
     resume: bool
@@ -398,11 +473,16 @@ class RunConfig:
     validation: ValidationConfig
     forgetting: ForgettingConfig
     policy: Json  # `type`, `pretrained_path` and fields of that policy's LeRobot config
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    axes: dict[str, str] = field(default_factory=dict)  # of the study that the run is a cell of: key → value
+    processes: int = 1  # that the command starts and that train together; training.batch_size is of all of them
     simulation: SimulationConfig | None = None  # None: demonstrations are given, never recorded
     tiny_vlm: TinyVLMConfig | None = None
     ewc: EwcConfig | None = None
+    distill: DistillConfig | None = None
     merge: MergeConfig | None = None
     strategy_settings: Json = field(default_factory=dict)  # of a strategy without a section of its own
     passes: dict[str, int] = field(default_factory=dict)  # with all_tasks: task → passes over its training frames
@@ -424,6 +504,7 @@ class RunConfig:
         require(bool(self.strategy), "strategy", "be the name of a strategy, or module:Class", self.strategy)
         one_of("mixture", self.mixture, ("replay", "own_task", "all_tasks"))
         self._check_strategy()
+        self._check_processes()
         if self.hf_endpoint is not None:
             valid = bool(re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.hf_endpoint))
             require(valid, "hf_endpoint", "be an address like https://hf-mirror.com, or null", self.hf_endpoint)
@@ -434,17 +515,46 @@ class RunConfig:
     def run_folder(self) -> Path:
         return Path(self.outputs) / self.run
 
+    @property
+    def choosing_episodes(self) -> int:
+        """Of each task, those set apart from training to choose the coefficients of merged weights on."""
+        if self.merge is None or not self.merge.chooses:
+            return 0
+        return self.data.held_out_episodes if self.merge.episodes is None else self.merge.episodes
+
+    @property
+    def batch_of_process(self) -> int:
+        """Samples of a batch that one process takes."""
+        return self.training.batch_size // self.processes
+
+    def _check_processes(self) -> None:
+        require(self.processes >= 1, "processes", "be at least 1", self.processes)
+        samples, rule = self.training.batch_size, f"be divisible by processes={self.processes}"
+        require(samples % self.processes == 0, "training.batch_size", rule, samples)
+        remembers = any(self.policy.get(key) for key in ("num_mem_tokens", "mem_frames"))
+        depth = self.policy.get("mem_backprop_depth") if remembers else None
+        if depth and samples % depth == 0:
+            clips = f"clips of policy.mem_backprop_depth={depth} queries"
+            rule = f"be so many {clips} that processes={self.processes} divides their number"
+            require(samples // depth % self.processes == 0, "training.batch_size", rule, samples)
+
     def _check_strategy(self) -> None:
         joint, allowed = self.strategy == "joint", MIXTURES_OF.get(self.strategy, ("replay", "own_task"))
         rule = f"be {' or '.join(allowed)} with strategy={self.strategy}"
         require(self.mixture in allowed, "mixture", rule, self.mixture)
-        for key in ("ewc", "merge"):
+        for key in ("ewc", "distill", "merge"):
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
             require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
         # Adapters are other parameters in every stage, and their importance would say nothing later.
         lora, rule = self.training.lora, "be null with ewc, which holds weights in place"
         require(self.ewc is None or lora is None, "training.lora", rule, lora)
+        if self.distill is not None:
+            kind, fast = self.policy.get("type"), self.policy.get("fast_forward", True)
+            require(kind == "smolvla_memory", "policy.type", "be smolvla_memory with distill, for its velocities", kind)
+            require(fast, "policy.fast_forward", "be true with distill: LeRobot's forward shows no velocities", fast)
+        rule = f"be null or 1 where nothing is replayed (strategy={self.strategy}, mixture={self.mixture})"
+        require(self.mixture == "replay" or not self.replay.keeps_part, "replay.buffer", rule, self.replay.buffer)
         if self.forgetting.budget is None:
             return
         episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything

@@ -16,6 +16,9 @@ from typing import Any, NoReturn, TextIO
 from kuavo_sim.children import STOP_SIGNALS
 from kuavo_train.errors import Interrupted
 
+ONE_OF_EACH_SIGNAL = "KUAVO_ONE_OF_EACH_SIGNAL"
+"""Set in the environment of processes that train together and get every signal once."""
+
 
 class Listening:
     """Notes the first signal instead of dying of it; a second SIGINT interrupts at once.
@@ -41,8 +44,9 @@ class Listening:
 
     def hear(self, number: int, _frame: FrameType | None = None) -> None:
         if self.number is not None:
-            # A launcher of several processes hands on what the terminal has sent to all of them already.
-            if number == signal.SIGINT and os.environ.get("WORLD_SIZE", "1") == "1":
+            # Other launchers of several processes hand on what the terminal has sent to all of them already.
+            once = os.environ.get("WORLD_SIZE", "1") == "1" or ONE_OF_EACH_SIGNAL in os.environ
+            if number == signal.SIGINT and once:
                 raise KeyboardInterrupt
             return
         self.number = number
@@ -56,7 +60,7 @@ class Listening:
 def listening() -> Iterator[Listening]:
     """For the time of a stage."""
     listener = Listening()
-    handlers = {number: signal.signal(number, listener.hear) for number in _meant_for_us()}
+    handlers = {number: signal.signal(number, listener.hear) for number in stop_signals()}
     try:
         yield listener
     finally:
@@ -66,7 +70,7 @@ def listening() -> Iterator[Listening]:
 
 def end_on_signals() -> None:
     """For a command's time outside of stages: unwinds, so that nothing half-written stays. SIGINT does so by itself."""
-    for number in _meant_for_us() - {signal.SIGINT}:
+    for number in stop_signals() - {signal.SIGINT}:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
 
@@ -81,7 +85,7 @@ def main_ends_on_signals(main: Callable[[Sequence[str]], int]) -> NoReturn:
         sys.exit(128 + signal.SIGINT)
 
 
-def _meant_for_us() -> set[signal.Signals]:
+def stop_signals() -> set[signal.Signals]:
     """All stop signals, but of a closed terminal only where `nohup` has not said otherwise."""
     return {n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN}
 

@@ -3,6 +3,7 @@
     python -m kuavo_train.report run=outputs/<run>              # no run: the one modified last under outputs/
     python -m kuavo_train.report run=outputs/<run> joint=outputs/<joint run>          # adds intransigence
     python -m kuavo_train.report run=outputs/<run> slight_change=0.2                  # other limits for the verdict
+    python -m kuavo_train.report run=outputs/<run> films=true   # films of the final policy anew, in a simulated run
     python -m kuavo_train.report runs=outputs/<a>,outputs/<b>   # strategies × seeds compared
     python -m kuavo_train.report runs=outputs/<run>-study       # the same, all runs of a study
     python -m kuavo_train.report runs=… output=some/folder
@@ -26,7 +27,7 @@ from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reading import Json
 from kuavo_train.reporting.run_analysis import analyse, stored_limits
 from kuavo_train.reporting.strategy_comparison import compare
-from kuavo_train.reporting.text_report import comparison_table, summary_table
+from kuavo_train.reporting.text_report import comparison_table, success_table, summary_table
 from kuavo_train.reporting.write_report import run_folders, write_comparison, write_report
 from kuavo_train.runs.stored_run import OUTPUTS, StoredRun, newest_run
 
@@ -35,15 +36,16 @@ from kuavo_train.runs.stored_run import OUTPUTS, StoredRun, newest_run
 class Options:
     run: Path | None = option("folder of a run; none: the one modified last under outputs/", None)
     joint: Path | None = option("folder of a jointly trained run on the same data, for intransigence", None)
+    films: bool = option("play each job's best and typical episode again and film them, at the top of the page", False)
     runs: str | None = option("folders of runs, of a study, or that hold runs, with commas between: compare them", None)
     output: Path | None = option("where the comparison goes", None)
     limits: Json = option("of the verdict; none: as the report was last written", takes=RetentionLimits)
 
     def __post_init__(self) -> None:
-        apart = [("output", "run")] if self.runs is None else [("run", "runs"), ("joint", "runs")]
+        apart = [("output", "run")] if self.runs is None else [("run", "runs"), ("joint", "runs"), ("films", "runs")]
         for key, other in apart:
             value = getattr(self, key)
-            require(value is None, key, f"not be given with {other}=", value and str(value))
+            require(not value, key, f"not be given with {other}=", value and str(value))
 
 
 def main(words: Sequence[str]) -> int:
@@ -66,9 +68,14 @@ def _report_one(options: Options) -> None:
         print(f"no run given: taking the one modified last, {folder}")
     limits = _limits(options, stored_limits(folder) or RetentionLimits())
     joint = None if options.joint is None else StoredRun.open(options.joint)
-    analysis = analyse(StoredRun.open(folder), limits=limits, joint=joint)
+    run = StoredRun.open(folder)
+    if options.films:
+        from kuavo_train.evaluation.films import make_films  # torch and the simulation: slow to import
+
+        require(bool(make_films(run)), "films", "be of a run that is rolled out (rollout.episodes)", str(folder))
+    analysis = analyse(run, limits=limits, joint=joint)
     page = write_report(analysis)
-    print(f"{summary_table(analysis)}\n\nreport: {page}")
+    print(f"{summary_table(analysis)}\n\nreport: {page}{success_table(analysis)}")
 
 
 def _report_several(options: Options, runs: str) -> None:

@@ -1,36 +1,54 @@
-"""Several strategies × seeds, a run each, and a report that compares them.
+"""Several strategies × seeds, and whatever else is varied, a run each, and a report that compares them.
 
     python -m kuavo_train.study                                     # replay, sequential and joint, seeds 0 and 1
     python -m kuavo_train.study strategy=replay,ewc,merge seed=0,1,2 profile=smoke
+    python -m kuavo_train.study strategy=replay memory=standard,strong replay.buffer=0.02,0.2
     python -m kuavo_train.study run=long training.epochs=20         # other settings: another name
+    python -m kuavo_train.study engine=local engine.jobs=4          # four cells at a time, each with its share of CPUs
+    python -m kuavo_train.study engine=slurm engine.partition=gpu   # each a job of the cluster
 
-Any override that holds for all stages may be given; commas are for strategy and seed alone. One of ewc.… or merge.…
-goes to the cells of that strategy. The run of a cell is named <run>-<strategy>-s<seed>. Finished cells are skipped and
-an interrupted one goes on, so the same command continues what was cut off, and one with more strategies or seeds adds
-to it. outputs/<run>-study/ holds study.json and report/, the comparison of all finished cells.
+Any override that holds for all stages may be given, and with commas any setting that can change a result is varied. One
+of ewc.… or distill.… goes to the cells of that strategy, one of merge.… to those of merge and merge_replay, one of
+replay.… to those of replay and merge_replay (with mixture=… to all). The run of a cell is named
+<run>-<strategy>-s<seed>, with <key>_<value> of what else is varied before the seed. Finished cells are skipped and an
+interrupted one goes on, so the same command continues what was cut off, and one with more values adds to it. Cells with
+the same first stage train it once.
+
+outputs/<run>-study/ holds study.json, logs/ and report/, the comparison of all finished cells.
 """
 
+import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
 from kuavo_train.command_line import check_folders, config_dir_as_key, errors_in_one_line, quieten_libraries, set_hub
 from kuavo_train.compose import check_overrides, compose_run, split_varied
+from kuavo_train.config import RunConfig
 from kuavo_train.curriculum import check_curriculum_settings, train_all_stages
-from kuavo_train.errors import RunError
+from kuavo_train.engine.choice import engine_of
+from kuavo_train.engine.engine import Ended
+from kuavo_train.errors import require
 from kuavo_train.interruption import end_on_signals
+from kuavo_train.launcher import check_launched_once
 from kuavo_train.runs.lease import held
+from kuavo_train.runs.settings import is_free
 from kuavo_train.runs.stored_run import StoredRun, finished_cells
-from kuavo_train.runs.study_file import Cell, StudyFile
+from kuavo_train.runs.study_file import Cell, StudyFile, axes_of
 
 VARIED = {"strategy": ["replay", "sequential", "joint"], "seed": ["0", "1"]}
-"""What a study varies, and over what when nothing is said."""
+"""What a study varies in any case, and over what when nothing is said."""
 
-OF_ONE_STRATEGY = ("ewc", "merge")
-"""Groups of settings that only the strategy of that name has."""
+OF_STRATEGIES = {
+    "ewc": ("ewc",),
+    "distill": ("distill",),
+    "merge": ("merge", "merge_replay"),
+    "replay": ("replay", "merge_replay"),
+}
+"""Group of settings → the strategies that alone have it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,9 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     quieten_libraries()
     check_folders(first)
     set_hub(first)
-    path = Path(first.outputs) / f"{run}-study" / "study.json"
+    check_launched_once(first.processes)
+    path = _study_file(first.outputs, run)
     with held(path.parent, f"study {run}"):
         return _carry_out(StudyFile(path, run, shared), cells)
+
+
+def _study_file(outputs: str, run: str) -> Path:
+    return Path(outputs) / f"{run}-study" / "study.json"
 
 
 def _carry_out(study: StudyFile, cells: Sequence[Cell]) -> int:
@@ -58,64 +81,126 @@ def _carry_out(study: StudyFile, cells: Sequence[Cell]) -> int:
         check_curriculum_settings(cell.configs)
     for cell in cells:
         study.write(cell, "finished" if cell.finished else "waiting")
-    for number, cell in enumerate(cells, start=1):
-        status = _run_cell(cell, study, f"run {number} of {len(cells)}: {cell.strategy}, seed {cell.seed}")
-        if status:
-            return status
+    engine = engine_of(first.engine, train_cell, study.path.parent / "logs", first.processes)
+    if status := engine.train(cells, StudyNotes(study)):
+        return status
     _compare(study)
     return 0 if all(cell.finished for cell in cells) else 1
+
+
+def train_cell(configs: Sequence[RunConfig]) -> int:
+    """All stages of a cell, and its report; the exit status."""
+    from kuavo_train.reporting.run_analysis import analyse
+    from kuavo_train.reporting.write_report import write_report
+
+    status = train_all_stages(configs)
+    if status == 0:
+        write_report(analyse(StoredRun.open(configs[0].run_folder)))
+    return status
+
+
+@dataclass(frozen=True)
+class StudyNotes:
+    """What an engine does, on record in study.json; cells that share a first stage train it once."""
+
+    study: StudyFile
+
+    def waits(self, cell: Cell, running: Sequence[Cell]) -> bool:
+        """For the first stage of one that runs."""
+        from kuavo_train.runs.run_folder import stage_folder
+
+        if stage_folder(cell.stages[0]).holds_files:
+            return False
+        alike = [other for other in running if other.first_stage == cell.first_stage]
+        return any(stage_folder(other.stages[0]).status != "finished" for other in alike)
+
+    def begins(self, cell: Cell) -> str | None:
+        """Where another cell has finished the same first stage, this one goes on from there."""
+        from kuavo_train.runs.first_stage import take_over
+        from kuavo_train.runs.run_folder import StageFolder, stage_folder
+
+        self.study.write(cell, "running")
+        first, target = cell.stages[0], stage_folder(cell.stages[0])
+        if target.holds_files:
+            return None
+        for other in self.study.with_first_stage_of(cell):
+            about = {"run": other["run"], "settings": cell.first_stage}
+            if take_over(StageFolder(Path(other["folder"]) / target.path.name), target, first, about):
+                return f"stage 1 of {cell.run} goes on from the last step of that of {other['run']}"
+        return None
+
+    def ends(self, cell: Cell, state: Ended, *, seconds: float) -> None:
+        self.study.write(cell, state, seconds=seconds)
 
 
 def compose_cells(arguments: Sequence[str]) -> tuple[str, list[str], list[Cell]]:
     """The study's name, the overrides that its cells share, and the cells, one seed after another.
 
     Raises:
-        ConfigError: commas elsewhere than in strategy and seed, or anything wrong with any cell's configuration.
+        ConfigError: commas for what cannot change a result, or anything wrong with any cell's configuration.
     """
     arguments = config_dir_as_key(arguments)
     check_overrides(arguments)
-    varied, shared = split_varied(arguments, VARIED)
-    cells, run = [], ""
-    for seed, strategy in product(varied["seed"], varied["strategy"]):
-        own = [f"strategy={strategy}", f"seed={seed}", *_for(strategy, shared)]
-        run = run or compose_run(own)[0].run
-        configs = compose_run([*own, f"run={run}-{strategy}-s{seed}"])
-        cells.append(Cell(configs[0].strategy, configs[0].seed, configs))
-    return run, [override for override in shared if not override.startswith("run=")], cells
+    values, shared = split_varied(arguments, VARIED)
+    for axis in values:
+        require(not is_free(axis), axis, "have one value, since a study varies what can change a result", values[axis])
+    (named, *_), _ = _configs({axis: found[0] for axis, found in values.items()}, shared)
+    run = named.run
+    values, shared = split_varied(arguments, VARIED, also=axes_of(_study_file(named.outputs, run)))
+    cells: dict[str, Cell] = {}
+    for seed, strategy, *others in product(*(values[axis] for axis in ("seed", "strategy", *_others(values)))):
+        chosen = dict(zip(("seed", "strategy", *_others(values)), (seed, strategy, *others), strict=True))
+        configs, axes = _configs(chosen, shared, run)
+        cell = Cell(strategy, configs[0].seed, configs, axes)
+        known = cells.setdefault(cell.run, cell)  # one strategy's settings are no axis for another's cells
+        rule = "differ in letters and digits, since they name a run"
+        require(known.axes == axes, ", ".join(axes), rule, [list(known.axes.values()), list(axes.values())])
+    return run, [override for override in shared if not override.startswith("run=")], list(cells.values())
+
+
+def _others(axes: Mapping[str, object]) -> list[str]:
+    return [axis for axis in axes if axis not in VARIED]
+
+
+def _configs(
+    chosen: Mapping[str, str], shared: Sequence[str], run: str | None = None
+) -> tuple[list[RunConfig], dict[str, str]]:
+    """Those of a cell, and what of the axes beside strategy and seed it has.
+
+    Args:
+        run: of the study, which the cell's own is named by.
+    """
+    strategy, seed = chosen["strategy"], chosen["seed"]
+    words = {axis: f"{axis}={chosen[axis]}" for axis in _others(chosen)}
+    own = _for(strategy, [*words.values(), *shared])
+    axes = {axis: chosen[axis] for axis, word in words.items() if word in own}
+    own = [f"strategy={strategy}", f"seed={seed}", *own]
+    if run is None:
+        return compose_run(own), axes
+    parts = [
+        run,
+        strategy,
+        *(f"{axis.rpartition('.')[2]}_{_as_name(value)}" for axis, value in axes.items()),
+        f"s{seed}",
+    ]
+    configs = compose_run([*own, f"run={'-'.join(parts)}"])
+    return [replace(config, axes=axes) for config in configs], axes
+
+
+def _as_name(value: str) -> str:
+    """As a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
 
 
 def _for(strategy: str, overrides: Sequence[str]) -> list[str]:
     """Without what only another strategy has settings for."""
-    others = tuple(f"{group}." for group in OF_ONE_STRATEGY if group != strategy)
+    mixed = any(override.startswith("mixture=") for override in overrides)  # then the configuration says who replays
+    others = tuple(
+        f"{group}."
+        for group, strategies in OF_STRATEGIES.items()
+        if strategy not in strategies and not (mixed and group == "replay")
+    )
     return [override for override in overrides if not override.startswith(others)]
-
-
-def _run_cell(cell: Cell, study: StudyFile, title: str) -> int:
-    """Train what the cell lacks; a failure is reported and the study goes on, an interruption ends it."""
-    from kuavo_train.reporting.run_analysis import analyse
-    from kuavo_train.reporting.write_report import write_report
-
-    if cell.finished:
-        print(f"{title} is finished in {cell.folder}", flush=True)
-        return 0
-    print(f"\n=== {title}, in {cell.folder}", flush=True)
-    study.write(cell, "running")
-    began, outcome = time.monotonic(), "failed"
-    try:
-        status = train_all_stages(cell.configs)
-        if status:
-            outcome = "interrupted"
-            return status
-        write_report(analyse(StoredRun.open(cell.folder)))
-        outcome = "finished"
-    except RunError as error:
-        print(f"error: {title}: {error}", file=sys.stderr, flush=True)
-    except (KeyboardInterrupt, SystemExit):
-        outcome = "interrupted"
-        raise
-    finally:
-        study.write(cell, outcome, seconds=time.monotonic() - began)
-    return 0
 
 
 def _compare(study: StudyFile) -> None:

@@ -10,8 +10,9 @@ so keys and values of a block stay as they are when another is appended:
 
 Then the action expert attends to the keys and values of all of them. What makes it fast:
 
-- While nothing before the state learns, no graph is recorded of the context: its tensors need no gradient. Where
-  vision, connector or text model do learn, or memory stands in front, autograd records it as it should.
+- While nothing before the state learns, no graph is recorded of the context: its tensors need no gradient. It may
+  even come from an earlier pass (`Prefix.encoded`). Where vision, connector or text model do learn, or memory stands
+  in front, autograd records it as it should.
 - Of a block whose output nobody reads, the last layer computes keys and values only.
 - Grouped heads: the query heads that share keys are laid out as further queries, so that no key is repeated. A
   block needs no square mask either: all its tokens see the same.
@@ -53,6 +54,11 @@ class Encoded:
     values: Sequence[Tensor]
     bias: Tensor
     next_position: Tensor
+
+    def packed(self) -> Tensor:
+        """[B, layers, 2, L, G × D] keys and values."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1).flatten(-2)
 
     def followed_by(self, block: "Encoded") -> "Encoded":
         return Encoded(
@@ -150,6 +156,16 @@ class FastForward:
     def begin(self, prefix: Prefix, queries: int, memory: RecurrentMemory | None = None) -> "Encoding":
         """Start encoding the prefixes of K consecutive queries; see `Encoding`."""
         return Encoding(self, prefix, queries, memory)
+
+    def context(self, prefix: Prefix) -> Encoded:
+        """Images and language, which see nothing but each other: through the model, or as they went through it."""
+        bias = attention_bias(prefix.valid)
+        if prefix.encoded is None:
+            return self.append(prefix.context, bias)[1]
+        longer = prefix.valid.shape[1] - prefix.encoded.shape[3]  # by padding alone, or shorter by it
+        encoded = F.pad(prefix.encoded.to(prefix.context.dtype), (0, 0, 0, longer))
+        keys, values = encoded.unflatten(-1, (-1, self._head_dim)).unbind(dim=2)
+        return Encoded(keys.unbind(dim=1), values.unbind(dim=1), bias, prefix.valid.sum(dim=1))
 
     def append(
         self,
@@ -269,7 +285,7 @@ class Encoding:
 
     def _without_memory(self) -> Encoded:
         """Context and state of all queries at once: what does not depend on memory."""
-        _, context = self.forward.append(self.prefix.context, attention_bias(self.prefix.valid))
+        context = self.forward.context(self.prefix)
         return context.followed_by(self._state(self.prefix.state, context))
 
     def _state(self, state: Tensor, before: Encoded) -> Encoded:

@@ -17,6 +17,9 @@ QUERY_IS_PAD = "query_is_pad"
 MEMORY_RESET = "observation.memory_reset"
 """[B] bool: the memory starts anew before this row's query."""
 
+ENCODED_CONTEXT = "observation.encoded_context"
+"""[B, layers, 2, P, G × D]: keys and values of images and language in a vision-language model that is held fixed."""
+
 
 def image_features_key(camera: str) -> str:
     """Batch key of a camera's tokens [B, N, H], which may stand in place of its pictures."""

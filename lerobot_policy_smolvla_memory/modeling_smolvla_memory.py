@@ -4,7 +4,8 @@ How a query is computed is flow_model.py's. Letters as in prefix.py.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
@@ -22,9 +23,11 @@ from lerobot.utils.device_utils import resolve_safetensors_device
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lerobot_policy_smolvla_memory.backbone import FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     ACTION_DIM_IS_PAD,
     ACTION_IS_PAD,
+    ENCODED_CONTEXT,
     MEMORY_RESET,
     QUERY_IS_PAD,
     SmolVLAMemoryConfig,
@@ -61,12 +64,50 @@ MEMORY_HEAD = "model.memory.head."
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What a policy answers at noisy actions, and what it was to answer. D draws of a row, A padded dimensions.
+
+    Attributes:
+        noisy: actions [B × D, T, A]. time: [B × D], or [B × D, T] where the steps of a chunk are not all as noisy.
+        target, velocity: [B × D, T, A]; the velocity carries gradients.
+        reduce: losses [B × D, T, A] → their mean over valid entries.
+    """
+
+    noisy: Tensor
+    time: Tensor
+    target: Tensor
+    velocity: Tensor
+    reduce: Callable[[Tensor], Tensor]
+
+    def loss(self, velocity: Tensor) -> Tensor:
+        """Mean squared distance of the policy's velocity from another one, over what its own loss is a mean of."""
+        return self.reduce(F.mse_loss(velocity, self.velocity, reduction="none"))
+
+
 class StepOutputs(TypedDict):
-    """What `SmolVLAMemoryPolicy.forward` gives beside the loss, detached."""
+    """What `SmolVLAMemoryPolicy.forward` gives beside the loss, detached but for the flow."""
 
     loss: Tensor
     memory: MemoryState | None
     memory_loss: NotRequired[Tensor]
+    flow: NotRequired[Flow]
+
+
+class TrainingDraws(TypedDict):
+    """What a training step draws at random, as `SmolVLAMemoryPolicy.forward` takes it: [B × D, …] each."""
+
+    noise: Tensor
+    time: Tensor
+    clean: NotRequired[Tensor]
+
+
+Count = Callable[[Tensor], Tensor]
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    """Of valid entries: a mean over none of them is 0."""
+    return count.clamp_min(1)
 
 
 class RealTimeChunking(TypedDict, total=False):
@@ -113,6 +154,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         *,
         memory: MemoryState | None = None,
         queries: int = 1,
+        clean: Tensor | None = None,
+        everywhere: Count = at_least_one,
     ) -> tuple[Tensor, StepOutputs]:
         """Flow-matching loss of K consecutive queries per clip, with gradients through the memory.
 
@@ -122,17 +165,23 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
                 `action_dim_is_pad` [B, A]: dimensions the task lacks, zero in the input and out of the loss;
                 `query_is_pad` [B]: rows that only fill up a clip, out of the loss and not remembered;
                 `observation.memory_reset` [B]: rows before whose query the memory starts anew;
-                `observation.image_features.*` [B, N, H]: of `embed_camera`, in place of a camera's pictures.
+                `observation.image_features.*` [B, N, H]: of `embed_camera`, in place of a camera's pictures;
+                `observation.encoded_context`: of `encode_context`, beside either.
             noise: [B × D, T, max_action_dim], time: [B × D] in (0, 1], D draws of a row next to each other. When
                 None, `flow_draws` per row are drawn from the global generator.
             reduction: "mean" over all valid entries, or "none": [B], the mean over each row's valid entries.
             memory: of the clips, before their first query. None begins with the initial one.
             queries: K.
+            clean: [B × D] steps that a draw is given clean, with `rtc_training_delay`; drawn like noise when None.
+            everywhere: number of valid entries here → that by which their sum is divided. Where several processes
+                share a batch and average their gradients, it is the mean over the processes, which makes the average
+                that of all valid entries.
 
         Returns:
             The loss: in training mode that of the flow and, weighted, the memory's own; else the flow's. And a dict of
             what is detached, not moved to the CPU: `loss` of the flow, `memory_loss` where there is one, and `memory`,
-            the clips' memory after their last query (None without memory).
+            the clips' memory after their last query (None without memory). In it with its gradients is `flow`, but
+            where the step is LeRobot's own.
 
         Raises:
             ValueError: rows that do not divide into clips, or a memory of another number of clips.
@@ -152,15 +201,16 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             # Bit for bit LeRobot's training step: prefix and actions in one pass.
             observation = *self._images(batch), *self._language(batch), self.prepare_state(batch)
             losses = self.model.forward(*observation, *self._actions_and_noise(batch, noise), time)
-            loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction)
+            loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction, everywhere=everywhere)
             return loss, {"loss": loss.detach().mean(), "memory": None}
         prefix = self._prefix(batch)
         encoded, memory, tokens = self._encode(batch, prefix, memory, queries)
-        loss = self.flow_loss(encoded, batch, noise, time, reduction)
-        outputs: StepOutputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach()}
+        flow = self._flow(encoded, batch, noise, time, reduction, clean=clean, everywhere=everywhere)
+        loss = flow.loss(flow.target)
+        outputs: StepOutputs = {"loss": loss.detach().mean(), "memory": memory and memory.detach(), "flow": flow}
         if self.training and self.model.memory is not None and self.model.memory.head is not None:
             assert tokens is not None
-            memory_loss = self._memory_loss(tokens, prefix, batch, reduction)
+            memory_loss = self._memory_loss(tokens, prefix, batch, reduction, everywhere)
             loss = loss + self.config.mem_action_loss * memory_loss
             outputs["memory_loss"] = memory_loss.detach().mean()
         return loss, outputs
@@ -186,7 +236,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         return encoded, memory
 
     def _prefix(self, batch: dict[str, Tensor]) -> Prefix:
-        return self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch))
+        prefix = self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch))
+        return replace(prefix, encoded=batch.get(ENCODED_CONTEXT))
 
     def _encode(
         self, batch: dict[str, Tensor], prefix: Prefix, memory: MemoryState | None, queries: int
@@ -195,7 +246,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         resets, padding = batch.get(MEMORY_RESET), batch.get(QUERY_IS_PAD)
         return self.model.encode(prefix, memory, queries=queries, reset=resets, skip=padding)
 
-    def _memory_loss(self, tokens: Tensor, prefix: Prefix, batch: dict[str, Tensor], reduction: str) -> Tensor:
+    def _memory_loss(
+        self, tokens: Tensor, prefix: Prefix, batch: dict[str, Tensor], reduction: str, everywhere: Count
+    ) -> Tensor:
         """Squared error of the actions that the memory's head predicts after each row's query."""
         assert self.model.memory is not None
         assert self.model.memory.head is not None
@@ -204,7 +257,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         if absent is not None:
             actions = actions.masked_fill(absent, 0.0)
         actions = actions[:, :, : predicted.shape[2]]
-        return _reduce(F.mse_loss(predicted, actions, reduction="none"), batch, reduction)
+        return _reduce(F.mse_loss(predicted, actions, reduction="none"), batch, reduction, everywhere=everywhere)
 
     def flow_loss(
         self,
@@ -213,25 +266,61 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         noise: Tensor,
         time: Tensor,
         reduction: str = "mean",
+        *,
+        clean: Tensor | None = None,
+        everywhere: Count = at_least_one,
     ) -> Tensor:
         """Flow-matching loss of encoded rows; arguments and reduction as in `forward`."""
-        actions, noise = self._actions_and_noise(batch, noise)
-        clean = self._clean_steps(noise)
-        if clean is not None:
-            time = time[:, None].masked_fill(clean, 0.0)
-        t = time.view(len(time), -1, 1)
-        repeated = prefix.repeat(len(noise) // prefix.batch_size)
-        velocity = self.model.velocity(repeated, t * noise + (1 - t) * actions, time)
-        losses = F.mse_loss(noise - actions, velocity, reduction="none")
-        return _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction, clean)
+        flow = self._flow(prefix, batch, noise, time, reduction, clean=clean, everywhere=everywhere)
+        return flow.loss(flow.target)
 
-    def _clean_steps(self, noise: Tensor) -> Tensor | None:
+    def _flow(
+        self,
+        prefix: EncodedPrefix,
+        batch: dict[str, Tensor],
+        noise: Tensor,
+        time: Tensor,
+        reduction: str,
+        *,
+        clean: Tensor | None,
+        everywhere: Count,
+    ) -> Flow:
+        actions, noise = self._actions_and_noise(batch, noise)
+        given = self._clean_steps(noise, clean)
+        if given is not None:
+            time = time[:, None].masked_fill(given, 0.0)
+        t = time.view(len(time), -1, 1)
+        noisy = t * noise + (1 - t) * actions
+
+        def reduce(losses: Tensor) -> Tensor:
+            real = losses[:, :, : self.config.action_feature.shape[0]]
+            return _reduce(real, batch, reduction, given, everywhere=everywhere)
+
+        return Flow(noisy, time, noise - actions, self.velocity(prefix, noisy, time), reduce)
+
+    def velocity(self, prefix: EncodedPrefix, noisy: Tensor, time: Tensor) -> Tensor:
+        """Of the flow at noisy actions [B × D, T, A] and times as in `Flow`, D of each encoded row: [B × D, T, A]."""
+        return self.model.velocity(prefix.repeat(len(noisy) // prefix.batch_size), noisy, time)
+
+    def draw_training(self, rows: int, device: torch.device) -> TrainingDraws:
+        """What `forward` draws by itself in training for so many rows, in its order, from the global generator."""
+        draws = rows * self.config.flow_draws
+        noise = self.model.sample_noise((draws, self.config.chunk_size, self.config.max_action_dim), device)
+        drawn: TrainingDraws = {"noise": noise, "time": self.model.sample_time(draws, device)}
+        if self.config.rtc_training_delay:
+            drawn["clean"] = self._draw_clean(draws, device)
+        return drawn
+
+    def _draw_clean(self, draws: int, device: torch.device) -> Tensor:
+        return torch.randint(self.config.rtc_training_delay + 1, (draws, 1), device=device).squeeze(1)
+
+    def _clean_steps(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor | None:
         """[B × D, T] true for the steps that a draw is given clean; None where training gives none."""
-        longest = self.config.rtc_training_delay
-        if not longest or not self.training:
+        if not self.config.rtc_training_delay or not self.training:
             return None
-        lengths = torch.randint(longest + 1, (len(noise), 1), device=noise.device)
-        return torch.arange(noise.shape[1], device=noise.device) < lengths
+        if lengths is None:
+            lengths = self._draw_clean(len(noise), noise.device)
+        return torch.arange(noise.shape[1], device=noise.device) < lengths[:, None]
 
     def _actions_and_noise(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Padded actions and noise [B × D, T, max_action_dim], both 0 in dimensions that the row's task lacks."""
@@ -248,6 +337,17 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         `image_features_key`. Depends on nothing but the vision encoder and the connector."""
         (image, *_empty), _ = self.prepare_images({next(iter(self.config.image_features)): pictures})
         return self.model.vlm_with_expert.embed_image(image)
+
+    @property
+    def encodes_context(self) -> bool:
+        """Whether images and language go through the model on their own: nothing stands before them."""
+        return self.config.fast_forward and not self.config.mem_at_start
+
+    def encode_context(self, batch: dict[str, Tensor]) -> Tensor:
+        """Keys and values [B, layers, 2, P, G × D] of images and language, as they may stand in a batch as
+        `ENCODED_CONTEXT`. Depends on nothing but the vision-language model, where `encodes_context`."""
+        assert isinstance(self.model.backbone, FastForward), "encodes_context"
+        return self.model.backbone.context(self._prefix(batch)).packed()
 
     def _language(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Token ids and their mask, [B, N]."""
@@ -415,7 +515,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         assert not self._rtc_enabled(), "RTC needs predict_action_chunk; select_action knows no RTC"
         self.eval()
         batch = self._prepare_batch(batch)
-        size, steps = len(batch[OBS_STATE]), self.config.n_action_steps
+        size = len(batch[OBS_STATE])
         if self._chunk is not None and len(self._chunk) != size:
             raise ValueError(
                 f"the batch has {size} elements, but actions are planned for {len(self._chunk)}; "
@@ -423,13 +523,16 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             )
         if MEMORY_RESET in batch:
             self.reset(batch[MEMORY_RESET].nonzero().flatten().tolist())
-        due = [index for index in range(size) if self._chunk is None or self._executed[index] == steps]
-        if due:
+        if due := list(range(size)) if self._chunk is None else self.due():
             self._query(batch, due, noise)
         assert self._chunk is not None
         action = self._chunk[range(size), self._executed]
         self._executed = [executed + 1 for executed in self._executed]
         return action
+
+    def due(self) -> list[int]:
+        """Elements of the batch of which the next `select_action` is a query; none known before the first one."""
+        return [index for index, executed in enumerate(self._executed) if executed >= self.config.n_action_steps]
 
     def _query(self, batch: dict[str, Tensor], due: list[int], noise: Tensor | None) -> None:
         """Plan anew for the elements `due` of the batch, and advance their memory."""
@@ -605,11 +708,19 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         return model
 
 
-def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str, given: Tensor | None = None) -> Tensor:
+def _reduce(
+    losses: Tensor,
+    batch: dict[str, Tensor],
+    reduction: str,
+    given: Tensor | None = None,
+    *,
+    everywhere: Count = at_least_one,
+) -> Tensor:
     """losses [B × D, T, A] → the mean of the valid ones, over all ("mean") or per row of the batch ("none": [B]).
 
     Args:
         given: [B × D, T] true for steps that were no question.
+        everywhere: as in `forward`, for the mean over all.
     """
     rows = len(batch[ACTION])
     entries = {"mean": (0, 1, 2), "none": (1, 2)}[reduction]
@@ -631,7 +742,8 @@ def _reduce(losses: Tensor, batch: dict[str, Tensor], reduction: str, given: Ten
         valid = valid.repeat_interleave(len(losses) // rows, dim=0)
         if given is not None:
             valid &= ~given[:, :, None]
-        reduced = (losses * valid).sum(entries) / valid.sum(entries).clamp_min(1)
+        count = everywhere if reduction == "mean" else at_least_one
+        reduced = (losses * valid).sum(entries) / count(valid.sum(entries))
     return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
 
 

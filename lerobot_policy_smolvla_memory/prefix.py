@@ -22,12 +22,14 @@ class Prefix:
         valid: [B, P] bool; false for padding and for cameras that are not there.
         state: [B, 1, H].
         frame: [B, p, H] what is kept of the images for later queries; None where nothing is.
+        encoded: [B, layers, 2, P, G × D] keys and values of the context, where it has been through the model before.
     """
 
     context: Tensor
     valid: Tensor
     state: Tensor
     frame: Tensor | None = None
+    encoded: Tensor | None = None
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """The state, then images and language, [B, 1 + P, H], and which of them are valid [B, 1 + P]."""

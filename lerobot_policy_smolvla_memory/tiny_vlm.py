@@ -174,16 +174,18 @@ def _is_written(folder: Path, settings: _Settings) -> bool:
 
 
 def _move_into_place(staging: Path, folder: Path, settings: _Settings) -> None:
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / RECORD_NAME).is_file():
-            raise ValueError(f"{folder} holds something that is not a tiny VLM; give another folder")
-        shutil.rmtree(folder)
     try:
         staging.rename(folder)
     except OSError:
-        # Another process may have written the same in the meantime, which serves as well.
-        if not _is_written(folder, settings):
+        # Another process may have written the same in the meantime, and be reading it: that one stays.
+        if _is_written(folder, settings):
+            return
+        if not folder.is_dir():
             raise
+        if not (folder / RECORD_NAME).is_file():
+            raise ValueError(f"{folder} holds something that is not a tiny VLM; give another folder") from None
+        shutil.rmtree(folder)
+        staging.rename(folder)
 
 
 def _write(folder: Path, settings: _Settings) -> None:

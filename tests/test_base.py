@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.normalization import normalization_from_checkpoint
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.files import copy_folder
-from kuavo_train.training.policy_factory import check_base
+from kuavo_train.training.policy_factory import check_base, check_sizes
 
 BASE = MODELS_FOLDER / FOLDER.name
 STATE, ACTION = ("a", "b"), ("a", "b", "x")
@@ -38,13 +39,32 @@ def test_a_base_is_an_ordinary_run_of_the_skills_without_memory_and_with_words_o
     assert first.tiny_vlm.corpus == "words"
 
 
-def test_a_run_may_start_from_the_base_and_by_default_starts_from_nothing() -> None:
-    assert compose_run([])[0].policy["pretrained_path"] is None
-    config = compose_run(["base=kuavo_sim_base"])[0]
+@pytest.mark.parametrize("profile", ["embedded", "study"])
+def test_simulated_runs_start_from_the_base_and_hold_fixed_what_the_robots_profile_holds_fixed(profile: str) -> None:
+    config = compose_run([f"profile={profile}"])[0]
     assert config.policy["pretrained_path"] == str(BASE)
     assert config.data.normalization == "pretrained"
-    assert config.training.freeze_first_stage == config.training.freeze
+    on_the_robot = compose_run(["profile=robot"])[0].training
+    for key in ("freeze_first_stage", "freeze"):
+        assert getattr(config.training, key) == getattr(on_the_robot, key) == ["vision", "connector", "vlm_text"]
     assert config.policy["num_mem_tokens"] > 0  # memory joins at the first stage, as on the robot
+
+
+@pytest.mark.parametrize("words", [["base=none"], ["profile=smoke"], ["policy=act"], ["policy=diffusion"]])
+def test_without_a_base_the_first_stage_trains_everything_from_nothing(words: list[str]) -> None:
+    config = compose_run(words)[0]
+    assert config.policy["pretrained_path"] is None
+    assert config.base_sha256 is None
+    assert config.data.normalization == "joint"
+    assert config.training.freeze_first_stage == []
+
+
+def test_a_run_from_nothing_has_the_bases_sizes_and_other_ones_are_refused() -> None:
+    sizes = compose_run(["base=none"])[0].tiny_vlm
+    assert sizes is not None
+    check_sizes(sizes, BASE / "vlm")
+    with pytest.raises(ConfigError, match=r"tiny_vlm.patch_size must be what .* have \(8\), got 16; .*base=none"):
+        check_sizes(replace(sizes, patch_size=16), BASE / "vlm")
 
 
 def test_a_base_stays_as_it_was_until_the_next_one_is_copied_whole(tmp_path: Path) -> None:

@@ -4,60 +4,40 @@ The environments are made on the spot from the package index; pyenv's interprete
 """
 
 import os
-import re
+import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import REPOSITORY
-from robot_process import read, write
 from served import PATIENCE, Served
 
-from kuavo_client import pack, unpack
+from benchmarks import robot_python
+from benchmarks.network_episodes import in_process, over_the_network
+from benchmarks.robot_python import CLIENT_NEEDS, INSTALLED_IN, OLDEST, interpreters
+from kuavo_train.errors import RunError
 from kuavo_train.evaluation.checkpoints import Contestant
-from kuavo_train.evaluation.environment import Environment
-from kuavo_train.evaluation.environment_pool import seen_in
 from kuavo_train.evaluation.options import Options
-from kuavo_train.evaluation.rollout import observation_of
 from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
-PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-OLDEST, INSTALLED_IN = (3, 8), 300  # s
 TICKS = 20
-ROBOT_PROCESS = REPOSITORY / "tests" / "support" / "robot_process.py"
 CLIENT_TESTS = REPOSITORY / "tests" / "client"
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--confcutdir", str(CLIENT_TESTS)]
 
 
-def interpreters() -> list[str]:
-    """Of every minor version from the oldest on, by its version; our own first."""
-    found = {sys.version_info[:2]: sys.executable}
-    for python in sorted(PYENV.glob("3.*/bin/python")):
-        version = tuple(int(part) for part in re.findall(r"\d+", python.parent.parent.name)[:2])
-        if version >= OLDEST:
-            found.setdefault(version, str(python))
-    return [found[version] for version in sorted(found)]
-
-
 def environment(python: str, folder: Path, *packages: str) -> Path:
     """The interpreter of a new environment with these packages; skips the test where there is no index."""
-    uv = Path(sysconfig.get_path("scripts")) / "uv"
-    new = folder / "bin" / "python"
-    install = ["pip", "install", "--quiet", "--python", new, *packages]
-    for words in (["venv", "--quiet", "--python", python, folder], install):
-        done = subprocess.run([uv, *words], capture_output=True, text=True, timeout=INSTALLED_IN)
-        if done.returncode:
-            pytest.skip(f"no environment for {python}: {done.stderr[-300:]}")
-    return new
+    try:
+        return robot_python.environment(python, folder, *packages)
+    except RunError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("python", interpreters())
 def test_the_clients_tests_pass_under_every_python_that_is_there(python: str, tmp_path: Path) -> None:
-    new = environment(python, tmp_path / "env", "numpy", "msgpack", "websockets", "pytest")
+    new = environment(python, tmp_path / "env", *CLIENT_NEEDS, "pytest")
     words = [new, *PYTEST, str(CLIENT_TESTS)]
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=INSTALLED_IN, env=environ)
@@ -65,11 +45,28 @@ def test_the_clients_tests_pass_under_every_python_that_is_there(python: str, tm
 
 
 @pytest.mark.slow
+def test_the_clients_own_wheel_is_all_that_the_oldest_python_needs(tmp_path: Path) -> None:
+    """Built from its folder as the page says, installed with what it declares, from an empty folder."""
+    source = shutil.copytree(REPOSITORY / "kuavo_client", tmp_path / "kuavo_client")
+    new = environment(interpreters()[0], tmp_path / "env", str(source))
+    code = "import sys, kuavo_client as c; c.RobotLoop(dict, print, 'ws://nowhere', 'weighing'); "
+    code += "print(c.__file__, '%d.%d' % sys.version_info[:2])"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([new, "-c", code], cwd=empty, env=environ, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    place, version = done.stdout.split()
+    assert place.startswith(str(tmp_path / "env"))
+    assert tuple(map(int, version.split("."))) >= OLDEST
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("client", "packages"),
     [
-        ("kuavo_client", ["numpy", "msgpack", "websockets"]),
-        ("openpi_client", ["openpi-client==0.1.2", "typing_extensions"]),  # which it forgets to declare
+        ("loop", CLIENT_NEEDS),  # kuavo_client's
+        ("openpi", ["openpi-client==0.1.2", "typing_extensions"]),  # which it forgets to declare
     ],
 )
 def test_a_robot_in_an_old_python_acts_in_a_simulated_job_as_the_policy_does_in_process(
@@ -77,39 +74,13 @@ def test_a_robot_in_an_old_python_acts_in_a_simulated_job_as_the_policy_does_in_
 ) -> None:
     python = environment(interpreters()[0], tmp_path / "env", *packages)
     checkpoint = simulated_run / "stage3_placement" / "checkpoints" / "best"
-    place = Contestant.open("served", str(checkpoint)).environment("weighing", Options({"served": str(checkpoint)}))
-    policies = [SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=0) for _ in range(2)]
-    world, expected = place.make(), []
-    seen = seen_in(*world.reset(seed=7))
-    policies[0].reset(seeds=[0])
-    for _ in range(TICKS):
-        action = policies[0].select_action(observation_of([seen], "weighing"))[0]
-        expected.append(action)
-        seen = seen_in(*world.step(action)[::4])
+    options = Options({"served": str(checkpoint)}, max_steps=TICKS)
+    place = Contestant.open("served", str(checkpoint)).environment("weighing", options)
+    alone, policy = (SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=0) for _ in range(2))
+    world = place.make()
+    with Served(policy, batch=1) as server:
+        acted = over_the_network(python, client, f"ws://127.0.0.1:{server.port}", place, world, seed=0)
     world.close()
-    with Served(policies[1], batch=1) as server:
-        acted = drive(python, client, f"ws://127.0.0.1:{server.port}", place)
-    assert np.array_equal(np.stack(acted), np.stack(expected))
-
-
-def drive(python: Path, client: str, address: str, place: Environment) -> list[np.ndarray]:
-    """What the robot's process does in the world, tick by tick."""
-    words = [python, ROBOT_PROCESS, client, address, "weighing", str(TICKS), "0"]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    world, acted = place.make(), []
-    seen = seen_in(*world.reset(seed=7))
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ) as robot:
-        assert robot.stdin is not None
-        assert robot.stdout is not None
-        while len(acted) < TICKS:
-            asked = unpack(read(robot.stdout))
-            if "observe" in asked:
-                pictures = {f"observation.images.{camera}": picture for camera, picture in seen.pictures.items()}
-                write(robot.stdin, pack({**pictures, "observation.state": seen.state}))
-                continue
-            acted.append(asked["act"])
-            seen = seen_in(*world.step(asked["act"])[::4])
-            write(robot.stdin, b"")
-        assert robot.wait(PATIENCE) == 0
-    world.close()
-    return acted
+    expected = in_process(alone, place, [0])[0]
+    assert len(acted.actions) == TICKS
+    assert np.array_equal(acted.actions, expected.actions)

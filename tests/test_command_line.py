@@ -106,14 +106,14 @@ def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
     for word in (
         "task/tasks: task1_moving_grasp, task2",
         "profile: base, embedded, robot, smoke, study",
-        "strategy: ewc, joint, merge, replay, sequential",
+        "strategy: distill, ewc, joint, merge, merge_replay, replay, sequential",
         "replay",
     ):
         assert word in shown.stdout, word
     job = here("kuavo_train", "task=tasks/task3_placement", "--cfg", "job", "--resolve")
     assert job.returncode == 0
     assert "name: placement" in job.stdout
-    assert "lr: 0.0005" in job.stdout
+    assert "lr: 0.001" in job.stdout
 
 
 WRONG_COMMANDS = [

@@ -76,7 +76,7 @@ def test_what_a_profile_changes_of_a_policy_is_in_force() -> None:
         for profile in ("embedded", "smoke", "study", "robot")
     }
     changed = {name: (p["num_steps"], p["mem_backprop_depth"], p["sampling_temperature"]) for name, p in chosen.items()}
-    assert changed == {"embedded": (10, 4, 1), "smoke": (2, 4, 1), "study": (10, 16, 0), "robot": (10, 4, 1)}
+    assert changed == {"embedded": (10, 8, 0), "smoke": (2, 4, 1), "study": (10, 16, 0), "robot": (10, 4, 1)}
 
 
 def test_no_key_of_a_policy_stands_where_a_profile_cannot_change_it() -> None:
@@ -377,6 +377,8 @@ BAD_OVERRIDES = [  # of a command line, what the message must name: keys, choice
     ("strategy=ewc ewc.batches=0", r"ewc.batches must be at least 1, got 0"),
     ("strategy=ewc ewc=null", r"ewc must have settings with strategy=ewc, got None"),
     ("strategy=merge merge.alphas=[0.5,1.5]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[0.5, 1.5"),
+    ("strategy=merge merge.episodes=0", r"merge.episodes must be at least 1, or null, got 0"),
+    ("strategy=joint merge.alphas=[0.5]", r"merge must be null with strategy=joint, which has nothing to keep, got "),
     ("strategy=merge merge.alphas=[]", r"merge.alphas must be one or more numbers in \[0, 1\], got \[\]"),
     ("strategy=joint mixture=replay", r"mixture must be all_tasks with strategy=joint, got 'replay'"),
     ("mixture=own_task", r"mixture must be replay with strategy=replay, got 'own_task'"),
@@ -384,7 +386,7 @@ BAD_OVERRIDES = [  # of a command line, what the message must name: keys, choice
     ("strategy=ewc mixture=all_tasks", r"mixture must be replay or own_task with strategy=ewc, got 'all_tasks'"),
     ("mixture=all_tasks", r"mixture must be replay with strategy=replay, got 'all_tasks'"),
     ("mixture=soup", r"mixture must be one of replay, own_task, all_tasks, got 'soup'"),
-    ("strategy=dreaming", r"strategy must be one of ewc, joint, .*, got 'dreaming'"),
+    ("strategy=dreaming", r"strategy must be one of distill, ewc, joint, .*, got 'dreaming'"),
     ("learn=[weighing,weighing]", r"learn must name a task once, got 'weighing'"),
     ("learn=[]", r"learn must name at least one task, or be null for all, got \[\]"),
     ("learn=[juggling]", r"learn must name tasks of configs/tasks .*, got 'juggling'"),

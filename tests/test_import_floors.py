@@ -18,8 +18,8 @@ FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not impo
     {"keys"},
     {"compose"},
     {"command_line", "training", "wrapper"},
-    {"runs", "serving"},
-    {"strategies"},
+    {"launcher", "runs", "serving"},
+    {"engine", "strategies"},
     {"reporting"},
     {"evaluation"},
     {"stage"},
@@ -33,7 +33,7 @@ NEIGHBOURS = {  # package beside kuavo_train → rooms that may import it
     "lerobot_policy_smolvla_memory": {"evaluation", "probing", "runs", "training", "wrapper"},
     # what both ask of the machine; recordings made on the spot; environments; what a recording's cues are
     "kuavo_client": {"evaluation"},  # the hand-over that is measured is the one that robots run
-    "kuavo_sim": {"data", "evaluation", "interruption", "probing", "stage"},
+    "kuavo_sim": {"data", "engine", "evaluation", "interruption", "launcher", "probing", "stage"},
 }
 
 

@@ -211,6 +211,15 @@ def test_the_audit_refuses_shares_that_were_not_drawn(tasks: list[Task]) -> None
         order.audit([[{0: 20, 1: 80}]], [{0: [held_out]}])
 
 
+def test_the_audit_refuses_episodes_that_are_set_apart_to_choose_by(tasks: list[Task]) -> None:
+    apart = [task.with_choosing_episodes(1, 0) for task in tasks]
+    order = order_of(apart, {"moving_grasp": 0.2, "weighing": 0.8})
+    drawn = {int(apart[draw.task].episode[draw.row]) for draw in order.batch(0) if draw.task == 0}
+    assert not drawn & set(apart[0].choosing_episodes)
+    with pytest.raises(RuntimeError, match="held-out episodes of moving_grasp must never be drawn"):
+        order.audit([[{0: 20, 1: 80}]], [{0: list(apart[0].choosing_episodes)}])
+
+
 def test_the_fixture_has_all_tasks(tasks: list[Task]) -> None:
     assert tuple(task.name for task in tasks) == TASK_NAMES
 

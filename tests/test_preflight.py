@@ -71,6 +71,26 @@ def test_a_clip_stands_beside_the_episodes_in_seconds(small_configs: Configs) ->
     assert said.replace("K = 2", "K = 4").replace("= 0.8", "= 1.6") in describe(whole).splitlines()
 
 
+def test_what_is_set_apart_to_choose_alphas_on_is_shown_and_so_is_the_memory_that_merging_takes(
+    small_configs: Configs,
+) -> None:
+    """The statistics stay those of all training episodes, so that strategies compare."""
+    plain, merging = examine(small_configs()), examine(small_configs("strategy=merge", "merge.episodes=1"))
+    assert merging.problems == []
+    assert "  merge    1 of 3 training episodes are set apart to choose alphas on" in describe(merging).splitlines()
+    assert [(task["train_episodes"], task["choosing_episodes"]) for task in merging.facts["tasks"]] == [(2, 1)] * 4
+    assert "set apart" not in describe(plain)
+    memory = merging.facts["memory_bytes"]
+    assert memory["merging"] == 2 * memory["gradients"]  # float32, as the weights are
+    assert "merging" not in plain.facts["memory_bytes"]
+    (problem,) = {each.partition("training episodes of ")[0] for each in examine(merging_on(small_configs, 3)).problems}
+    assert problem == "merge.episodes must be less than the 3 "
+
+
+def merging_on(small_configs: Configs, episodes: int) -> list[RunConfig]:
+    return small_configs("strategy=merge", "merge.episodes=1", merge={"episodes": episodes})
+
+
 def test_where_no_memory_is_trained_through_time_there_is_no_clip(small_configs: Configs) -> None:
     findings = examine(small_configs(policy={"mem_backprop_depth": 0}))
     assert findings.problems == []

@@ -1,10 +1,8 @@
 """A run that is called again: by other processes, beside another, from a copy."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from forked import interrupted_in_step
 from stages import run
+from together import together
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.checkpoint_tasks import KnownTasks
@@ -30,29 +28,6 @@ from kuavo_train.stage.lineage import check_settings
 from kuavo_train.training.checkpoint import CheckpointFolder, Contents
 
 Configs = Callable[..., list[RunConfig]]
-
-
-def together(function: Callable[[], int], *, processes: int = 2) -> list[int]:
-    """The statuses of `function` in processes that train together, forked from this one, which has its imports done."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def work(rank: int) -> None:
-        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in about.items()}, MASTER_ADDR="localhost")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        status = function()
-        torch.distributed.destroy_process_group()
-        os._exit(status)
-
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-    return [worker.exitcode for worker in workers]
 
 
 def test_a_stage_goes_on_with_another_number_of_processes(

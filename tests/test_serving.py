@@ -1,5 +1,6 @@
 """A served policy: openpi's wire, an episode for every robot, and errors that a session survives."""
 
+import asyncio
 import http.client
 import io
 import shutil
@@ -25,8 +26,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from kuavo_client import Server
 from kuavo_train.errors import ConfigError
 from kuavo_train.serve import KEY_VARIABLE, Options, server_context
+from kuavo_train.serving.server import PolicyServer, Serving
+from kuavo_train.serving.sessions import Sessions
 from kuavo_train.serving.wire import WireError, pack, unpack
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
+from kuavo_train.wrapper.policy.episode import RobotEpisode
+from kuavo_train.wrapper.policy.smolvla import Query, SmolVLAPolicyWrapper
 
 Observation = dict[str, Any]
 HEAD = f"observation.images.{CAMERAS[0]}"
@@ -90,6 +94,8 @@ NO_MESSAGES = {
     "two": pack({}) + pack({}),
     "an object array": entry(dtype="|O"),
     "a structure": entry(dtype="i4,i4"),
+    "a structure that fits": entry(dtype="i4,i4", shape=[1]),
+    "a date": entry(dtype="<M8[s]", shape=[1]),
     "no dtype": entry(dtype=7),
     "too long a shape": entry(shape=[1] * 33),
     "a negative side": entry(shape=[-2]),
@@ -97,6 +103,8 @@ NO_MESSAGES = {
     "less than is there": entry(shape=[1]),
     "no data": entry(data=[0, 0]),
     "a list of a billion": b"\xdd\x3b\x9a\xca\x00",
+    "a list of two thousand": msgpack.packb([0] * 2000),
+    "a map of two thousand": msgpack.packb(dict.fromkeys(range(2000))),
     "a map of a billion": b"\xdf\x3b\x9a\xca\x00",
     "an extension": msgpack.packb(msgpack.ExtType(4, b"x")),
     "a number too large": msgpack.packb({b"__npgeneric__": True, b"data": 999, b"dtype": "|u1"}),
@@ -109,6 +117,13 @@ NO_MESSAGES = {
 def test_what_is_no_message_is_refused_before_room_is_made_for_it(message: bytes) -> None:
     with pytest.raises(WireError, match="must"):
         unpack(message)
+
+
+def test_an_array_of_another_size_than_it_says_is_refused_by_both_sizes() -> None:
+    with pytest.raises(WireError, match=r"an array of shape \[1\] and dtype <f4 must hold 4 bytes, got 8"):
+        unpack(entry(shape=[1]))
+    with pytest.raises(WireError, match=r"an array's dtype must be one of <f2, .*, got 'O'"):
+        unpack(entry(dtype="O"))
 
 
 # ------------------------------------------------------------------------------------------------------------ episodes
@@ -156,6 +171,73 @@ def test_requests_that_wait_are_answered_in_one_batch_and_do_not_mix(
     for number, task in enumerate(tasks):
         expected = in_process(alone, number, task, first_look=10 * number)
         np.testing.assert_allclose(together[number], expected, atol=1e-5)
+
+
+@pytest.fixture
+def busy(policy: SmolVLAPolicyWrapper, monkeypatch: pytest.MonkeyPatch) -> Iterator["Busy"]:
+    """A server of `policy` that answers nobody until it is let go."""
+    with Served(policy, batch=8) as server:
+        yield Busy(server, policy, monkeypatch)
+
+
+class Busy:
+    """`sizes` are those of the batches that were computed."""
+
+    def __init__(self, served: Served, policy: SmolVLAPolicyWrapper, monkeypatch: pytest.MonkeyPatch):
+        self.served, self.sizes, self._go_on, self._plan = served, list[int](), threading.Event(), policy.plan
+        monkeypatch.setattr(policy, "plan", self._held)
+        self.first = served.robot()
+        self.first.connection.send(pack(look()))
+        assert eventually(lambda: len(self.sizes) == 1)
+
+    def _held(self, queries: Any) -> Any:
+        self.sizes.append(len(queries))
+        assert self._go_on.wait(PATIENCE)
+        return self._plan(queries)
+
+    def send(self, robot: Robot, request: Observation) -> None:
+        """Returns when it waits for its turn."""
+        queue = self.served.server._batcher._queue
+        before = queue.qsize()
+        robot.connection.send(pack(request))
+        assert eventually(lambda: queue.qsize() == before + 1)
+
+    def go_on(self) -> None:
+        self._go_on.set()
+        assert self.first.hear()["step"] == 1
+
+
+def test_a_request_that_is_refused_leaves_the_others_of_its_batch_their_answers(busy: Busy) -> None:
+    with busy.served.robot() as good, busy.served.robot() as bad:
+        busy.send(good, look(1))
+        busy.send(bad, look(2) | {"executed": 3})
+        busy.go_on()
+        assert good.hear()["step"] == 1
+        assert "executed must be 0" in bad.hear()
+    assert busy.sizes == [1, 1]
+
+
+def test_nothing_is_computed_for_a_robot_that_has_gone(busy: Busy) -> None:
+    gone = busy.served.robot()
+    with busy.served.robot() as there:
+        busy.send(gone, look(1))
+        waiting = busy.served.server._batcher._queue._queue[0]  # type: ignore[attr-defined]
+        gone.vanish()
+        assert eventually(waiting.gone)
+        busy.send(there, look(2))
+        busy.go_on()
+        assert there.hear()["step"] == 1
+    assert busy.sizes == [1, 1]
+
+
+def test_a_session_is_not_asked_for_two_chunks_at_a_time(busy: Busy) -> None:
+    with busy.served.robot() as one, busy.served.robot() as other:
+        busy.send(one, look(1) | {"session": "shared"})
+        busy.send(other, look(1) | {"session": "shared"})
+        busy.go_on()
+        assert one.hear()["step"] == 1
+        assert "session 'shared' must be asked for one chunk at a time, got two" in other.hear()
+    assert busy.sizes == [1, 1]
 
 
 def walk_interleaved(server: Served, tasks: list[str]) -> list[np.ndarray]:
@@ -232,6 +314,49 @@ def test_a_look_in_between_leaves_the_memory_as_it_was(served: Served, alone: Sm
     assert np.array_equal(after, expected)
 
 
+# ----------------------------------------------------------------------------------------------------- real-time chunks
+
+
+def test_a_plan_for_the_hand_over_begins_with_the_steps_carried_out_meanwhile(
+    served: Served, alone: SmolVLAPolicyWrapper
+) -> None:
+    """`executed` steps of the last chunk are done at the look, `delay` more follow before the answer is there."""
+    executed, delay = 1, 2
+    with served.robot() as robot:
+        first = robot.ask(look(0), reset=True, seed=0)
+        planned = robot.ask(look(1), executed=executed, delay=delay, chunk=first["chunk"])["actions"]
+        freely = robot.ask(look(1), executed=executed, chunk=first["chunk"])["actions"]
+    meanwhile = first["actions"][executed : executed + delay]
+    np.testing.assert_allclose(planned[:delay], meanwhile, atol=1e-4)
+    assert np.abs(freely[:delay] - meanwhile).max() > 1e-3
+    begun = alone.plan([Query(alone.look(look(0)), RobotEpisode(0))])[0]
+    assert np.array_equal(begun.actions, first["actions"])
+    episode = begun.episode.moved(executed)
+    for delayed, got in ((delay, planned), (None, freely)):
+        assert np.array_equal(alone.plan([Query(alone.look(look(1)), episode, executed, delayed)])[0].actions, got)
+
+
+def test_robots_with_and_without_a_delay_are_answered_as_alone(
+    policy: SmolVLAPolicyWrapper, alone: SmolVLAPolicyWrapper
+) -> None:
+    """Also those of another delay, and of another place in their chunk, in one batch."""
+    sayings = [{"executed": 2}, {"executed": 2, "delay": 1}, {"executed": 2, "delay": 1}, {"executed": 3, "delay": 1}]
+    plans = [alone.plan([Query(alone.look(look(n)), RobotEpisode(n))])[0].episode for n in range(len(sayings))]
+    expected = [
+        alone.plan([Query(alone.look(look(9)), plan.moved(said["executed"]), said["executed"], said.get("delay"))])[0]
+        for plan, said in zip(plans, sayings, strict=True)
+    ]
+    with Served(policy, batch=4) as server:
+        robots = [server.robot() for _ in sayings]
+        for number, robot in enumerate(robots):
+            robot.ask(look(number), reset=True, seed=number)
+        for robot, said in zip(robots, sayings, strict=True):
+            robot.connection.send(pack(look(9) | said))
+        for robot, plan in zip(robots, expected, strict=True):
+            np.testing.assert_allclose(robot.hear()["actions"], plan.actions, atol=1e-4)
+            robot.connection.close()
+
+
 # ------------------------------------------------------------------------------------------------------------ sessions
 
 
@@ -251,6 +376,13 @@ def test_a_robot_that_lost_its_connection_goes_on_where_it_was(served: Served, a
     assert third["step"] == 3
 
 
+def test_a_robot_whose_first_answer_was_lost_begins_as_it_would_have(served: Served) -> None:
+    with served.robot() as robot:
+        first, again = (robot.ask(look(0), session="new here", seed=5, chunk=0) for _ in range(2))
+    assert np.array_equal(first["actions"], again["actions"])
+    assert [(each["chunk"], each["step"]) for each in (first, again)] == [(1, 1), (1, 1)]
+
+
 def test_a_session_that_was_lost_for_too_long_is_forgotten_and_says_so(policy: SmolVLAPolicyWrapper) -> None:
     with Served(policy, session_timeout=0.0) as server:
         robot = server.robot()
@@ -261,6 +393,18 @@ def test_a_session_that_was_lost_for_too_long_is_forgotten_and_says_so(policy: S
             told = robot.ask(look(), executed=2, session="a")
             assert "executed must be 0 where an episode begins, got 2; a session that was lost" in told
             assert robot.ask(look(), reset=True, session="a")["chunk"] == 1
+
+
+def test_of_the_sessions_that_wait_for_their_robots_the_oldest_go_first() -> None:
+    """However many robots come with an id and go again, so many sessions are kept and no more."""
+    time = iter(range(100))
+    sessions = Sessions(timeout=1000.0, most_kept=2, clock=lambda: float(next(time)))
+    for name in ("first", "second", "third"):
+        sessions.of(owner := object(), name).answers = (name,)  # type: ignore[assignment]
+        sessions.release(owner)
+    assert len(sessions) == 2
+    assert [sessions.of(object(), name).answers for name in ("second", "third")] == [("second",), ("third",)]
+    assert sessions.of(object(), "first").answers == ()
 
 
 def test_a_later_connection_takes_a_session_over(served: Served) -> None:
@@ -284,6 +428,30 @@ def test_a_robot_that_vanishes_frees_its_place(policy: SmolVLAPolicyWrapper) -> 
             assert robot.ask(look())["step"] == 1
 
 
+def test_a_robot_that_does_not_read_its_answers_is_given_up(
+    policy: SmolVLAPolicyWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf:
+        """A connection whose other end takes nothing."""
+
+        remote_address, transport, aborted = ("robot", 1), property(lambda self: self), False
+
+        async def send(self, _message: bytes) -> None:
+            await asyncio.Event().wait()
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    monkeypatch.setattr("kuavo_train.serving.server.SEND_TIMEOUT", 0.01)
+    deaf = Deaf()
+
+    async def handle() -> None:
+        await asyncio.wait_for(PolicyServer(policy, Serving())._handle(deaf), PATIENCE)  # type: ignore[arg-type]
+
+    asyncio.run(handle())
+    assert deaf.aborted
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 MISUSES: dict[str, tuple[Callable[[Observation], Any], str]] = {
@@ -301,9 +469,11 @@ MISUSES: dict[str, tuple[Callable[[Observation], Any], str]] = {
     "another size": (lambda o: o.update({HEAD: np.zeros((9, 9, 3), np.uint8)}), f"{HEAD} must be of the size"),
     "no jpeg": (lambda o: o.update({HEAD: b"\xff\xd8 no"}), f"{HEAD} must be a whole JPEG"),
     "a half jpeg": (lambda o: o.update({HEAD: jpeg(32)[:-200]}), f"{HEAD} must be a whole JPEG"),
+    "a png": (lambda o: o.update({HEAD: png(32)}), f"{HEAD} must be a whole JPEG"),
     "a large jpeg": (lambda o: o.update({HEAD: jpeg(64)}), f"{HEAD} must be at most (32, 32)"),
     "reset of text": (lambda o: o.update(reset="yes"), "reset must be true or false"),
     "negative": (lambda o: o.update(executed=-1), "executed must be a whole number"),
+    "a flag for a number": (lambda o: o.update(executed=True), "executed must be a whole number"),
     "half a step": (lambda o: o.update(executed=0.5), "executed must be a whole number"),
     "more than planned": (lambda o: o.update(executed=7), "executed must be in [0, 6]"),
     "executed before": (lambda o: o.update(reset=True, executed=1), "executed must be 0 where an episode begins"),
@@ -315,11 +485,15 @@ MISUSES: dict[str, tuple[Callable[[Observation], Any], str]] = {
 }
 
 
-def jpeg(size: int) -> bytes:
+def jpeg(size: int, kind: str = "jpeg") -> bytes:
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "jpeg", quality=95)
+    Image.fromarray(noise).save(file, kind, quality=95)
     return file.getvalue()
+
+
+def png(size: int) -> bytes:
+    return jpeg(size, "png")
 
 
 def test_a_bad_request_is_answered_by_key_and_rule_and_the_session_lives_on(
@@ -384,7 +558,7 @@ def get(port: int, path: str) -> tuple[int, bytes]:
 
 def test_a_key_is_asked_for_but_by_the_health_check(policy: SmolVLAPolicyWrapper) -> None:
     with Served(policy, api_key="right") as server:
-        for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Authorization": "right"}):
+        for headers in ({}, *({"Authorization": key} for key in ("Api-Key wrong", "Api-Key r", "right"))):
             with pytest.raises(InvalidStatus, match="401"):
                 server.robot(**headers)
         assert get(server.port, "/healthz") == (200, b"OK\n")
@@ -440,6 +614,7 @@ def test_a_server_that_stops_gives_the_answers_under_way(
         for robot in (asking, idle):
             with pytest.raises(ConnectionClosed):
                 robot.hear()
+        assert server.ends()
 
 
 def _refused(server: Served) -> bool:

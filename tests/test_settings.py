@@ -40,7 +40,7 @@ def test_every_key_that_differs_is_named_with_what_it_was_and_is(config: RunConf
         "policy.num_mem_tokens",
         "tiny_vlm",
     ]
-    assert "training.lr (was 0.0007, is 0.001)" in found(asdict(config), now)
+    assert "training.lr (was 0.0014, is 0.001)" in found(asdict(config), now)
     assert len(str(Difference("key", "x" * 1000, None))) < 300
 
 
@@ -49,6 +49,7 @@ def test_what_cannot_change_a_result_may_differ_and_what_is_measured_until_the_e
         config,
         outputs="/elsewhere",
         resume=True,
+        processes=2,
         data=replace(config.data, root="/data", num_workers=4, frame_cache=False),
         training=replace(config.training, log_every=7, device="auto", freeze_first_stage=["vision"]),
         rollout=replace(config.rollout, episodes=0, workers=1),

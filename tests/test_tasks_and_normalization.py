@@ -242,6 +242,21 @@ def test_a_part_of_the_episodes_may_be_used(configs: list[RunConfig]) -> None:
         open_task(replace(config.stage, episodes=[1, 5]), config.data)
 
 
+def test_episodes_to_choose_by_are_taken_from_the_training_episodes_alone(configs: list[RunConfig]) -> None:
+    whole = open_task(configs[0].stage, configs[0].data)
+    task = whole.with_choosing_episodes(1, 0)
+    assert task.held_out_episodes == whole.held_out_episodes
+    assert sorted((*task.train_episodes, *task.choosing_episodes)) == sorted(whole.train_episodes)
+    assert len(task.choosing_episodes) == 1
+    assert not set(task.train_rows) & set(task.rows_of(task.choosing_episodes))
+    more = whole.with_choosing_episodes(2, 0)
+    assert set(task.choosing_episodes) < set(more.choosing_episodes)
+    with pytest.raises(
+        ConfigError, match=r"merge.episodes must be less than the 3 training episodes of moving_grasp, got 3"
+    ):
+        whole.with_choosing_episodes(3, 0)
+
+
 def test_too_many_held_out_episodes_are_refused(configs: list[RunConfig]) -> None:
     with pytest.raises(ConfigError, match="must be less than the 5 episodes of moving_grasp, got 5"):
         open_task(configs[0].stage, replace(configs[0].data, held_out_episodes=5))

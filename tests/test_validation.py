@@ -16,7 +16,7 @@ from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.normalization import fit_normalization
 from kuavo_train.data.task import open_task
 from kuavo_train.evaluation.predictions import stratified_time
-from kuavo_train.evaluation.validation import Validator
+from kuavo_train.evaluation.validation import Validator, shared_out
 from kuavo_train.runs.records import HeldOutScores
 
 OFF_BY = {
@@ -101,6 +101,23 @@ def test_the_same_questions_give_the_same_digits_in_any_company(validator: Valid
         assert one_by_one[task].loss == pytest.approx(scores.loss, rel=1e-6)
     losses = [scores.loss for scores in once.values()]
     assert len(set(losses)) == len(losses)  # other tasks, other noise
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["queries alone", "walks"])
+def test_processes_share_the_questions_and_come_to_the_same_digits(validator: Validator, *, memory: bool) -> None:
+    policy, validator = Witness(validator, memory=memory, noisy=True), replace(validator, batch_size=2)
+    shares = [validator.measure(policy, names(validator), process=process, processes=3) for process in range(3)]
+    asked_by = [sum(len(each) for part in share.values() for each in part.by_episode.values()) for share in shares]
+    parts = [number for share in shares for number in share]
+    assert sorted(parts) == list(range(len(parts)))
+    assert min(asked_by) > sum(asked_by) / 3 / 2
+    found = validator.scores(reversed(shares), names(validator))
+    assert {scores.task: replace(scores, seconds=None) for scores in found} == asked(validator, policy)
+
+
+def test_a_share_of_what_is_too_little_for_all_may_be_nothing() -> None:
+    assert shared_out([5, 3, 3], 2) == [[0], [1, 2]]
+    assert shared_out([5], 3) == [[0], [], []]
 
 
 def test_nothing_of_training_is_touched(validator: Validator) -> None:

@@ -1,7 +1,9 @@
 """What `pip install` of the built wheel gives, away from the repository."""
 
+import email
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import kuavo_client
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRY = "lerobot_policy_kuavo_train.py"
@@ -70,9 +74,23 @@ def test_lerobot_finds_the_policy_and_the_simulation_of_an_installed_wheel(wheel
     assert {"import kuavo_sim.lerobot", "import lerobot_policy_smolvla_memory"} <= set(entry.splitlines())
 
 
+def test_the_client_has_a_wheel_of_its_own_for_the_python_of_robots(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "kuavo_client", tmp_path / "kuavo_client", ignore=NO_SOURCE)
+    wheel = zipfile.ZipFile(build("wheel", tmp_path / "kuavo_client"))
+    about = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    held = {name for name in wheel.namelist() if ".dist-info" not in name}
+    assert held == {"kuavo_client/__init__.py", "kuavo_client/py.typed"}
+    metadata = email.message_from_bytes(wheel.read(about))
+    assert (metadata["Name"], metadata["Version"]) == ("kuavo_client", kuavo_client.__version__)
+    assert metadata["Requires-Python"] == ">=3.8"
+    needed = {re.match(r"\w+", each).group() for each in metadata.get_all("Requires-Dist")}
+    assert needed == {"numpy", "msgpack", "websockets"}
+
+
 def test_every_command_has_a_name_of_its_own_and_can_be_called() -> None:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
-    runnable = {file.stem for file in (REPOSITORY / "kuavo_train").glob("*.py") if "__main__" in file.read_text()}
+    commands = ((file.stem, file.read_text()) for file in (REPOSITORY / "kuavo_train").glob("*.py"))
+    runnable = {name for name, source in commands if name == "__main__" or 'if __name__ == "__main__":' in source}
     modules = {target.partition(":")[0] for target in scripts.values()}
     assert modules >= {f"kuavo_train.{name}" for name in runnable}
     for target in scripts.values():

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from small_datasets import ARM_NAMES, CAMERAS
 
-from kuavo_train.data.checkpoint_tasks import KnownTasks
+from kuavo_train.data.checkpoint_tasks import REMEMBERED, KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.wrapper.policy.loading import open_policy, stored_config
@@ -157,6 +158,27 @@ def test_resetting_one_robot_leaves_the_other_alone(wrapper: SmolVLAPolicyWrappe
     np.testing.assert_allclose(after[1], fresh[1], atol=1e-5)
 
 
+def test_a_robot_that_is_not_due_acts_the_same_whatever_it_is_shown(wrapper: SmolVLAPolicyWrapper) -> None:
+    def walk(*, blindfolded: bool) -> tuple[np.ndarray, list[list[int]]]:
+        wrapper.reset()
+        actions, due = [], [[0, 1]]
+        for step in range(5):  # two actions a query
+            if step == 3:
+                wrapper.reset([1])
+                due[-1] = wrapper.due()
+            shown = look(step, robots=2)
+            for robot in {0, 1}.difference(due[-1]) if blindfolded else ():
+                for camera in CAMERAS:
+                    shown[f"observation.images.{camera}"][robot] = 0
+            actions.append(wrapper.select_action(shown))
+            due.append(wrapper.due())
+        return np.stack(actions), due
+
+    seen, due = walk(blindfolded=False)
+    assert due == [[0, 1], [], [0, 1], [1], [0], [1]]
+    assert np.array_equal(walk(blindfolded=True)[0], seen)
+
+
 def test_another_instruction_begins_the_new_task_at_once(wrapper: SmolVLAPolicyWrapper) -> None:
     wrapper.select_action(look(0, task="weighing"))  # plans two actions
     switched = wrapper.select_action(look(1, task="placement"))
@@ -173,6 +195,24 @@ def test_an_instruction_may_be_said_in_full_or_a_little_otherwise(wrapper: SmolV
         assert np.array_equal(wrapper.select_action(look(task=f"  {instruction}\n")), by_name)
         wrapper.reset()
         wrapper.select_action(look(task=instruction.replace("electronic ", "")))
+
+
+def test_an_instruction_is_compared_once_and_few_are_remembered(
+    wrapper: SmolVLAPolicyWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A robot asks at every step; a server that is asked for anything must not keep all of it."""
+    known, compared = replace(wrapper.known), []
+    compare = KnownTasks._compare
+    monkeypatch.setattr(KnownTasks, "_compare", lambda self, text: [compared.append(text), compare(self, text)][1])
+    likely = f"please {known.tasks[1].instruction}"
+    first = known.closest(likely)
+    assert first.task is known.tasks[1]
+    assert known.closest(likely) is first
+    assert compared == [likely]
+    for number in range(3 * REMEMBERED):
+        known.closest(f"make coffee {number}")
+    assert len(known._compared) <= REMEMBERED
+    assert known.closest(likely) == first
 
 
 def test_an_instruction_unlike_all_learnt_ones_is_warned_of_once(wrapper: SmolVLAPolicyWrapper) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kuavo_sim.motions import Command, Script
+from kuavo_sim.motions import GRASPING, Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import TABLE_TOP, World, object_xml, rotation, table_xml
 from kuavo_sim.skills.skill import Skill
@@ -66,8 +66,8 @@ class HandOver(Skill):
         for _ in range(3):
             grip = world.object_position() - np.array([0, 0, 0.03])
             yield from script.reach(taker, grip + 0.12 * level[:, 2], level, noise=0.5)
-            yield from script.reach(taker, grip, level, speed=1.4, noise=0.0)
-            yield from script.claw(taker, 1.0)
+            yield from script.reach(taker, grip, level, speed=1.4, noise=GRASPING)
+            yield from script.claw(taker, 1.0, noise=GRASPING)
             if world.holds(taker):
                 break
             yield from script.claw(taker, 0.0)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kuavo_sim.motions import Command, Script
+from kuavo_sim.motions import GRASPING, Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import TABLE_TOP, Belt, World, belt_xml, object_xml, table_xml
 from kuavo_sim.skills.skill import Skill
@@ -106,8 +106,8 @@ class TakeFromBelt(Skill):
         else:
             yield from script.reach(side, (x, self._meeting, z + 0.11), noise=0.7)
             yield from script.wait_until(lambda: world.object_position()[1] > self._meeting - 0.05, noise=0.5)
-            yield from script.reach(side, (x, self._meeting, z), speed=1.6, noise=0.0)
-            yield from script.claw(side, 1.0)
+            yield from script.reach(side, (x, self._meeting, z), speed=1.6, noise=GRASPING)
+            yield from script.claw(side, 1.0, noise=GRASPING)
             if world.holds(side):
                 yield from script.reach(side, (x, self._meeting, z + 0.11), speed=1.6, noise=0.3)
             else:

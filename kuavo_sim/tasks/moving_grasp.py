@@ -1,14 +1,14 @@
 """Task 1: grasp an object off the running belt, place it on one marked target, then on the other.
 
 Cue: which target comes first. It shines green for the first two seconds only, well before the object is in the claw.
-A target turns dark once the object has rested on it, so the rest of the job can be read off the table.
+A target turns dark once the object has rested where it should, so the rest of the job can be read off the table.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from kuavo_sim.motions import Command, Script
+from kuavo_sim.motions import GRASPING, HOVERS, Command, Script
 from kuavo_sim.robot import FPS, HeadCamera
 from kuavo_sim.scene import (
     DARK,
@@ -67,7 +67,7 @@ class MovingGrasp(Task):
             scene += box_xml(f"target{i}", (x, y, TABLE_TOP + 0.002), (_TARGET_HALF, _TARGET_HALF, 0.002), _UNLIT)
             scene += box_xml(f"cross{i}a", (x, y, _TARGET_TOP), (0.03, 0.005, 0.0005), (1, 1, 1), solid=False)
             scene += box_xml(f"cross{i}b", (x, y, _TARGET_TOP), (0.005, 0.03, 0.0005), (1, 1, 1), solid=False)
-        self._visited = [False, False]
+        self._visited, self._placed = [False, False], [False, False]
         return World(
             scene,
             Graspable(2 * self._radius),
@@ -86,12 +86,14 @@ class MovingGrasp(Task):
                 self._visited[i] = True
                 if self.choice is None:
                     self.choice = i
+        rests = [self._rests_on(target) for target in range(2)]
+        self._placed = [placed or now for placed, now in zip(self._placed, rests, strict=True)]
         first = self.cue if self.cue is not None else 0
         return {
             "grasped": lifted,
-            "at_first_target": self._rests_on(first),
+            "at_first_target": rests[first],
             "grasped_again": lifted,
-            "at_second_target": self._rests_on(1 - first),
+            "at_second_target": rests[1 - first],
         }
 
     def _rests_on(self, target: int) -> bool:
@@ -110,26 +112,35 @@ class MovingGrasp(Task):
     def paint(self) -> None:
         for i in range(2):
             lit = i == self.cue and self.steps < _CUE_STEPS
-            self.world.paint(f"target{i}", DARK if self._visited[i] else GREEN if lit else _UNLIT)
+            self.world.paint(f"target{i}", DARK if self._placed[i] else GREEN if lit else _UNLIT)
 
     def demonstrate(self, script: Script) -> Iterator[Command]:
         world = self.world
         x, _, z = world.object_position()
-        yield from script.reach("right", (x, _MEETING_Y, z + 0.11), noise=0.7)
+        yield from script.reach("right", (x, _MEETING_Y, z + 0.11), noise=0.7, beside=HOVERS)
         yield from script.wait_until(lambda: world.object_position()[1] > _MEETING_Y - _LEAD, noise=0.5)
-        yield from script.reach("right", (x, _MEETING_Y, z), speed=1.6, noise=0.0)
-        yield from script.claw("right", 1.0)
+        yield from script.reach("right", (x, _MEETING_Y, z), speed=1.6, noise=GRASPING)
+        yield from script.claw("right", 1.0, noise=GRASPING)
         if world.holds("right"):
             yield from script.reach("right", (x, _MEETING_Y, z + 0.11), speed=1.6, noise=0.3)
         else:
             yield from script.claw("right", 0.0)
-            yield from script.pick("right", (0.46, -0.20, 1.05))
+            yield from script.pick("right", (0.46, -0.20, 1.05), beside=HOVERS)
         yield from script.carry_to_decision("right", _DECISION_PLACE)
         assert self.cue is not None
         first, second = self._targets[self.cue], self._targets[1 - self.cue]
         height = _TARGET_TOP + self._half_height + 0.004
-        yield from script.put("right", (*first, height))
-        yield from script.wait_until(lambda: self.reached["at_first_target"])
-        yield from script.pick("right", (*((first + second) / 2), 1.02))
-        yield from script.put("right", (*second, height))
-        yield from script.wait(5)
+        between = (*((first + second) / 2), 1.02)
+        yield from self._place(script, (*first, height), "at_first_target", between)
+        yield from script.pick("right", between, beside=HOVERS)
+        yield from self._place(script, (*second, height), "at_second_target", between)
+
+    def _place(self, script: Script, position, subgoal: str, lift_to) -> Iterator[Command]:
+        """Put the object down at `position`, anew where it comes to lie beside it."""
+        for attempt in range(3):
+            if attempt:
+                yield from script.pick("right", lift_to, beside=HOVERS)
+            yield from script.put("right", position, beside=HOVERS, careless=attempt == 0)
+            yield from script.wait_until(lambda: self.reached[subgoal], limit=5)
+            if self.reached[subgoal]:
+                return

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kuavo_sim.motions import Command, Script
+from kuavo_sim.motions import GRASPING, Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import (
     BLUE,
@@ -92,8 +92,8 @@ class Placement(Task):
         for _ in range(3):
             grip = world.object_position() - np.array([0, 0, 0.03])
             yield from script.reach("left", grip - 0.12 * _LEFT_POINTING, _LEFT_GRASP, noise=0.5)
-            yield from script.reach("left", grip, _LEFT_GRASP, speed=1.4, noise=0.0)
-            yield from script.claw("left", 1.0)
+            yield from script.reach("left", grip, _LEFT_GRASP, speed=1.4, noise=GRASPING)
+            yield from script.claw("left", 1.0, noise=GRASPING)
             if world.holds("left"):
                 break
             yield from script.claw("left", 0.0)

@@ -117,7 +117,7 @@ class Sorting(Task):
         yield from script.drive(*_AT_RACK)
         yield from script.pick("right", np.add(_CARRYING, [*_AT_RACK[:2], 0]))
         yield from script.drive(0.10, 0.0, np.pi)
-        yield from script.drive(*_AT_PLACEMENT)
+        yield from script.drive(*_AT_PLACEMENT, accuracy=4)
         assert self.cue is not None
         facing_back = rotation("z", np.pi)
         yield from script.put("right", (*self._bins[self.cue], TABLE_TOP + 0.05), orientation=facing_back)

@@ -16,6 +16,8 @@ from kuavo_train.data.task import Task
 from kuavo_train.reading import read_json
 
 FILE_NAME = "tasks.json"
+REMEMBERED = 256
+"""Instructions whose likeness is kept: more than tasks have, and not all that a server is ever asked for."""
 
 
 def trained_space(folder: Path) -> FeatureSpace | None:
@@ -93,6 +95,8 @@ class KnownTasks:
     def closest(self, instruction: str) -> "Likeness":
         """The task one of whose instructions is most like this one, by their words in order."""
         if instruction not in self._compared:
+            if len(self._compared) >= REMEMBERED:
+                self._compared.clear()
             self._compared[instruction] = self._compare(instruction)
         return self._compared[instruction]
 

@@ -11,9 +11,11 @@ and after `stride` passes over its episodes, each from another offset, every fra
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
+from kuavo_train.data.replay_buffer import Kept
 from kuavo_train.data.sampler import Draw, Order
 from kuavo_train.data.task import Task
 
@@ -39,17 +41,27 @@ class ClipOrder(Order):
         stride: int,
         jitter: int = 0,
         processes: int = 1,
+        kept: Mapping[str, Kept] = MappingProxyType({}),
     ):
         if batch_size % depth:
+            each = f" in each of {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"training.batch_size must be a multiple of policy.mem_backprop_depth={depth}, got {batch_size}"
+                f"training.batch_size must be a multiple of policy.mem_backprop_depth={depth}, got {batch_size}{each}"
             )
         if not 0 <= 2 * jitter < stride:
             raise ValueError(
                 f"training.query_jitter must be in [0, policy.n_action_steps / 2 = {stride / 2}), got {jitter}"
             )
         self.clip, self.stride, self.jitter = depth, stride, jitter
-        super().__init__(seed=seed, stage=stage, tasks=tasks, shares=shares, batch_size=batch_size, processes=processes)
+        super().__init__(
+            seed=seed,
+            stage=stage,
+            tasks=tasks,
+            shares=shares,
+            batch_size=batch_size,
+            processes=processes,
+            kept=kept,
+        )
         self._changed()
 
     @property
@@ -97,12 +109,12 @@ class ClipOrder(Order):
         return draws[process * part : (process + 1) * part]
 
     def walks(self, place: int) -> Iterator[list[int]]:
-        """The rows of a task's walks, forever: passes over its training episodes in a new order each time."""
+        """The rows of a task's walks, forever: passes over its episodes in a new order each time."""
         task, number = self.tasks[place], 0
         key = [self.seed, self.stage, zlib.crc32(task.name.encode()), 0]
         while True:
             round_number, turn = divmod(number, self.stride)
-            for episode in np.random.default_rng([*key, number]).permutation(task.train_episodes):
+            for episode in np.random.default_rng([*key, number]).permutation(self.episodes[place]):
                 offsets = np.random.default_rng([*key, round_number, int(episode), 1]).permutation(self.stride)
                 rows = task.rows_of([int(episode)])
                 places = np.arange(offsets[turn], len(rows), self.stride)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kuavo_sim.children import born_deaf
 from kuavo_train.data.batch import ACTION_DIM_IS_PAD, ACTION_IS_PAD, MEMORY_RESET, Batch, Origin
-from kuavo_train.data.images.source import ImageSource
+from kuavo_train.data.images.source import ImageSource, RowSource
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.sampler import Draw, StepSampler
 from kuavo_train.data.task import Task
@@ -31,6 +31,7 @@ class MixedDataset(Dataset):
         actions, observations: the frames a sample is made of, as offsets from its own: LeRobot's delta indices of a
             policy. Observations of more than one frame have an axis of time.
         image_key: name of a camera → name in a batch of what it gives, where that is not its picture.
+        contexts: of each task, what a frozen model makes of its rows, as `context_key` in a batch; none: left out.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class MixedDataset(Dataset):
         actions: Sequence[int],
         observations: Sequence[int] = (0,),
         image_key: Callable[[str], str] = str,
+        contexts: Sequence[RowSource] = (),
+        context_key: str = "",
     ):
+        self.contexts, self.context_key = list(contexts), context_key
         self.tasks, self.images, self.image_key = list(tasks), list(images), image_key
         self.actions, self.observations = np.array(actions), np.array(observations)
         space = normalization.space
@@ -64,7 +68,8 @@ class MixedDataset(Dataset):
     def fetch(self, draws: Sequence[Draw], *, clip: int = 1) -> Batch:
         """One batch of B samples with chunks of C actions, observations of T frames. Its inputs:
 
-        observation.images.*: [B, T, 3, H, W] uint8, or under `image_key` what stands for it; observation.state:
+        observation.images.*: [B, T, 3, H, W] uint8, or under `image_key` what stands for it; `context_key`:
+        [B, layers, 2, P, width], P of the longest instruction of the tasks in it; observation.state:
         [B, T, S], both without the axis of time where T is 1; action: [B, C, A]; action_is_pad: [B, C], True beyond
         the episode; action_dim_is_pad: [B, A], True where the task lacks the dimension; observation.memory_reset:
         [B], True where a memory starts anew. Beyond the episode its first or last frame is repeated.
@@ -77,6 +82,7 @@ class MixedDataset(Dataset):
         dim_is_pad = np.ones((size, len(self.fill_action)), dtype=bool)
         episodes, frame_numbers = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         images: dict[str, torch.Tensor] = {}
+        contexts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for place in np.unique(places):
             task, (state_columns, action_columns) = self.tasks[place], self.columns[place]
             mine = np.flatnonzero(places == place)
@@ -94,6 +100,8 @@ class MixedDataset(Dataset):
                 if key not in images:
                     images[key] = torch.empty((size, seen, *given.shape[1:]), dtype=given.dtype)
                 images[key][torch.from_numpy(mine)] = given.unflatten(0, looks.shape)
+            if self.contexts:
+                contexts.append((torch.from_numpy(mine), self.contexts[place](own)))
         whole = state[:, 0] if seen == 1 else state
         inputs = {
             **{key: given[:, 0] if seen == 1 else given for key, given in images.items()},
@@ -103,6 +111,8 @@ class MixedDataset(Dataset):
             ACTION_DIM_IS_PAD: torch.from_numpy(dim_is_pad),
             MEMORY_RESET: torch.from_numpy(begins.astype(bool)),
         }
+        if contexts:
+            inputs[self.context_key] = _put_together(contexts)
         instructions = [self.tasks[place].instruction_at(row) for place, row in zip(places, rows, strict=True)]
         origin = Origin(*map(torch.from_numpy, (places.copy(), episodes, frame_numbers, streams.copy())))
         return Batch(inputs, instructions, origin, clip)
@@ -131,6 +141,15 @@ class MixedDataset(Dataset):
         observed = len(self.observations) * (look + self.fill_state.nbytes)
         acted = len(self.actions) * (self.fill_action.nbytes + 1) + len(self.fill_action)
         return size * (observed + acted)
+
+
+def _put_together(contexts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """(rows of the batch, their contexts) of each task → those of the batch, the shorter ones padded."""
+    longest = max((context for _, context in contexts), key=lambda context: context.shape[3])
+    whole = longest.new_zeros((sum(len(rows) for rows, _ in contexts), *longest.shape[1:]))
+    for rows, context in contexts:
+        whole[rows, :, :, : context.shape[3]] = context
+    return whole
 
 
 def frames_of_sample(policy_config: PreTrainedConfig) -> FramesOfSample:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from kuavo_train.data.batch import Origin
+from kuavo_train.data.replay_buffer import Kept
 from kuavo_train.data.replay_quota import Quota
 from kuavo_train.data.task import Task
 from kuavo_train.reading import Json
@@ -60,9 +63,13 @@ class Order(ABC):
 
     `clip` is the number of samples that are dealt together, to one task: a turn.
 
+    Attributes:
+        episodes, rows: by place in `tasks`, those that may be drawn; rows ascending.
+
     Args:
         batch_size: samples of a batch of one process.
         processes: that train together.
+        kept: task → what of its training data may be drawn; of others all.
     """
 
     clip = 1
@@ -76,11 +83,28 @@ class Order(ABC):
         shares: Mapping[str, float],
         batch_size: int,
         processes: int = 1,
+        kept: Mapping[str, Kept] = MappingProxyType({}),
     ):
         self.seed, self.stage, self.tasks = seed, stage, list(tasks)
         self.batch_size, self.processes = batch_size, processes
+        self.kept = {place: kept[task.name] for place, task in enumerate(self.tasks) if task.name in kept}
+        self.episodes, self.rows = [], []
+        for place, task in enumerate(self.tasks):
+            episodes = self.kept[place].episodes if place in self.kept else task.train_episodes
+            self.episodes.append(episodes)
+            self.rows.append(self.kept[place].rows(task) if place in self.kept else task.train_rows)
         self.segments = [Segment(0, 0, self._quota(shares))]
         self.cuts = [Cut(0, 0, processes * batch_size // self.clip)]
+
+    def not_kept(self, origin: Origin) -> dict[int, int]:
+        """Place of a task → how many of the samples may not be drawn, of tasks of which a part is kept."""
+        found = {}
+        for place in self.kept:
+            mine = origin.task == place
+            drawn = self.tasks[place].bounds[origin.episode[mine].numpy(), 0] + origin.frame[mine].numpy()
+            if others := int((~np.isin(drawn, self.rows[place])).sum()):
+                found[place] = others
+        return found
 
     @abstractmethod
     def batch(self, number: int, *, process: int = 0) -> list[Draw]:
@@ -137,7 +161,7 @@ class Order(ABC):
     def steps_per_epoch(self, current: str, batches_per_step: int) -> int:
         """Steps in which the current task's training frames come once; replayed frames are on top."""
         place = [task.name for task in self.tasks].index(current)
-        frames = len(self.tasks[place].train_rows) / self.segments[-1].quota.shares[place]
+        frames = len(self.rows[place]) / self.segments[-1].quota.shares[place]
         return math.ceil(frames / (self.cuts[-1].turns * self.clip * batches_per_step))
 
     def audit(
@@ -145,6 +169,7 @@ class Order(ABC):
         frames_drawn: Sequence[Sequence[Mapping[int, int]]],
         episodes_drawn: Sequence[Mapping[int, Sequence[int]]],
         *,
+        not_kept: Sequence[Mapping[int, int]] = (),
         batches_per_step: int = 1,
     ) -> Json:
         """Declared against really drawn: what replay_audit.json holds.
@@ -154,16 +179,22 @@ class Order(ABC):
         Args:
             frames_drawn: per process and segment, place in `tasks` → number of samples.
             episodes_drawn: per process, place in `tasks` → the episodes they came from.
+            not_kept: per process, place in `tasks` → samples that `not_kept` found among them.
             batches_per_step: those of one optimizer step.
 
         Raises:
-            RuntimeError: a share is off by more than the order allows, or a held-out episode was drawn.
+            RuntimeError: a share is off by more than the order allows, a held-out episode was drawn, one that is
+                set apart to choose by, or anything that was not kept.
         """
         for place, task in enumerate(self.tasks):
             episodes = {episode for drawn in episodes_drawn for episode in drawn.get(place, [])}
-            held_out = episodes & set(task.held_out_episodes)
+            held_out = episodes & {*task.held_out_episodes, *task.choosing_episodes}
             if held_out:
                 raise RuntimeError(f"held-out episodes of {task.name} must never be drawn, got {sorted(held_out)}")
+            if place in self.kept and (others := episodes - set(self.kept[place].episodes)):
+                raise RuntimeError(f"only what is kept of {task.name} must be replayed, got episodes {sorted(others)}")
+            if strays := sum(process.get(place, 0) for process in not_kept):
+                raise RuntimeError(f"only what is kept of {task.name} must be replayed, got {strays} other frames")
         segments, counts, due = [], np.zeros(len(self.tasks), dtype=np.int64), [Fraction()] * len(self.tasks)
         for segment, *drawn in zip(self.segments, *frames_drawn, strict=True):
             frames = [sum(process.get(place, 0) for process in drawn) for place in range(len(self.tasks))]
@@ -184,8 +215,16 @@ class Order(ABC):
             "total_frames": total,
             "dealt_together": self.clip * len(segments),
             "held_out_frames_drawn": 0,
-            "passes": {t.name: count / len(t.train_rows) for t, count in zip(self.tasks, counts.tolist(), strict=True)},
+            "passes": {t.name: counts[place] / len(self.rows[place]) for place, t in enumerate(self.tasks)},
+            **({"kept": self._kept(), "frames_drawn_not_kept": 0} if self.kept else {}),
             "segments": segments,
+        }
+
+    def _kept(self) -> Json:
+        return {
+            kept.task: {key: getattr(kept, key) for key in ("frames", "of_frames", "of_episodes")}
+            | {"episodes": list(kept.episodes)}
+            for kept in self.kept.values()
         }
 
     def _drawn(self, frames: Sequence[int]) -> Json:
@@ -205,9 +244,9 @@ class SampleOrder(Order):
         """[stop − start, 2] (place in `tasks`, row) of the samples from `start` up to `stop`."""
         tasks, ranks = self._deal(start, stop)
         rows = np.empty_like(ranks)
-        for place, task in enumerate(self.tasks):
+        for place in range(len(self.tasks)):
             mine = tasks == place
-            passes, offsets = np.divmod(ranks[mine], len(task.train_rows))
+            passes, offsets = np.divmod(ranks[mine], len(self.rows[place]))
             drawn = np.empty_like(offsets)
             for number in np.unique(passes):
                 drawn[passes == number] = self._shuffled(place, int(number))[offsets[passes == number]]
@@ -216,10 +255,10 @@ class SampleOrder(Order):
 
     @lru_cache(maxsize=16)  # noqa: B019 - lives as long as its stage
     def _shuffled(self, place: int, number: int) -> np.ndarray:
-        """The task's training rows in the order of its `number`-th pass."""
+        """The task's rows in the order of its `number`-th pass."""
         task = self.tasks[place]
         sequence = np.random.SeedSequence([self.seed, self.stage, zlib.crc32(task.name.encode()), number])
-        return np.random.Generator(np.random.PCG64(sequence)).permutation(task.train_rows)
+        return np.random.Generator(np.random.PCG64(sequence)).permutation(self.rows[place])
 
 
 class StepSampler(Sampler[list[Draw]]):

@@ -6,7 +6,7 @@ own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from kuavo_train.data.cues import Cues, read_cues
 from kuavo_train.data.hub import HubOrigin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
 from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
-from kuavo_train.data.split import split_usable
+from kuavo_train.data.split import split_episodes, split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
     check_claws,
@@ -44,6 +44,7 @@ class Task:
         bounds: [E, 2] first row and one past the last row of each episode.
         cameras: name in the policy → name in the dataset, in the policy's order.
         origin: where on the hub the dataset is from; None where its task names nothing there.
+        choosing_episodes: neither trained on nor reported; what a stage makes of its weights is chosen on them.
         notes: what is worth a look, but stops nothing.
         cues: what memory must provide, where the dataset says so.
     """
@@ -63,6 +64,7 @@ class Task:
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
     origin: HubOrigin | None = None
+    choosing_episodes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     cues: Cues | None = None
 
@@ -99,6 +101,13 @@ class Task:
         if not episodes:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
+
+    def with_choosing_episodes(self, count: int, seed: int) -> "Task":
+        """So many training episodes set apart to choose by. Raises `ConfigError` where none is left to train on."""
+        total = len(self.train_episodes)
+        require(count < total, "merge.episodes", f"be less than the {total} training episodes of {self.name}", count)
+        train, apart = split_episodes(self.name, self.train_episodes, count, seed)
+        return replace(self, train_episodes=train, choosing_episodes=apart)
 
     @cached_property
     def content_hash(self) -> str:

@@ -66,6 +66,9 @@ class Ablated:
     def predict_chunk(self, observation: Observation) -> Actions:
         return self.policy.predict_chunk(self._change(observation))
 
+    def due(self) -> Sequence[int]:
+        return self.policy.due()
+
     def memory_norms(self) -> np.ndarray | None:
         return self.policy.memory_norms()
 

@@ -7,22 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from kuavo_sim import ENVIRONMENT_IDS
-from kuavo_sim.repertoire import REPERTOIRE
 from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.evaluation.checkpoints import Contestant, Row, rows_of
 from kuavo_train.evaluation.environment import Environment, evaluation_seeds
-from kuavo_train.evaluation.episodes import Episode, Rollouts
+from kuavo_train.evaluation.episodes import Episode, Rollouts, picked
+from kuavo_train.evaluation.films import cues_in
 from kuavo_train.evaluation.latency import PeakMemory, time_queries
 from kuavo_train.evaluation.open_loop import Errors, judge_errors, walk
 from kuavo_train.evaluation.options import Options
 from kuavo_train.evaluation.paired_comparison import differ, judge
 from kuavo_train.evaluation.robot_policy import Policy
 from kuavo_train.evaluation.rollout import roll_out
-from kuavo_train.evaluation.videos import Caption, picked, write_video
+from kuavo_train.evaluation.videos import Caption, write_video
 from kuavo_train.reading import Json
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.runs.files import now, write_json
@@ -148,9 +147,6 @@ def _play(
 
 def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: float) -> list[Json]:
     """Videos below the folder named like the JSON, and what they show, at the rate the policy was trained at."""
-    simulated = {f"kuavo_sim:{id}": REPERTOIRE[name] for name, id in ENVIRONMENT_IDS.items()}.get(
-        rollouts.environment.id
-    )
     films = []
     for rank, episode in picked(rollouts.played, options.videos):
         caption = Caption(
@@ -158,7 +154,7 @@ def _film(rollouts: Rollouts, task: str, row: Row, options: Options, *, fps: flo
             instruction=rollouts.environment.task,
             fps=fps,
             rank=f"{rank} of {rollouts.trials}",
-            cues=simulated.cues if simulated is not None else (),
+            cues=cues_in(rollouts.environment),
         )
         name = f"{row.name}-{task}-{rank.replace(' ', '-')}.mp4"
         path = write_video(options.output.with_suffix("") / "videos" / name, episode, caption)

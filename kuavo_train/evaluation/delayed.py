@@ -85,6 +85,10 @@ class Delayed:
         commands = [self._next(robot) for robot in self._robots]
         return np.stack(commands) if len({len(command) for command in commands}) == 1 else commands
 
+    def due(self) -> Sequence[int]:
+        """All: when an answer lets a robot look again is known in that tick alone."""
+        return range(len(self._robots))
+
     def chunks(self) -> list[int]:
         """Of each robot, the number of the chunk that its last command is of; `HELD` where its pose was held."""
         return [HELD if robot.held else robot.chunk for robot in self._robots]

@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -35,9 +35,10 @@ class Begin:
 
 @dataclass(frozen=True)
 class Act:
-    """One step with `action` [A] in robot units."""
+    """One step with `action` [A] in robot units. What comes of it need not be drawn where nobody looks."""
 
     action: np.ndarray
+    looks: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Failure:
     """An environment that cannot go on, and why."""
 
     reason: str
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """An environment that can do without its pictures, the dear part of a simulation; see `KuavoEnv`."""
+
+    draws: bool
 
 
 class Robots:
@@ -142,9 +150,11 @@ def _obey(places: dict[int, gymnasium.Env], place: int, order: Begin | Act, envi
         if isinstance(order, Begin):
             if place not in places:
                 places[place] = environment.make()
-            observation, info = places[place].reset(seed=order.seed)
+            observation, info = places[place].reset(seed=order.seed)  # it is always looked at
             return seen_in(observation, info)
         _check_action(order.action, places[place])
+        if isinstance(drawing := places[place].unwrapped, Drawing):
+            drawing.draws = order.looks
         observation, reward, terminated, truncated, info = places[place].step(order.action)
         return seen_in(observation, info, reward=float(reward), ended=bool(terminated or truncated))
     except Exception as error:  # whatever an environment does, the others go on

@@ -13,15 +13,20 @@ from kuavo_train.runs.records import ClosedLoop
 
 @dataclass(frozen=True)
 class Trace:
-    """One episode, step by step, for those who want to see it.
+    """One episode, step by step, for those who want to see it or play it again.
 
     Attributes:
-        pictures: T of camera → a JPEG of what the policy saw; whole, the pictures of some episodes fill a memory.
+        pictures: T of camera → a JPEG of what the policy saw; whole, the pictures of some episodes fill a memory. Empty
+            where only what is needed to play it again was kept.
         memory_norms: T of [tokens]; empty without memory.
+        actions: T of [A], as they were carried out.
+        instruction: the environment's own words for this episode; None where it has none.
     """
 
     pictures: list[dict[str, bytes]] = field(default_factory=list)
     memory_norms: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    instruction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,27 @@ class Episode:
         known = {key: value for key, value in vars(self).items() if key != "trace"}
         known["smoothness"] = {group: asdict(each) for group, each in self.smoothness.items()}
         return {**known, "right_branch": self.right_branch}
+
+
+def picked(episodes: Sequence[Episode], count: int) -> list[tuple[str, Episode]]:
+    """(rank, episode) of `count` episodes, evenly spread from the best to the worst; a single one is the typical.
+
+    Better is success, then more progress, then fewer steps.
+    """
+    ranked = sorted(episodes, key=lambda episode: (not episode.success, -episode.progress, episode.steps))
+    last = len(ranked) - 1
+    if last < 0 or count < 1:
+        return []
+    places = [last // 2] if count == 1 else sorted({last * number // (count - 1) for number in range(count)})
+    names = {last // 2: "typical", last: "worst", 0: "best"}
+    return [(names.get(place, f"rank {place + 1}"), ranked[place]) for place in places]
+
+
+def best_and_typical(episodes: Sequence[Episode]) -> list[tuple[str, Episode]]:
+    """(rank, episode) of the best one, and of the one in the middle of the order of `picked`; of fewer than three, the
+    best alone.
+    """
+    return [(rank, episode) for rank, episode in picked(episodes, 3) if rank in ("best", "typical")]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ checkpoint, the environment and its seed, wherever in the batch it is played, up
 
 Environments observe `{"pixels": {camera: [H, W, 3] uint8}, "agent_pos": [S]}`, LeRobot's convention, and report success
 as `info["is_success"]`. What else kuavo_sim reports is taken where it is there: sub-goals, progress, cue, choice, and
-the episode's own instruction.
+the episode's own instruction. One that can step without drawing (`draws`) does so where the policy does not look.
 """
 
 import io
@@ -40,6 +40,7 @@ def roll_out(
     workers: int | None = None,
     names: Sequence[str] | None = None,
     traces: bool = False,
+    replayable: bool = False,
     progress: bool = True,
     timeout: float = STEP_TIMEOUT,
 ) -> Rollouts:
@@ -49,7 +50,8 @@ def roll_out(
         parallel: robots at a time, the batch of the policy.
         workers: processes that their environments are spread over; None for one per CPU.
         names: of the action's dimensions, by which smoothness is told apart; None measures none.
-        traces: keep what was seen and remembered, of all episodes.
+        traces: keep what was seen, done and remembered, of all episodes.
+        replayable: keep the same without the pictures, which takes little room.
         timeout: seconds after which an environment that does not answer has failed.
 
     An episode whose environment fails is reported with the reason; the others go on. What the policy raises is raised.
@@ -74,7 +76,8 @@ def roll_out(
         while waiting or playing:
             begun = {place: waiting.popleft() for place in places if place not in playing and waiting}
             playing |= {
-                place: _Game(seed, environment.max_steps, names, traced=traces) for place, seed in begun.items()
+                place: _Game(seed, environment.max_steps, names, traced=traces or replayable, pictured=traces)
+                for place, seed in begun.items()
             }
             policy.reset(list(begun), seeds=list(begun.values()))
             carry_out({place: Begin(seed) for place, seed in begun.items()})
@@ -82,21 +85,25 @@ def roll_out(
                 continue
             anyone = next(iter(playing.values()))  # the batch keeps its size: what idle places see does not matter
             observation = observation_of([playing.get(place, anyone).seen for place in places], environment.task)
-            actions, norms = policy.select_action(observation), policy.memory_norms() if traces else None
+            actions = policy.select_action(observation)
+            norms = policy.memory_norms() if traces or replayable else None
             chunks = policy.chunks() if isinstance(policy, Delayed) else None
             for place, game in playing.items():
                 chunk = game.steps // policy.n_action_steps if chunks is None else chunks[place]
                 game.note(actions[place], None if norms is None else norms[place], chunk)
-            carry_out({place: Act(actions[place]) for place in playing})
+            looking = set(places) if traces else set(policy.due())
+            carry_out({place: Act(actions[place], looks=place in looking) for place in playing})
     return Rollouts(environment, policy.n_action_steps, tuple(ended[seed] for seed in seeds))
 
 
 class _Game:
     """An episode being played."""
 
-    def __init__(self, seed: int, max_steps: int | None, names: Sequence[str] | None, *, traced: bool):
+    def __init__(self, seed: int, max_steps: int | None, names: Sequence[str] | None, *, traced: bool, pictured: bool):
         self.seed, self._max_steps, self._names = seed, max_steps, names
-        self._trace = Trace() if traced else None
+        self._traced, self._pictured = traced, pictured
+        self._pictures: list[dict[str, bytes]] = []
+        self._norms: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._chunks: list[int] = []
         self._rewards: list[float] = []
@@ -123,10 +130,10 @@ class _Game:
         """What the policy does next, and the number of the chunk that it is of."""
         self._actions.append(action)
         self._chunks.append(chunk)
-        if self._trace is not None:
-            self._trace.pictures.append({camera: _jpeg(picture) for camera, picture in self.seen.pictures.items()})
-            if memory_norms is not None:
-                self._trace.memory_norms.append(memory_norms)
+        if self._pictured:
+            self._pictures.append({camera: _jpeg(picture) for camera, picture in self.seen.pictures.items()})
+        if memory_norms is not None:
+            self._norms.append(memory_norms)
 
     def take(self, answer: Seen | Failure) -> None:
         """What comes of it; first, what the episode begins with."""
@@ -161,7 +168,7 @@ class _Game:
             held=self._chunks.count(HELD),
             chosen_at=self._chosen_at,
             error=self._error,
-            trace=self._trace,
+            trace=Trace(self._pictures, self._norms, self._actions, info.get("instruction")) if self._traced else None,
         )
 
 

@@ -7,9 +7,11 @@ every `n_action_steps`, memory carried from query to query. Training's random st
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import batched
 
 import numpy as np
 import torch
@@ -29,8 +31,26 @@ from kuavo_train.runs.records import EpisodeScore, HeldOutScores
 from lerobot_policy_smolvla_memory.memory import MemoryState
 
 Walk = list[int]  # rows of one episode, in order
+Part = tuple[int, list[Walk]]
+"""Place of a task, and walks of its that are queried together, longest first."""
+
 Query = tuple[Batch, MemoryState | None, Callable[[MemoryState | None], None]]
 """One query of some walks, the memory before it, and what takes the memory after it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the queries of a part have given.
+
+    Attributes:
+        place: of the task.
+        by_episode: held-out episode → of each of its queries the loss, and by action dimension the error and that of
+            the constant prediction.
+    """
+
+    place: int
+    by_episode: dict[int, list[dict[str, np.ndarray]]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -53,33 +73,54 @@ class Validator:
         and, per joint group, in robot units (rad, m). A policy that predicts no more than it carries
         out is judged on that.
         """
+        return self.scores([self.measure(policy, names)], names)
+
+    def measure(
+        self, policy: PreTrainedPolicy, names: Sequence[str], *, process: int = 0, processes: int = 1
+    ) -> dict[int, Measured]:
+        """The share of a process in the queries: number of a part → what it has given.
+
+        What is queried together stays together, so that every number is the one that a single process comes to.
+        """
         was_training = policy.training
         policy.eval()
-        places = [place for place, task in enumerate(self.dataset.tasks) if task.name in names]
+        parts = self._parts(policy, names)
+        mine = shared_out([sum(map(len, walks)) for _, walks in parts], processes)[process]
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=_cuda_devices(policy)),
             tqdm(
-                total=sum(len(walk) for place in places for walk in self._walks(policy, place)),
+                total=sum(len(walk) for number in mine for walk in parts[number][1]),
                 desc="validate",
                 unit="query",
                 leave=False,
                 disable=not self.progress,
             ) as bar,
         ):
-            found = [self._validate(policy, place, bar) for place in places]
+            found = {number: self._measure(policy, parts[number], bar) for number in mine}
         policy.train(was_training)
         return found
 
-    def _validate(self, policy: PreTrainedPolicy, place: int, bar: tqdm) -> HeldOutScores:
+    def scores(self, shares: Iterable[Mapping[int, Measured]], names: Sequence[str]) -> list[HeldOutScores]:
+        """Of each named task, from what all processes have measured."""
+        measured = {number: each for share in shares for number, each in share.items()}
+        found = [measured[number] for number in sorted(measured)]
+        return [
+            self._scores(task, [each for each in found if each.place == place])
+            for place, task in enumerate(self.dataset.tasks)
+            if task.name in names
+        ]
+
+    def _measure(self, policy: PreTrainedPolicy, part: Part, bar: tqdm) -> Measured:
         began = time.perf_counter()
+        place, walks = part
         task = self.dataset.tasks[place]
-        by_episode: dict[int, list[dict[str, np.ndarray]]] = {episode: [] for episode in task.held_out_episodes}
+        by_episode: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
         constant = self._constant_prediction(task)
         key, query = zlib.crc32(task.name.encode()), query_of(policy, self.draws)
         device = next(policy.parameters()).device
         now = self.dataset.actions.tolist().index(0)
-        for batch, memory, advance in self._queries(policy, place):
+        for batch, memory, advance in self._queries(place, walks):
             prepared = preprocess(batch, self.preprocessor, device)
             episodes, frames = batch.origin.episode.tolist(), batch.origin.frame.tolist()
             with self.autocast():
@@ -100,7 +141,14 @@ class Validator:
                     }
                 )
             bar.update(batch.size)
-        return self._scores(task, by_episode, time.perf_counter() - began)
+        return Measured(place, dict(by_episode), time.perf_counter() - began)
+
+    def _parts(self, policy: PreTrainedPolicy, names: Sequence[str]) -> list[Part]:
+        """All queries to make: task by task, as many walks together as a batch has rows."""
+        places = [place for place, task in enumerate(self.dataset.tasks) if task.name in names]
+        return [
+            (place, list(walks)) for place in places for walks in batched(self._walks(policy, place), self.batch_size)
+        ]
 
     def _walks(self, policy: PreTrainedPolicy, place: int) -> list[Walk]:
         """Queries to make: an episode is one walk where memory recurs, every query its own where it does not."""
@@ -111,18 +159,15 @@ class Validator:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]
 
-    def _queries(self, policy: PreTrainedPolicy, place: int) -> Iterator[Query]:
+    def _queries(self, place: int, walks: Sequence[Walk]) -> Iterator[Query]:
         """Batches of queries with the memory they start from; `advance` takes the memory they leave."""
-        walks = self._walks(policy, place)
-        for first in range(0, len(walks), self.batch_size):
-            group = walks[first : first + self.batch_size]
-            held: list[MemoryState | None] = [None]
-            for query in range(len(group[0])):
-                rows = [walk[query] for walk in group if query < len(walk)]  # walks are sorted by length
-                if held[0] is not None:
-                    held[0] = held[0].select(torch.arange(len(rows)))
-                batch = self.dataset.fetch([Draw(place, row, begins=query == 0) for row in rows])
-                yield batch, held[0], lambda memory, held=held: held.__setitem__(0, memory)  # type: ignore[misc]
+        held: list[MemoryState | None] = [None]
+        for query in range(len(walks[0])):
+            rows = [walk[query] for walk in walks if query < len(walk)]  # walks are sorted by length
+            if held[0] is not None:
+                held[0] = held[0].select(torch.arange(len(rows)))
+            batch = self.dataset.fetch([Draw(place, row, begins=query == 0) for row in rows])
+            yield batch, held[0], lambda memory: held.__setitem__(0, memory)
 
     def _constant_prediction(self, task: Task) -> torch.Tensor:
         """[A] the task's mean training action, normalized: the best that ignores what it sees."""
@@ -132,7 +177,11 @@ class Validator:
         constant[columns] = (task.action[task.train_rows].mean(axis=0) - mean[columns]) / std[columns]
         return torch.from_numpy(constant)
 
-    def _scores(self, task: Task, by_episode: dict[int, list[dict[str, np.ndarray]]], seconds: float) -> HeldOutScores:
+    def _scores(self, task: Task, measured: Sequence[Measured]) -> HeldOutScores:
+        by_episode = {
+            episode: [query for each in measured for query in each.by_episode.get(episode, [])]
+            for episode in task.held_out_episodes
+        }
         columns = self.normalization.space.action_columns(task)
         std = self.normalization.array(ACTION, "std")
         errors = {
@@ -162,8 +211,16 @@ class Validator:
                 for number, (episode, queries) in enumerate(by_episode.items())
             ),
             draws=self.draws,
-            seconds=round(seconds, 3),
+            seconds=round(sum(each.seconds for each in measured), 3),
         )
+
+
+def shared_out(costs: Sequence[int], processes: int) -> list[list[int]]:
+    """Places of `costs` by process: the dearest first, each to who has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        min(shares, key=lambda share: sum(costs[each] for each in share)).append(place)
+    return [sorted(share) for share in shares]
 
 
 def mean_loss(found: Iterable[HeldOutScores]) -> float:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from lerobot.policies.pretrained import PreTrainedPolicy
-
 from kuavo_train.data.batch import Batch
 from kuavo_train.evaluation.validation import Query, Validator
 from kuavo_train.metrics.intervals import Interval, paired_bootstrap
@@ -33,8 +31,8 @@ class InterveningValidator(Validator):
 
     memory_of: Callable[[int, Batch], MemoryState | None] = lambda place, batch: None
 
-    def _queries(self, policy: PreTrainedPolicy, place: int) -> Iterator[Query]:
-        for batch, _, _ in super()._queries(policy, place):
+    def _queries(self, place: int, walks: Sequence[list[int]]) -> Iterator[Query]:
+        for batch, _, _ in super()._queries(place, walks):
             yield batch, self.memory_of(place, batch), lambda memory: None
 
 

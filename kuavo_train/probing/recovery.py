@@ -150,13 +150,15 @@ def recovery(run: TrainedRun, *, steps: int = 100) -> Json:
 
 
 def alone(recipe: RunConfig) -> RunConfig:
-    """The stage's recipe for its own task, without what a strategy, a gate or a tracker does beside."""
+    """The stage's recipe for its own task, without what a strategy, a gate, a tracker or processes do beside."""
     return replace(
         recipe,
+        processes=1,
         strategy="sequential",
         mixture="own_task",
         strategy_settings={},
         ewc=None,
+        distill=None,
         merge=None,
         forgetting=replace(recipe.forgetting, budget=None),
         tracking="off",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kuavo_train.errors import RunFolderError
+from kuavo_train.reading import read_yaml
 from kuavo_train.runs.stored_run import StoredRun
 
 SAME_DATA = "train both on the same data with the same split and normalization (data.*, policy.*, validation.draws)"
@@ -12,7 +13,8 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
     """Raises `RunFolderError`, naming both folders and the fix, unless losses of all runs mean the same."""
     first, *others = runs
     for other in others:
-        ours, theirs = _questions(first), _questions(other)
+        policy = _policy if first.record.axes == other.record.axes else _predictions
+        ours, theirs = ({**_questions(run), **policy(run)} for run in (first, other))
         for what, answer in ours.items():
             if answer != theirs[what]:
                 raise RunFolderError(
@@ -29,8 +31,25 @@ def _questions(run: StoredRun) -> dict[str, object]:
         "normalization hashes": run.record.normalization.hash,
         "data hashes": {task.name: task.dataset.hash for task in run.tasks},
         "held-out episodes": {task.name: sorted(task.dataset.held_out_episodes) for task in run.tasks},
-        "hashes of the policy's configuration": run.record.config_hash,
         "numbers of draws in validation": sorted(number for number in draws if number is not None),
+    }
+
+
+def _policy(run: StoredRun) -> dict[str, object]:
+    return {"hashes of the policy's configuration": run.record.config_hash}
+
+
+def _predictions(run: StoredRun) -> dict[str, object]:
+    """Of a study that varied the policy too: what is predicted, from which frames, whatever predicts it."""
+    path = run.stages[0].folder / "config.yaml"
+    policy = read_yaml(path).get("policy", {}) if path.is_file() else {}
+    lines = {task.name: run.stages[0].validation("start", task.name) for task in run.tasks}
+    return {
+        "kinds of policy": policy.get("type"),
+        "lengths of chunks": policy.get("chunk_size"),
+        "numbers of queries in validation": {
+            task: sum(each.frames or 0 for each in line.held_out.episodes) for task, line in lines.items() if line
+        },
     }
 
 

@@ -8,6 +8,7 @@ import base64
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -19,12 +20,15 @@ from kuavo_train.runs.files import write_text
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
+def render(
+    template: str, record: Json, figures: Mapping[str, Path], films: Mapping[str, Path] = MappingProxyType({})
+) -> str:
     """The page as text.
 
     Args:
         template: file below kuavo_train/reporting/templates; it sees the record as `m`.
         figures: name → PNG.
+        films: name → MP4.
     """
     environment = _environment()
 
@@ -49,7 +53,16 @@ def render(template: str, record: Json, figures: Mapping[str, Path]) -> str:
         data = base64.b64encode(figures[name].read_bytes()).decode("ascii")
         return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(Markup(data), escape(alt))
 
-    shown = {"m": record, "value": value, "interval": interval, "figure": figure, "figures": figures}
+    def film(name: str, about: str, *, plays: bool) -> Markup:
+        """Inlined; one that `plays` begins by itself, without end, and without sound as it has none."""
+        if name not in films:
+            return Markup("")
+        data = base64.b64encode(films[name].read_bytes()).decode("ascii")
+        how = "autoplay loop " if plays else ""
+        video = Markup('<video controls muted playsinline {}aria-label="{}" src="data:video/mp4;base64,{}"></video>')
+        return video.format(Markup(how), escape(about), Markup(data))
+
+    shown = {"m": record, "value": value, "interval": interval, "figure": figure, "figures": figures, "film": film}
     environment.globals.update(shown)  # so that included and imported templates have them too
     return environment.get_template(template).render()
 
@@ -66,9 +79,15 @@ def _environment() -> Environment:
     )
 
 
-def write_page(path: Path, template: str, record: Json, figures: Mapping[str, Path]) -> Path:
+def write_page(
+    path: Path,
+    template: str,
+    record: Json,
+    figures: Mapping[str, Path],
+    films: Mapping[str, Path] = MappingProxyType({}),
+) -> Path:
     """Render into `path`, whole or not at all."""
-    write_text(path, render(template, record, figures))
+    write_text(path, render(template, record, figures, films))
     return path
 
 

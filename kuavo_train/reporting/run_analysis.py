@@ -22,6 +22,7 @@ from kuavo_train.metrics.intervals import wilson
 from kuavo_train.metrics.verdict import RetentionLimits
 from kuavo_train.reading import Json, JsonValue
 from kuavo_train.reporting.comparability import check_comparable
+from kuavo_train.reporting.films import films_of
 from kuavo_train.reporting.run_checks import run_checks
 from kuavo_train.reporting.run_metrics import interval_record, performance_matrix, task_verdict
 from kuavo_train.reporting.strategy_section import gate_readings, probe_records, strategy_facts
@@ -96,6 +97,8 @@ def _numbers(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None) -
         "sign_convention": SIGN_CONVENTION,
         "limits": dataclasses.asdict(limits),
         "rule": limits.rule,
+        "success_rule": limits.success_rule,
+        "films": _films(run),
         "tasks": [
             {
                 "name": task.name,
@@ -121,6 +124,12 @@ def _numbers(run: StoredRun, limits: RetentionLimits, joint: StoredRun | None) -
         "hashes": _hashes(run),
         "checks": run_checks(run),
     }
+
+
+def _films(run: StoredRun) -> Json:
+    """Those of the final policy, and why others are left out; empty where none were made."""
+    found = films_of(run) or {"films": [], "left_out": []}
+    return {"shown": found["films"], "left_out": found["left_out"]}
 
 
 def _instruction(task: TaskRecord) -> str | None:

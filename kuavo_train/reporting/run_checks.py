@@ -24,6 +24,8 @@ def run_checks(run: StoredRun) -> list[Json]:
         "Trained parameters did change": _trained_changed,
         "The final policy beats a constant predictor on every task": _beats_constant,
     }
+    if any(audit.kept for audit in _audits(run).values()):
+        checks["Only what was kept of earlier tasks was replayed"] = _kept_alone_drawn
     entries = []
     for name, check in checks.items():
         passed, detail = check(run)
@@ -46,11 +48,25 @@ def _held_out_never_drawn(run: StoredRun) -> Outcome:
     return not guilty, text + (f" (stage {', '.join(guilty)})" if guilty else "")
 
 
+def _kept_alone_drawn(run: StoredRun) -> Outcome:
+    audits = {stage: audit for stage, audit in _audits(run).items() if audit.kept}
+    others = {stage: audit.frames_drawn_not_kept for stage, audit in audits.items() if audit.frames_drawn_not_kept != 0}
+    if others:
+        return False, f"frames that were not kept were drawn in stage {', '.join(map(str, others))}"
+    last = audits[max(audits)].kept
+    kept = ", ".join(f"{task} {integer(of['frames'])} of {integer(of['of_frames'])}" for task, of in last.items())
+    return True, f"frames kept: {kept}"
+
+
 def _splits_disjoint(run: StoredRun) -> Outcome:
     splits = {task.name: task.dataset for task in run.tasks}
     if not all(split.train_episodes and split.held_out_episodes for split in splits.values()):
         return None, "run.json does not list the episodes of every task"
-    shared = {name: sorted({*split.train_episodes} & {*split.held_out_episodes}) for name, split in splits.items()}
+    shared = {}
+    for name, split in splits.items():
+        apart = {*split.held_out_episodes, *split.choosing_episodes}
+        both = {*split.held_out_episodes} & {*split.choosing_episodes}
+        shared[name] = sorted(both | {*split.train_episodes} & apart)
     guilty = [f"{name}: episodes {episodes}" for name, episodes in shared.items() if episodes]
     held_out = ", ".join(f"{name} {len(split.held_out_episodes)}" for name, split in splits.items())
     return not guilty, "; ".join(guilty) or f"held out: {held_out}"

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics import forgetting
 from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix, Value
-from kuavo_train.metrics.intervals import Interval, paired_bootstrap
-from kuavo_train.metrics.number_format import number, percent, whole_percent
-from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute
+from kuavo_train.metrics.intervals import Interval, PairedOutcomes, paired_bootstrap
+from kuavo_train.metrics.number_format import integer, number, percent, whole_percent
+from kuavo_train.metrics.verdict import RetentionLimits, Verdict, judge, judge_absolute, judge_success
 from kuavo_train.reading import Json
-from kuavo_train.runs.records import MEASURES, Measure, TaskRecord, ValidationRecord
+from kuavo_train.runs.records import MEASURES, ClosedLoop, Measure, TaskRecord, ValidationRecord
 from kuavo_train.runs.stored_run import StoredRun
 
 
@@ -88,10 +88,15 @@ def change_since_learnt(
 def task_verdict(
     run: StoredRun, matrices: Mapping[Measure, PerformanceMatrix], task: TaskRecord, limits: RetentionLimits
 ) -> Json:
-    """One task's losses and errors before training, when learnt and now, its verdict, and the evidence."""
+    """One task's losses and errors before training, when learnt and now, its verdict, and the evidence.
+
+    The verdict speaks of success where the task was rolled out on the same layouts when learnt and now, else of the
+    held-out loss; `success_verdict` and `loss_verdict` are the two apart.
+    """
     name, loss = task.name, matrices["loss"]
     learnt, last = loss.stage_of(name), loss.last_stage
-    entry: Json = {"task": name, "learnt_in": learnt, "verdict": None, "worst": None, "settled": None}
+    entry: Json = {"task": name, "learnt_in": learnt, **_word_record(None)}
+    entry |= {"measure": None, "success_verdict": None, "loss_verdict": None}
     entry |= {f"{key}_before_training": _get(m, 0, name) for key, m in matrices.items()}
     entry |= {
         "episodes": None,
@@ -117,7 +122,8 @@ def task_verdict(
     if learnt == last:
         before = entry["loss_before_training"]
         start = "" if before is None else f"{number(before)} before training, "
-        evidence = f"Nothing has come after it yet. Held-out loss {start}{number(now)} now."
+        played = "" if line is None or line.closed_loop is None else _success_text(line.closed_loop)
+        evidence = f"Nothing has come after it yet. {played}Held-out loss {start}{number(now)} now."
         return entry | {"state": "learnt last", "evidence": evidence}
 
     relative = change_since_learnt(run, "loss", name, limits, relative=True)
@@ -127,17 +133,80 @@ def task_verdict(
         entry["change"] = interval_record(change_since_learnt(run, "loss", name, limits, relative=False))
     verdict = judge(relative, limits)
     action = change_since_learnt(run, "action_error", name, limits, relative=True)
+    by_loss = {**_word_record(verdict), "evidence": _evidence(verdict, relative, then, now)}
+    by_success = success_verdict(run, name, limits)
+    decides = by_loss if by_success is None else by_success
     return entry | {
-        "state": "judged",
-        "verdict": verdict.word,
-        "worst": verdict.worst,
-        "settled": verdict.settled,
+        "state": "judged" if decides["verdict"] else "nothing to lose",
+        "measure": "loss" if by_success is None else "success",
+        **{key: decides[key] for key in ("verdict", "worst", "settled", "evidence")},
+        "loss_verdict": by_loss,
+        "success_verdict": by_success,
         "episodes": relative.n,
         "relative_change": interval_record(relative),
         "action_error_relative_change": interval_record(action),
         "forgetting": forgetting.forgetting(loss)[name],
-        "evidence": _evidence(verdict, relative, then, now),
     }
+
+
+def success_verdict(run: StoredRun, task: str, limits: RetentionLimits) -> Json | None:
+    """The verdict on a task's success since it was learnt, and what it is from.
+
+    None where nothing came after the task, or where no layout was played, and recorded, both then and now.
+    """
+    learnt, last = run.learnt_in[task], run.finished[-1].index
+    before, after = run.end_of(learnt, task), run.end_of(last, task)
+    if learnt >= last or before is None or after is None:
+        return None
+    then, now = ({seed: bool(value) for seed, value in line.scores("success").items()} for line in (before, after))
+    if not then.keys() & now.keys():
+        return None
+    outcomes = PairedOutcomes.of(then, now)
+    verdict = judge_success(outcomes, limits)
+    return {
+        **_word_record(verdict),
+        "evidence": _success_evidence(verdict, outcomes, limits),
+        "layouts": outcomes.n,
+        "when_learnt": outcomes.both + outcomes.only_first,
+        "now": outcomes.both + outcomes.only_second,
+        "won": outcomes.only_second,
+        "lost": outcomes.only_first,
+        "p_value": outcomes.p_value,
+        "difference": interval_record(outcomes.difference(level=limits.confidence)),
+    }
+
+
+def _word_record(verdict: Verdict | None) -> Json:
+    if verdict is None:
+        return {"verdict": None, "worst": None, "settled": None}
+    return {"verdict": verdict.word, "worst": verdict.worst, "settled": verdict.settled}
+
+
+def _success_text(closed_loop: ClosedLoop) -> str:
+    return f"Success {integer(closed_loop.successes)} of {integer(closed_loop.trials)}. "
+
+
+def _success_evidence(verdict: Verdict | None, outcomes: PairedOutcomes, limits: RetentionLimits) -> str:
+    """The sentences under a verdict on success."""
+    then, now = outcomes.both + outcomes.only_first, outcomes.both + outcomes.only_second
+    counts = f"Success {then} of {outcomes.n} layouts when learnt, {now} of the same now"
+    if verdict is None:
+        return f"{counts}. It never succeeded when it was learnt, so nothing could be lost."
+    change = outcomes.difference(level=limits.confidence)
+    assert change.low is not None
+    assert change.high is not None
+    text = (
+        f"{counts}: {percent(change.estimate)} ({whole_percent(change.level)} interval {percent(change.low)} to "
+        f"{percent(change.high)}). Lost {outcomes.only_first}, won {outcomes.only_second}: exact McNemar "
+        f"p = {number(outcomes.p_value)}"
+    )
+    if outcomes.p_value >= 1 - limits.confidence:
+        text += ", which shows no change"
+    elif change.estimate > 0:
+        text += ", better than when learnt"
+    if verdict.settled:
+        return f"{text}."
+    return f"{text}. The interval reaches into “{verdict.worst}”: more layouts would settle it."
 
 
 def _evidence(verdict: Verdict, change: Interval, then: float, now: float) -> str:

@@ -1,5 +1,8 @@
 """Several runs side by side, strategies × training seeds: stored runs → the numbers of a comparison.
 
+What a study varied beside them makes strategies of their own here: `replay memory=strong` is another than
+`replay memory=standard`.
+
 A number of a strategy is the mean over its seeds, every seed counting once, with the interval that other seeds and
 other episodes would have given: held-out demonstrations, and in closed loop the layouts that all runs played. Episodes
 are resampled alike for all runs, and runs are paired by seed, so that a difference between two strategies is not
@@ -26,6 +29,8 @@ from kuavo_train.runs.records import CLOSED_LOOP, MEASURES, Measure, ReplayAudit
 from kuavo_train.runs.stored_run import StoredRun
 
 JOINT, REFERENCE = "joint", "replay"
+WITHOUT_REPLAY = ("ewc", "merge")
+"""Strategies that replay nothing by themselves."""
 
 PerSeed = Mapping[int, np.ndarray]
 """Seed → a statistic of its run, [1 + N]: on all held-out episodes, then on N resamples of them."""
@@ -146,6 +151,10 @@ class Arm:
         return next(iter(self.runs.values()))
 
     @property
+    def is_joint(self) -> bool:
+        return self.first.record.strategy == JOINT
+
+    @property
     def partial(self) -> bool:
         return any(stage not in _stages(run) for run in self.runs.values() for stage in run.learnt_in.values())
 
@@ -173,7 +182,6 @@ def compare(runs: Sequence[StoredRun], limits: RetentionLimits | None = None) ->
     shared = {measure: _shared_episodes(runs, measure, limits.resamples) for measure in MEASURES}
     arms = _arms(runs, shared)
     reference = arms[0]
-    joint = next((arm for arm in arms if arm.strategy == JOINT and not arm.partial), None)
     combine = _Combined({m: min((len(a.episodes) for a in of.values()), default=0) for m, of in shared.items()}, limits)
     return Comparison(
         reference=reference.strategy,
@@ -182,9 +190,20 @@ def compare(runs: Sequence[StoredRun], limits: RetentionLimits | None = None) ->
         layouts={task: len(of.episodes) for task, of in shared["success"].items()},
         tasks={task.name: task.index for task in runs[0].tasks},
         limits=limits,
-        strategies=[_strategy(arm, reference, joint, combine) for arm in arms],
-        runs=[_run(run, limits, joint) for arm in arms for run in (*arm.runs.values(), *arm.left_out)],
+        strategies=[_strategy(arm, reference, _joint_of(arm, arms), combine) for arm in arms],
+        runs=[_run(run, limits, _joint_of(arm, arms)) for arm in arms for run in (*arm.runs.values(), *arm.left_out)],
     )
+
+
+def _joint_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """Joint training with the same of what else was varied; replay's settings are none of its own."""
+    return next(
+        (joint for joint in arms if joint.is_joint and not joint.partial and _beside(joint) == _beside(arm)), None
+    )
+
+
+def _beside(arm: Arm) -> dict[str, str]:
+    return {axis: value for axis, value in arm.first.record.axes.items() if not axis.startswith("replay.")}
 
 
 def _seed(run: StoredRun) -> int:
@@ -208,8 +227,19 @@ def _check_seeds(runs: Sequence[StoredRun]) -> None:
 
 
 def _strategy_of(run: StoredRun) -> str:
+    """Its name, what it is combined with, of a replay buffer the share and what is not the default, and what else a
+    study varied, where it is not that.
+
+    Such as `merge + replay`, `replay 0.02 phase memory=strong`.
+    """
     assert run.record.strategy is not None, "checked"
-    return run.record.strategy
+    settings = run.record.strategy_settings
+    beside = ["+ replay"] if settings.get("mixture") == "replay" and run.record.strategy in WITHOUT_REPLAY else []
+    if buffer := settings.get("replay"):
+        others = [buffer[key] for key, default in (("unit", "episode"), ("select", "random")) if buffer[key] != default]
+        beside += [f"{buffer['buffer']:g}", *others]
+    varied = [f"{axis}={value}" for axis, value in run.record.axes.items() if not axis.startswith("replay.")]
+    return " ".join([run.record.strategy, *beside, *varied])
 
 
 def _stages(run: StoredRun) -> tuple[int, ...]:
@@ -243,11 +273,11 @@ def _layouts(runs: Sequence[StoredRun], task: str) -> list[int]:
 
 def _arms(runs: Sequence[StoredRun], shared: Mapping[Measure, Mapping[str, SharedEpisodes]]) -> list[Arm]:
     """The strategies: the one that others are compared with first, joint training last."""
-    names = list(dict.fromkeys(map(_strategy_of, runs)))
-    names.sort(key=lambda name: (name == JOINT, name != REFERENCE))
+    kinds = {_strategy_of(run): run.record.strategy for run in runs}
+    names = sorted(kinds, key=lambda name: (kinds[name] == JOINT, kinds[name] != REFERENCE))
     arms = []
     for name in names:
-        mine = sorted((run for run in runs if run.record.strategy == name), key=_seed)
+        mine = sorted((run for run in runs if _strategy_of(run) == name), key=_seed)
         furthest = max((_stages(run) for run in mine), key=len)
         kept = {_seed(run): run for run in mine if _stages(run) == furthest}
         matrices: dict[Measure, dict[int, PerformanceMatrix]] = {measure: {} for measure in MEASURES}
@@ -324,7 +354,7 @@ def _metrics(
         name: (definition, lambda of, function=function: of.per_seed(measure, function))  # type: ignore[misc]
         for name, (definition, function) in forgetting.METRICS.items()
     }
-    if arm.strategy != JOINT:
+    if not arm.is_joint:
         statistics["intransigence"] = (
             "mean over tasks of joint R − R[when learnt][j]; positive = learnt less than jointly",
             intransigence,
@@ -363,7 +393,7 @@ def _task(arm: Arm, task: str, combine: _Combined) -> TaskOfStrategy:
         now=over_seeds(lambda m: m.value(m.last_stage, task)),
     )
     if task not in matrix.earlier_tasks:
-        return replace(found, state="learnt with all others" if arm.strategy == JOINT else "learnt last")
+        return replace(found, state="learnt with all others" if arm.is_joint else "learnt last")
     change = over_seeds(lambda m: m.value(m.last_stage, task) / m.value(m.stage_of(task), task) - 1)
     if len(arm.runs) == 1:  # the very interval, and so the verdict, of the run's own report
         own = change_since_learnt(arm.first, "loss", task, combine.limits, relative=True)
@@ -425,4 +455,5 @@ def _run(run: StoredRun, limits: RetentionLimits, joint: Arm | None) -> Json:
     matrix = analyse(run, limits=limits, joint=None if same_seed is run else same_seed).matrix
     keys = ("run", "seed", "strategy", "git_commit", "partial", "missing", "tasks", "stages", "verdicts", "matrices")
     failed = [check["name"] for check in matrix["checks"] if check["passed"] is False]
-    return {"folder": str(run.folder), **{key: matrix[key] for key in (*keys, "hashes")}, "failed_checks": failed}
+    about = {key: matrix[key] for key in (*keys, "hashes")}
+    return {"folder": str(run.folder), **about, "strategy": _strategy_of(run), "failed_checks": failed}

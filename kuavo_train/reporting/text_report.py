@@ -19,7 +19,9 @@ def summary_table(analysis: Analysis) -> str:
     title = " · ".join(str(matrix[key]) for key in ("run", "strategy", "profile") if matrix[key] is not None)
     played = "success" in matrix["matrices"]
     closed_loop = ("success learnt", "now") if played else ()
+    by_loss = ("by its loss",) if played else ()
     columns = ("task", "before", "learnt", "now", "change since learnt", "error/constant", *closed_loop, "verdict")
+    columns += by_loss
     rows: list[Sequence[str]] = [columns]
     for verdict in matrix["verdicts"]:
         error, constant = verdict.get("action_error_now"), verdict.get("constant_error")
@@ -33,6 +35,7 @@ def summary_table(analysis: Analysis) -> str:
                 "" if error is None or not constant else f"{number(error)} / {number(constant)}",
                 *(FORMATS["share"](verdict.get(f"success_{when}")) for when in ("when_learnt", "now") if played),
                 _verdict(verdict),
+                *(_verdict(verdict["loss_verdict"]) if verdict["loss_verdict"] else "" for _ in by_loss),
             )
         )
     metrics = matrix["matrices"]["loss"]["metrics"]
@@ -50,6 +53,43 @@ def summary_table(analysis: Analysis) -> str:
             *(f"partial: {text}" for text in matrix["missing"]),
         ]
     )
+
+
+def success_table(analysis: Analysis) -> str:
+    """The last words on a run: each job's success when learnt and in the end, after an empty line.
+
+    Without rollouts there are none.
+    """
+    matrix = analysis.matrix
+    if not matrix["closed_loop"]:
+        return ""
+    found = {(entry["stage"], entry["task"]): entry for entry in matrix["closed_loop"]}
+    last = max(stage for stage, _ in found)
+    rows: list[Sequence[str]] = [("success in closed loop", "after its own stage", "in the end", "on the same layouts")]
+    for verdict in matrix["verdicts"]:
+        name, pair = verdict["task"], verdict["success_verdict"]
+        rows.append(
+            (
+                name,
+                _rate(found.get((verdict["learnt_in"], name))),
+                _rate(found.get((last, name))),
+                "" if pair is None else f"lost {pair['lost']}, won {pair['won']}, p = {number(pair['p_value'])}",
+            )
+        )
+    return "\n".join(["", "", *_table(rows, right=())])
+
+
+def _rate(closed_loop: Json | None) -> str:
+    """7/10  70 % [40 %, 89 %]: Wilson's interval."""
+    if closed_loop is None:
+        return ABSENT
+    counted = f"{closed_loop['successes']}/{closed_loop['trials']}"
+    return f"{counted.rjust(7)}  {_interval(_whole(closed_loop['interval']), 'whole_percent')}"
+
+
+def _whole(interval: Json) -> Json:
+    """Ends in whole per cents."""
+    return {key: round(value, 2) if key in ("estimate", "low", "high") else value for key, value in interval.items()}
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -105,7 +145,7 @@ def outcome(entry: StrategyNumbers) -> str:
     """How many of the earlier tasks got which verdict."""
     words = [task.verdict if task.settled else NOT_SETTLED for task in entry.tasks if task.verdict]
     if not words:
-        return "all tasks at once" if entry.strategy == JOINT else "nothing to forget yet"
+        return "all tasks at once" if entry.strategy.split()[0] == JOINT else "nothing to forget yet"
     return ", ".join(f"{words.count(word)} {word}" for word in (*VERDICTS, NOT_SETTLED) if word in words)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.reading import Json
+from kuavo_train.reporting.films import FILMS
 from kuavo_train.reporting.html_page import write_page
 from kuavo_train.reporting.run_analysis import SIGN_CONVENTION, Analysis, write_matrix, write_numbers
 from kuavo_train.reporting.strategy_comparison import Comparison, Estimate
@@ -14,7 +15,7 @@ from kuavo_train.reporting.text_report import about_intervals, evidence, outcome
 from kuavo_train.runs.files import in_one_move
 from kuavo_train.runs.stored_run import finished_cells
 
-TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "lr", "grad_norm", "samples_per_s")
+TRAINING_COLUMNS = ("stage", "step", "epoch", "loss", "penalty", "distillation", "lr", "grad_norm", "samples_per_s")
 """Of training.csv, from the lines of metrics.jsonl."""
 COMPARISON_COLUMNS = ("what", "strategy", "seed", "measure", "task", "estimate", "low", "high", "level", "seeds")
 """Of comparison.csv."""
@@ -32,7 +33,8 @@ def write_report(analysis: Analysis) -> Path:
     _write_csv(analysis.folder / "training.csv", TRAINING_COLUMNS, lines)
     drawings = {**run_figures(matrix, stages), **probe_figures(matrix["probes"])}
     figures = save_figures(analysis.folder, drawings)
-    return write_page(analysis.folder / "report.html", "report.html.jinja", matrix, figures)
+    films = {film["file"]: analysis.run.folder / FILMS / film["file"] for film in matrix["films"]["shown"]}
+    return write_page(analysis.folder / "report.html", "report.html.jinja", matrix, figures, films)
 
 
 def write_comparison(comparison: Comparison, into: Path) -> Path:

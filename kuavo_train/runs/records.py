@@ -282,13 +282,15 @@ class GateRecord:
 class TrainingRecord(_Record):
     """What a report takes of a line of metrics.jsonl: means over the steps since the line before.
 
-    `loss` is without `penalty`, what elastic weight consolidation adds.
+    `loss` is without `penalty`, what elastic weight consolidation adds, and without `distillation`, the distance from
+    a teacher's velocities.
     """
 
     step: int
     epoch: float | None = None
     loss: float | None = None
     penalty: float | None = None
+    distillation: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
     samples_per_s: float | None = None
@@ -339,6 +341,8 @@ class ReplayAudit(_Record):
     held_out_frames_drawn: int | None = None
     dealt_together: int = 1  # frames: counts are exact to so many
     passes: Mapping[str, float] = field(default_factory=dict)
+    kept: Mapping[str, Json] = field(default_factory=dict)  # task → what of it was kept, of how much; without: all
+    frames_drawn_not_kept: int | None = None
 
     @classmethod
     def from_json(cls, content: Json) -> "ReplayAudit":
@@ -375,6 +379,7 @@ class DatasetRecord(_Record):
     frames: int | None = None
     train_episodes: tuple[int, ...] = ()
     held_out_episodes: tuple[int, ...] = ()
+    choosing_episodes: tuple[int, ...] = ()
 
     def to_json(self) -> Json:
         return {"from" if key == "origin" else key: value for key, value in asdict(self).items()}
@@ -386,6 +391,7 @@ class DatasetRecord(_Record):
             origin=content.get("from"),
             train_episodes=tuple(content.get("train_episodes") or ()),
             held_out_episodes=tuple(content.get("held_out_episodes") or ()),
+            choosing_episodes=tuple(content.get("choosing_episodes") or ()),
         )
 
 
@@ -425,13 +431,14 @@ class StatisticsRecord(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(_Record):
-    """run.json. `tasks` are in the order of learning."""
+    """run.json. `tasks` are in the order of learning; `axes` what a study varied beside strategy and seed."""
 
     run: str
     seed: int | None = None
     profile: str | None = None
     strategy: str | None = None
     strategy_settings: Json = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
     config_hash: str | None = None
     tasks: tuple[TaskRecord, ...]
     normalization: StatisticsRecord = StatisticsRecord()

@@ -58,7 +58,10 @@ def facts_of(
             "mixture": config.mixture,
             "ewc": config.ewc and asdict(config.ewc),
             "merge": config.merge and asdict(config.merge),
+            **({"distill": asdict(config.distill)} if config.distill else {}),  # runs before it lack it
+            **({"replay": asdict(config.replay)} if config.replay.keeps_part else {}),  # runs before it lack it
         },
+        axes=config.axes,
         config_hash=_hash(
             {
                 "policy": {key: value for key, value in config.policy.items() if not is_free(f"policy.{key}")},
@@ -88,6 +91,7 @@ def _task(stage: StageConfig, task: Task) -> TaskRecord:
             frames=len(task.state),
             train_episodes=task.train_episodes,
             held_out_episodes=task.held_out_episodes,
+            choosing_episodes=task.choosing_episodes,
         ),
     )
 

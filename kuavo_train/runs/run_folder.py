@@ -2,9 +2,9 @@
 
 outputs/<run>/run.json, normalization.json
 outputs/<run>/stage2_weighing/stage.json, config.yaml, metrics.jsonl, validation.jsonl, replay_audit.json,
-                              parameters.json, checkpoints/; with rollout.episodes rollouts.jsonl, with a
-                              forgetting.budget gate.jsonl, with strategy=ewc ewc.safetensors, with strategy=merge
-                              merge.json
+                              parameters.json, checkpoints/; with rollout.episodes rollouts.jsonl and
+                              rollouts/<task>.npz, with a forgetting.budget gate.jsonl, with a replay.buffer
+                              replay_buffer.json, with strategy=ewc ewc.safetensors, with strategy=merge merge.json
 """
 
 import contextlib
@@ -83,12 +83,21 @@ class StageFolder:
         return self.path / "ewc.safetensors"
 
     @property
+    def buffer(self) -> Path:
+        """What of the stage's own task is kept for replay in later ones."""
+        return self.path / "replay_buffer.json"
+
+    @property
     def gate(self) -> JsonLines:
         return JsonLines(self.path / "gate.jsonl")
 
     @property
     def rollouts(self) -> JsonLines:
         return JsonLines(self.path / "rollouts.jsonl")
+
+    def recordings(self, task: str) -> Path:
+        """What the robot did in some episodes at the stage's end, see evaluation/replays.py."""
+        return self.path / "rollouts" / f"{task}.npz"
 
     @property
     def validations(self) -> JsonLines:

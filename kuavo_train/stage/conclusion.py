@@ -2,6 +2,7 @@
 
 from accelerate.utils import gather_object
 
+from kuavo_train.data.replay_buffer import choose
 from kuavo_train.reporting.run_analysis import analyse, write_matrix
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.stored_run import StoredRun
@@ -27,14 +28,16 @@ def conclude(stage: Stage) -> None:
     result, loss = opened.strategy.result(view, best, progress.best_loss)
     names = [task.name for task in opened.tasks] if config.validation.unseen_tasks else opened.seen
     records = stage.validation.validate("end", step=best.step, epoch=opened.timetable.number(best.step), names=names)
-    drawn = gather_object([(progress.drawn, progress.drawn_episodes)])
+    drawn = gather_object([(progress.drawn, progress.drawn_episodes, progress.not_kept)])
     opened.strategy.end(view)
+    _keep_for_replay(stage)
     if not opened.accelerator.is_main_process:
         return
     write_json(folder.path / "parameters.json", groups)
     audit = opened.order.audit(
-        [frames for frames, _ in drawn],
-        [episodes for _, episodes in drawn],
+        [frames for frames, _, _ in drawn],
+        [episodes for _, episodes, _ in drawn],
+        not_kept=[others for _, _, others in drawn],
         batches_per_step=config.training.gradient_accumulation_steps,
     )
     write_json(folder.path / "replay_audit.json", {"stage": config.stage.index, **audit})
@@ -53,3 +56,15 @@ def conclude(stage: Stage) -> None:
     )
     write_matrix(analyse(StoredRun.open(config.run_folder), limits=config.forgetting.limits))
     print(f"finished stage {config.stage.index} ({config.stage.name}): {folder.path / 'checkpoints' / 'best'}")
+
+
+def _keep_for_replay(stage: Stage) -> None:
+    """Choose what later stages may replay of the task that has been learnt, and put it on record."""
+    opened, config = stage.opened, stage.opened.config
+    if not config.replay.keeps_part:
+        return
+    task = next(task for task in opened.tasks if task.name == config.stage.name)
+    losses = stage.validation.losses_of_training(task) if config.replay.select == "loss" else {}
+    kept = choose(task, config.replay, config.seed, losses)
+    if opened.accelerator.is_main_process:
+        write_json(opened.folder.buffer, kept.to_json())

@@ -25,6 +25,10 @@ def describe(findings: Findings) -> str:
         parts.append(_room_text(facts["memory_bytes"], facts["disk_bytes"]))
     if "images" in facts:
         parts.append(facts["images"])
+    if any(task["choosing_episodes"] for task in facts.get("tasks", [])):
+        parts += _groups_of_tasks("merge", facts["tasks"], _choosing_text)
+    if any(task["kept"] for task in facts.get("tasks", [])):
+        parts += _groups_of_tasks("replay", facts["tasks"], _kept_text)
     if "clip" in facts:
         parts += _groups_of_tasks("clip", facts["tasks"], partial(_clip_text, facts["clip"]))
     if "training" in facts:
@@ -112,6 +116,26 @@ def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     each = ", ".join(f"{name} {before} → {now}" for name, (before, now) in sorted(widened.items()))
     return [f"  widened: {each} dimensions; the old ones as they were stored, the new ones begin at 0"]
+
+
+def _choosing_text(task: TaskFacts) -> str:
+    """What of the task is neither trained on nor reported."""
+    apart = task["choosing_episodes"]
+    return f"{apart:,} of {task['train_episodes'] + apart:,} training episodes are set apart to choose alphas on"
+
+
+def _kept_text(task: TaskFacts) -> str:
+    """What of the task later stages may replay."""
+    kept = task["kept"]
+    if kept is None:
+        return "all is kept"
+    if kept["unit"] == "frame":
+        of = f"of {kept['episodes']:,} training episodes"
+        return f"{kept['frames']:,} of {kept['of_frames']:,} frames are kept ({kept['chosen']}), {of}"
+    episodes = f"{kept['episodes']:,} of {kept['of_episodes']:,} training episodes are kept"
+    if kept["frames"] is None:
+        return f"{episodes}, chosen by {kept['chosen']} when the task has been learnt"
+    return f"{episodes}, {kept['frames']:,} of {kept['of_frames']:,} frames ({kept['chosen']})"
 
 
 def _clip_text(clip: ClipFacts, task: TaskFacts) -> str:

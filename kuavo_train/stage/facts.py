@@ -12,12 +12,23 @@ class CameraFacts(TypedDict):
     size: list[int] | None
 
 
+class KeptFacts(TypedDict):
+    """What of a task is kept for replay once it is learnt, of how much; `frames` is None until that is chosen."""
+
+    episodes: int
+    of_episodes: int
+    frames: int | None
+    of_frames: int
+    unit: str
+    chosen: str
+
+
 class TaskFacts(TypedDict):
     """Of a task that could be opened.
 
     `frames`, `hours` and `episode_seconds` (shortest, median, longest) are of its training episodes. `share` is its
     part of the stage's samples, `tokens` are those of its longest instruction; both are None until they are known.
-    `state` and `action` are joint group → dimensions.
+    `state` and `action` are joint group → dimensions. `kept` is None where all is kept for replay.
     """
 
     name: str
@@ -25,6 +36,7 @@ class TaskFacts(TypedDict):
     instructions: list[str]
     train_episodes: int
     held_out_episodes: int
+    choosing_episodes: int
     frames: int
     hours: float
     episode_seconds: tuple[float, float, float]
@@ -35,6 +47,7 @@ class TaskFacts(TypedDict):
     action: dict[str, int]
     unused: list[str]
     tokens: int | None
+    kept: KeptFacts | None
 
 
 class ClipFacts(TypedDict):

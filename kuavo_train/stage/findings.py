@@ -36,12 +36,14 @@ from kuavo_train.stage.checks import (
     task_notes,
     width_problems,
 )
-from kuavo_train.stage.facts import Facts, TaskFacts
+from kuavo_train.stage.facts import Facts, KeptFacts, TaskFacts
+from kuavo_train.stage.lineage import samples_of_batch
 from kuavo_train.training.lora import adapted_state
 from kuavo_train.training.parameter_groups import parameter_counts
 
 ADAM_MOMENTS = 2
 AVERAGED_AND_NOT = 2  # a checkpoint's training state holds the trained weights both ways, where they are averaged
+MERGED_FROM = 2  # sets of trained weights that lie beside the policy's own while they are merged
 CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
 
 
@@ -139,6 +141,7 @@ class Findings:
             "gradients": trained,
             "optimizer": ADAM_MOMENTS * trained,
             **({} if config.training.ema is None else {"average": trained}),
+            **({} if config.merge is None else {"merging": MERGED_FROM * (trained + apart)}),
             "there": torch.cuda.get_device_properties(0).total_memory
             if on_gpu
             else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -166,7 +169,7 @@ class Findings:
         self.problems += images.problems
         self.facts["training"] = {
             "steps": steps,
-            "samples_per_step": training.batch_size * training.gradient_accumulation_steps,
+            "samples_per_step": samples_of_batch(config) * training.gradient_accumulation_steps,
             "epochs": training.epochs,
             "of": mixture.leading,
             "lr": training.lr,
@@ -176,6 +179,11 @@ class Findings:
         """How far back gradients reach, where a memory is trained through time."""
         if isinstance(order, ClipOrder):
             self.facts["clip"] = {"queries": order.clip, "steps": order.stride}
+
+    def look_at_kept(self, kept: Mapping[str, KeptFacts]) -> None:
+        """What of each task is kept for replay; nothing where all is."""
+        for task in self.facts["tasks"]:
+            task["kept"] = kept.get(task["name"])
 
     def for_machines(self) -> str:
         """JSON of facts, notes and problems."""
@@ -200,6 +208,7 @@ def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> Task
         "instructions": list(task.instructions.texts),
         "train_episodes": len(task.train_episodes),
         "held_out_episodes": len(task.held_out_episodes),
+        "choosing_episodes": len(task.choosing_episodes),
         "frames": frames,
         "hours": frames / fps / 3600,
         "episode_seconds": (float(seconds.min()), float(np.median(seconds)), float(seconds.max())),
@@ -213,6 +222,7 @@ def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> Task
         "action": {group: len(columns) for group, columns in columns_by_group(task.action_names).items()},
         "unused": list(task.unused),
         "tokens": None,
+        "kept": None,
     }
 
 

@@ -58,7 +58,7 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
             finished=finished,
         )
         # Two processes may halve the batch of one: the samples of a step, which the order is cut by, stay the same.
-        if latest is not None and latest.manifest.get("samples") == config.training.batch_size * processes_here():
+        if latest is not None and latest.manifest.get("samples") == samples_of_batch(config):
             found = [each for each in found if each.key != "training.batch_size"]
         does = "is finished" if finished else "was begun"
         changed = _other_datasets(config, curriculum) if finished else []
@@ -71,9 +71,14 @@ def check_settings(config: RunConfig, curriculum: Sequence[StageConfig]) -> None
             return
 
 
-def processes_here() -> int:
-    """How many train together, as torchrun and accelerate say it to each."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def processes_of(config: RunConfig) -> int:
+    """How many train together: those of the command, or as torchrun and accelerate say it to each of theirs."""
+    return config.processes if config.processes > 1 else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def samples_of_batch(config: RunConfig) -> int:
+    """Of all processes together."""
+    return config.batch_of_process * processes_of(config)
 
 
 def _other_datasets(config: RunConfig, curriculum: Sequence[StageConfig]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.runs.lease import Lease, NoLease
 from kuavo_train.stage.agreement import Agreement
+from kuavo_train.stage.lineage import samples_of_batch
 from kuavo_train.stage.setup import OpenedStage, fresh_memory
 from kuavo_train.stage.stage_checkpoints import StageCheckpoints
 from kuavo_train.stage.stage_files import fingerprints_before, open_folder, tracker_of, true_end
@@ -53,6 +54,7 @@ def begin(opened: OpenedStage, agreement: Agreement, lease: Lease | NoLease) -> 
             checkpoints = StageCheckpoints(opened, learner, lease)
             view = view_of(opened, learner, validation, checkpoints)
             learner.extra_loss = opened.strategy.extra_loss(view)
+            learner.extra_loss.load_state_dict(state.get("extra_loss", {}))
             yield Stage(opened, batches, progress, groups_before, learner, validation, checkpoints, view)
 
 
@@ -69,7 +71,7 @@ def _batches(opened: OpenedStage) -> Batches:
 
 def _deal_as_before(opened: OpenedStage, batches: Batches, progress: Progress) -> Progress:
     """Order and timetable as the changes on record, and the processes of now, make them; what this process counts."""
-    samples = opened.config.training.batch_size * opened.accelerator.num_processes
+    samples = samples_of_batch(opened.config)
     before = progress.sizes[-1]["samples"] if progress.sizes else samples
     for change in progress.changes(samples):
         batches.change(change, opened.timetable)
@@ -78,7 +80,7 @@ def _deal_as_before(opened: OpenedStage, batches: Batches, progress: Progress) -
         opened.accelerator.print(f"  resumed at step {progress.step}{other}", flush=True)
     if opened.accelerator.is_main_process:  # what all have drawn is counted there
         return progress
-    return replace(progress, drawn=[{} for _ in progress.drawn], drawn_episodes={})
+    return replace(progress, drawn=[{} for _ in progress.drawn], drawn_episodes={}, not_kept={})
 
 
 def _learner(opened: OpenedStage, state: State) -> Learner:

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
@@ -19,25 +20,28 @@ from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
+from kuavo_train.data.images.contexts import with_contexts
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
 from kuavo_train.data.policy_traits import PolicyTraits
+from kuavo_train.data.replay_buffer import Kept
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task, examine_task
 from kuavo_train.data.workers import room_problems
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, require
 from kuavo_train.evaluation.environment import Environment, environment_of
 from kuavo_train.evaluation.environment_check import check_environment
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.findings import Findings
-from kuavo_train.stage.lineage import Start, seen_tasks, stages_before
+from kuavo_train.stage.kept_data import kept_of_all, kept_of_earlier
+from kuavo_train.stage.lineage import Start, processes_of, seen_tasks, stages_before
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
 from kuavo_train.training.epochs import Timetable
-from kuavo_train.training.frozen_encoder import frozen_encoder
+from kuavo_train.training.frozen_encoder import frozen_context, frozen_encoder
 from kuavo_train.training.optimizer import choose_device
 from kuavo_train.training.policy_factory import BuiltPolicy, build_policy, configure_policy, policy_config_class
 from kuavo_train.training.tracking import check_tracking
@@ -95,13 +99,19 @@ class OpenedStage:
         return self.built.preprocessor, self.built.postprocessor
 
     def dataset(self, tasks: Sequence[Task]) -> MixedDataset:
-        return MixedDataset(
-            tasks,
-            [self.images.sources[task.name] for task in tasks],
-            self.normalization,
-            **frames_of_sample(self.built.policy.config),
-            image_key=self.images.image_key,
-        )
+        return _dataset(self.images, self.normalization, self.built, tasks)
+
+
+def _dataset(images: Images, normalization: Normalization, built: BuiltPolicy, tasks: Sequence[Task]) -> MixedDataset:
+    return MixedDataset(
+        tasks,
+        [images.sources[task.name] for task in tasks],
+        normalization,
+        **frames_of_sample(built.policy.config),
+        image_key=images.image_key,
+        contexts=[images.contexts[task.name] for task in tasks if images.contexts],
+        context_key=images.context_key,
+    )
 
 
 def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
@@ -129,13 +139,29 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
             raise ConfigError(str(error)) from error
 
 
+LONGEST_WAIT = timedelta(days=1)
+"""Of processes for each other, in any exchange between them.
+
+While the first one records demonstrations, or fetches them, the others wait in a single exchange, and so they do for
+the slowest when image caches are filled: hours for large data. torch gives up after 10 to 30 minutes. A death need not
+be found out by waiting: connections break, and the launcher ends who is left.
+"""
+
+
 def accelerator_for(config: RunConfig) -> Accelerator:
-    """Raises `ConfigError` when the device is not there."""
+    """Raises `ConfigError` when the device is not there, or fewer of them than processes."""
+    device = choose_device(config.training.device).type
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        require(config.processes <= gpus, "processes", f"not exceed the {gpus} GPUs that are there", config.processes)
     return Accelerator(
         mixed_precision=config.training.mixed_precision,
-        cpu=choose_device(config.training.device).type == "cpu",
-        # Parameters that one batch does not reach (the write path at depth 1) must not stall several processes.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        cpu=device == "cpu",
+        kwargs_handlers=[
+            # Parameters that one batch does not reach (the write path at depth 1) must not stall several processes.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
     )
 
 
@@ -154,10 +180,11 @@ def open_stage(
     strategy = opening.strategy()
     policy_class = findings.attempt(policy_config_class, config.policy)
     data = opening.data()
+    kept = opening.kept(data)
     findings.need(policy_class)
     built = opening.policy(data)
     findings.need(data.tasks if len(data.tasks) == len(curriculum) else None)
-    return opening.plan(data, built, findings.need(strategy))
+    return opening.plan(data, built, findings.need(strategy), findings.need(kept))
 
 
 @dataclass(frozen=True)
@@ -196,14 +223,16 @@ class Opening:
         """The recordings of all tasks, and the run's statistics of them."""
         findings, data = self.findings, self.config.data
         findings.look_at_datasets(self.curriculum)
-        tasks = [task for stage in self.curriculum if (task := examine_task(stage, data, findings.problems))]
+        whole = [task for stage in self.curriculum if (task := examine_task(stage, data, findings.problems))]
         frames = {
             task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
-            for task in tasks
+            for task in whole
         }
+        tasks = [task for each in whole if (task := findings.attempt(_set_apart, self.config, each))]
         shapes = {name: found for name, each in frames.items() if (found := findings.attempt(each.checked_shapes))}
         findings.look_at_tasks(tasks, shapes, data.claw_limits)
-        normalization = findings.need(findings.attempt(_shared_normalization, self.config, tasks) if tasks else None)
+        # Of what is set apart too: otherwise a strategy that needs it could not be compared with one that does not.
+        normalization = findings.need(findings.attempt(_shared_normalization, self.config, whole) if whole else None)
         for task in tasks:
             findings.attempt(normalization.check_covers, task)
         return OpenedData(tasks, frames, findings.need(next(iter(shapes.values()), None)), normalization)
@@ -242,21 +271,34 @@ class Opening:
         findings.look_at_policy(config, built.policy, built.stored)
         return built
 
-    def plan(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy) -> OpenedStage:
+    def kept(self, data: OpenedData) -> dict[str, Kept] | None:
+        """Task learnt before → what of it may be replayed; nothing where all is."""
+        kept = self.findings.attempt(kept_of_earlier, self.config, self.curriculum, data.tasks, self.start)
+        shown = self.findings.attempt(kept_of_all, self.config, data.tasks, kept or {})
+        self.findings.look_at_kept(shown or {})
+        return kept
+
+    def plan(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy, kept: Mapping[str, Kept]) -> OpenedStage:
         """Which samples in how many steps, where their pictures come from, and where the policy is rolled out."""
         config, findings, accelerator = self.config, self.findings, self.accelerator
         training = config.training
-        order = findings.need(
-            findings.attempt(_order, config, data.tasks, built.policy, strategy, accelerator.num_processes)
-        )
+        order = findings.need(findings.attempt(_order, config, data.tasks, built.policy, strategy, kept))
         timetable = Timetable(
             epochs=training.epochs,
             steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
             max_steps=training.max_steps,
         )
-        encoder = frozen_encoder(built.policy, precision=training.mixed_precision, autocast=accelerator.autocast)
+        how = {"precision": training.mixed_precision, "autocast": accelerator.autocast}
         read = _episodes_read(config, self.curriculum, data.tasks, order)
-        images = plan_images(config.data, data.frames, read, encoder)
+        images = plan_images(config.data, data.frames, read, frozen_encoder(built.policy, **how))
+        images = with_contexts(
+            images,
+            config.data,
+            data.tasks,
+            read,
+            frozen_context(built.policy, built.preprocessor, **how),
+            partial(_dataset, images, data.normalization, built),
+        )
         findings.look_at_plan(config, order.shares, timetable.steps, images)
         findings.look_at_clips(order)
         findings.problems += _room_problems(config, data, built, images)
@@ -288,9 +330,9 @@ def _room_problems(config: RunConfig, data: OpenedData, built: BuiltPolicy, imag
     sample = MixedDataset(data.tasks, frames, data.normalization, **frames_of_sample(built.policy.config))
     return room_problems(
         config.data.num_workers,
-        sample.bytes_of_batch(config.training.batch_size, look=images.look),
+        sample.bytes_of_batch(config.batch_of_process, look=images.look),
         batches_per_step=config.training.gradient_accumulation_steps,
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # as torchrun says
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", config.processes)),  # as torchrun says
     )
 
 
@@ -315,12 +357,23 @@ def _environments(
 
 
 def _order(
-    config: RunConfig, tasks: Sequence[Task], policy: PreTrainedPolicy, strategy: Strategy, processes: int
+    config: RunConfig,
+    tasks: Sequence[Task],
+    policy: PreTrainedPolicy,
+    strategy: Strategy,
+    kept: Mapping[str, Kept],
 ) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
     shares = strategy.shares(config, {task.name: len(task.train_rows) for task in tasks})
     kind: Callable[..., Order] = SampleOrder
     if depth := PolicyTraits.of(policy.config).memory_depth:
+        require(
+            config.replay.unit == "episode" or not config.replay.keeps_part,
+            "replay.unit",
+            f"be episode where a memory is trained through time (policy.mem_backprop_depth={depth}): in single frames "
+            "there are no queries before, which the memory is from",
+            config.replay.unit,
+        )
         stride, jitter = policy.config.n_action_steps, config.training.query_jitter
         kind = partial(ClipOrder, depth=depth, stride=stride, jitter=jitter)
     try:
@@ -329,8 +382,9 @@ def _order(
             stage=config.stage.index,
             tasks=[task for task in tasks if task.name in shares],
             shares=shares,
-            batch_size=config.training.batch_size,
-            processes=processes,
+            batch_size=config.batch_of_process,
+            processes=processes_of(config),
+            kept=kept,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -341,6 +395,12 @@ def fresh_memory(order: Order, policy: PreTrainedPolicy, exchange: Exchange = di
     if not isinstance(order, ClipOrder):
         return NoRecurrence()
     return CarriedMemory(policy.model.memory.initial(order.stream_count), exchange=exchange)
+
+
+def _set_apart(config: RunConfig, task: Task) -> Task:
+    """The task as this run trains on it. Raises `ConfigError` where nothing of it would be left."""
+    count = config.choosing_episodes
+    return task.with_choosing_episodes(count, config.data.split_seed) if count else task
 
 
 def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
@@ -357,15 +417,15 @@ def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization
 def _episodes_read(
     config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
 ) -> dict[str, list[int]]:
-    """Task → the episodes the stage trains on or validates."""
-    trained = [task.name for task in order.tasks]
-    validated = [task.name for task in tasks]
-    if stages_before(config, curriculum) and not config.validation.unseen_tasks:
-        validated = seen_tasks(config, curriculum)
+    """Task → the episodes the stage trains on, validates or chooses by."""
+    trained = {task.name: order.episodes[place] for place, task in enumerate(order.tasks)}
+    seen, later = seen_tasks(config, curriculum), bool(stages_before(config, curriculum))
+    validated = seen if later and not config.validation.unseen_tasks else [task.name for task in tasks]
     return {
         task.name: [
-            *(task.train_episodes if task.name in trained else ()),
+            *trained.get(task.name, ()),
             *(task.held_out_episodes if task.name in validated else ()),
+            *(task.choosing_episodes if later and task.name in seen else ()),
         ]
         for task in tasks
     }

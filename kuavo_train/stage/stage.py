@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.errors import Interrupted
+from kuavo_train.errors import Interrupted, require
 from kuavo_train.interruption import listening
 from kuavo_train.runs.lease import Lease, NoLease, held
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
@@ -43,6 +43,8 @@ def run_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> int:
 def _heeding_signals(config: RunConfig) -> Iterator[Agreement]:
     """A signal ends the stage with its exit status, and a word on what is kept."""
     accelerator = accelerator_for(config)
+    together = accelerator.num_processes
+    require(config.processes in (1, together), "processes", f"be the {together} that train together", config.processes)
     with listening() as listener:
         agreement = Agreement(listener, accelerator)
         try:

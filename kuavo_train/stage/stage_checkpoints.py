@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from kuavo_train.data import checkpoint_tasks
 from kuavo_train.reading import Json
 from kuavo_train.runs.lease import Lease, NoLease
+from kuavo_train.stage.lineage import samples_of_batch
 from kuavo_train.stage.setup import OpenedStage
 from kuavo_train.training.checkpoint import Checkpoint, Contents
 from kuavo_train.training.learner import Learner
@@ -26,11 +27,14 @@ class StageCheckpoints:
     lease: Lease | NoLease
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint that training resumes from."""
-        opened = self.opened
+        """A checkpoint that training resumes from. No process ends before it is written."""
         of_all = progress.joined(gather_object([progress])[1:])
-        if not opened.accelerator.is_main_process:
-            return
+        if self.opened.accelerator.is_main_process:
+            self._save(progress, of_all)
+        self.opened.accelerator.wait_for_everyone()
+
+    def _save(self, progress: Progress, of_all: Progress) -> None:
+        opened = self.opened
         self.lease.confirm()
         checkpoints = opened.folder.checkpoints
         training_state = {**self.learner.state_dict(), "progress": asdict(of_all)}
@@ -62,7 +66,7 @@ class StageCheckpoints:
                 "stage": config.stage.folder_name,
                 "seed": config.seed,
                 "normalization": opened.normalization.hash,
-                "samples": config.training.batch_size * opened.accelerator.num_processes,  # of a batch
+                "samples": samples_of_batch(config),
                 **about,
             },
         )

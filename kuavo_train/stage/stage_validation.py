@@ -1,15 +1,17 @@
 """What a stage measures of its policy: held-out losses of every task, and success in closed loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate.utils import gather_object
 from lerobot.policies.pretrained import PreTrainedPolicy
 from tqdm import tqdm
 
+from kuavo_train.data.task import Task
 from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.evaluation.episodes import Rollouts
+from kuavo_train.evaluation.replays import keep
 from kuavo_train.evaluation.rollout import roll_out
 from kuavo_train.evaluation.validation import Validator
 from kuavo_train.runs.records import ClosedLoop, HeldOutScores, Kind, Moment, ValidationRecord
@@ -44,6 +46,19 @@ class StageValidation:
         """Task → held-out loss, over all tasks seen; written nowhere."""
         return {scores.task: scores.loss for scores in self._measure(self.opened.seen)}
 
+    def choosing_losses(self) -> dict[str, float]:
+        """As `losses`, on the episodes that are set apart to choose by."""
+        learnt = [replace(task, held_out_episodes=task.choosing_episodes) for task in self.opened.learnt]
+        validator = replace(self.validator, dataset=self.opened.dataset(learnt))
+        return {scores.task: scores.loss for scores in self._measure(self.opened.seen, validator)}
+
+    def losses_of_training(self, task: Task) -> dict[int, float]:
+        """Training episode of a task → its loss, measured as that of held-out episodes is; written nowhere."""
+        as_held_out = replace(task, held_out_episodes=task.train_episodes)
+        validator = replace(self.validator, dataset=self.opened.dataset([as_held_out]))
+        (scores,) = self.agreement.repeatable(lambda: validator.validate_all_tasks(self.policy, [task.name]))
+        return scores.scores("loss")
+
     def validate(self, kind: Kind, *, step: int, epoch: int, names: Sequence[str]) -> list[ValidationRecord]:
         """A record per task."""
         opened, stage = self.opened, self.opened.config.stage
@@ -63,8 +78,12 @@ class StageValidation:
                 self.tracker.log(record.curves(), step)
         return records
 
-    def _measure(self, names: Sequence[str]) -> list[HeldOutScores]:
-        return self.agreement.repeatable(lambda: self.validator.validate_all_tasks(self.policy, names))
+    def _measure(self, names: Sequence[str], validator: Validator | None = None) -> list[HeldOutScores]:
+        """Each process makes a share of the queries."""
+        accelerator, validator = self.opened.accelerator, validator or self.validator
+        share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        mine = self.agreement.repeatable(lambda: validator.measure(self.policy, names, **share))
+        return validator.scores(gather_object([mine]), names)
 
     def roll_out(self, names: Sequence[str], moment: Moment) -> dict[str, ClosedLoop | None]:
         """How the tasks of `names` that were seen go in closed loop. Each process plays a share of the episodes."""
@@ -75,7 +94,9 @@ class StageValidation:
         robot = SmolVLAPolicyWrapper(self.policy, opened.processors, opened.known_tasks, seed=opened.config.seed)
         seeds = evaluation_seeds(config.episodes, seed=opened.config.seed)
         share = seeds[opened.accelerator.process_index :: opened.accelerator.num_processes]
-        play = partial(roll_out, robot, parallel=config.parallel, workers=config.workers, progress=is_main)
+        kept = moment.kind == "end"
+        how = {"parallel": config.parallel, "workers": config.workers, "replayable": kept, "progress": is_main}
+        play = partial(roll_out, robot, **how)
         closed_loops = {}
         for name in names:
             environment = opened.environments.get(name)
@@ -85,6 +106,8 @@ class StageValidation:
             rollouts = Rollouts.joined(gather_object([mine]))
             if is_main:
                 opened.folder.rollouts.append({**moment.to_json(), "task": name, **rollouts.to_json()})
+                if kept:
+                    keep(opened.folder.recordings(name), rollouts, fps=opened.known_tasks.fps)
                 tqdm.write(f"{name}: {rollouts.summary}")
             closed_loops[name] = rollouts.closed_loop()
         self.policy.reset()

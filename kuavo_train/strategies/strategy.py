@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.batch import Batch
@@ -16,6 +17,7 @@ from kuavo_train.data.mixture import mixture_of
 from kuavo_train.metrics.intervals import Scores
 from kuavo_train.reading import Json
 from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.training.carried_memory import Recurrence
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss
 
@@ -41,14 +43,16 @@ class StageView:
         shares: task → share of the samples, as it is now.
         first_clips: the clips of so many of the stage's first batches, all processes' together, in order.
         new_forward: the loss of a clip, with the memory of the clips that it was given before; begins anew each time.
+        new_memory: what a policy of this kind carries from batch to batch of the stage; begins anew each time.
         losses: task → held-out loss of the policy with the weights of now, over all tasks seen.
+        choosing_losses: the same on episodes that are neither trained on nor reported, where any are set apart.
         save_result: name, what the manifest says beside, step → a checkpoint of the weights of now, as `best`.
         repeatable: calls what can be done again and writes nothing; a signal to any process ends it in all.
         report: values by name, for the experiment tracker.
     """
 
     config: RunConfig
-    policy: nn.Module
+    policy: PreTrainedPolicy
     folder: StageFolder
     earlier: Sequence[StageFolder]
     before: Checkpoint | None
@@ -56,7 +60,9 @@ class StageView:
     shares: Callable[[], Mapping[str, float]]
     first_clips: Callable[[int], Iterator[Batch]]
     new_forward: Callable[[], Callable[[Batch], Tensor]]
+    new_memory: Callable[[PreTrainedPolicy], Recurrence]
     losses: Callable[[], Mapping[str, float]]
+    choosing_losses: Callable[[], Mapping[str, float]]
     save_result: Callable[[str, Json, int], Checkpoint]
     repeatable: Repeatable
     report: Callable[[dict[str, float], int], None]

@@ -200,11 +200,12 @@ def load_weights(policy: PreTrainedPolicy, checkpoint: Checkpoint) -> None:
 def _copy_weights(checkpoint: Path, into: Path) -> None:
     """What opens as a policy, and the manifest: no second copy on the disk where there are hard links."""
     into.mkdir()
-    shutil.copytree(checkpoint / "pretrained_model", into / "pretrained_model", copy_function=_link_or_copy)
-    _link_or_copy(checkpoint / MANIFEST, into / MANIFEST)
+    shutil.copytree(checkpoint / "pretrained_model", into / "pretrained_model", copy_function=link_or_copy)
+    link_or_copy(checkpoint / MANIFEST, into / MANIFEST)
 
 
-def _link_or_copy(source: str | Path, target: str | Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A hard link, where the file system has such."""
     try:
         os.link(source, target)
     except (OSError, NotImplementedError):

@@ -17,6 +17,7 @@ from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.data.images.augmentation import Augmentation, no_augmentation
 from kuavo_train.errors import RunError
 from kuavo_train.training.carried_memory import NoRecurrence, Recurrence
+from kuavo_train.training.company import Company, company_of
 from kuavo_train.training.ema import Average, NoAverage, average_of
 from kuavo_train.training.extra_loss import ExtraLoss, NoExtraLoss, Outputs
 from kuavo_train.training.lora import adapted_state, restore_adapted
@@ -37,6 +38,7 @@ class Learner:
         recurrence: the memory that goes from one step to the next.
         extra_loss: what a strategy adds to the tasks' own.
         average: of the weights, which is what is validated and handed on.
+        company: of the processes that take a step together.
     """
 
     accelerator: Accelerator
@@ -49,6 +51,7 @@ class Learner:
     extra_loss: ExtraLoss
     average: Average
     augment: Augmentation
+    company: Company
 
     @classmethod
     def of(
@@ -84,6 +87,7 @@ class Learner:
             extra_loss=extra_loss or NoExtraLoss(),
             average=average_of(policy, config.ema) if averaged else NoAverage(),
             augment=augment,
+            company=company_of(accelerator),
         )
 
     @property
@@ -96,24 +100,24 @@ class Learner:
 
         Args:
             step: from 0; decides what augmentation draws.
-            seed: of noise, flow time and dropout.
+            seed: of noise, flow time and dropout; the same in all processes.
 
         Returns:
-            Loss on the actions, the memory's own loss where there is one, norm of the gradient before it was clipped,
-            and what the extra loss reports.
+            Of all processes together: loss on the actions, the memory's own loss where there is one, norm of the
+            gradient before it was clipped, and what the extra loss reports.
 
         Raises:
             TrainingDiverged: loss or gradient is not finite; the weights are as before.
         """
-        torch.manual_seed(seed)
+        drawn = self.company.begin_step(self.bare_policy, [batch.size for batch in batches], seed)
         losses, reports = [], []
-        for number, batch in enumerate(batches):
+        for number, (batch, arguments) in enumerate(zip(batches, drawn, strict=True)):
             window.mark("data")
             augment = partial(self.augment, step=step, number=number)
             prepared = preprocess(batch, self.preprocessor, self.accelerator.device, augment)
             with self.accelerator.autocast(), self._meeting(last=number == len(batches) - 1):
-                loss, outputs = self.policy(prepared, **self.recurrence.before(batch))
-                extra = self.extra_loss.of_batch(prepared, outputs)
+                loss, outputs = self.policy(prepared, **arguments, **self.recurrence.before(batch))
+                extra = self.extra_loss.of_batch(prepared, outputs, batch)
                 self.recurrence.after(batch, outputs)
                 window.mark("forward")
                 self.accelerator.backward((loss if extra is None else loss + extra) / len(batches))
@@ -122,8 +126,11 @@ class Learner:
             reports.append({"loss": loss.detach(), **_parts_of_loss(outputs)})
         of_strategy = self.extra_loss.add_gradient()
         grad_norm = self.accelerator.clip_grad_norm_(_trainable(self.policy.parameters()), self.grad_clip_norm)
-        means = {name: torch.stack([each[name] for each in reports]).mean().item() for name in reports[0]}
-        mean_loss = torch.stack(losses).mean().item()
+        found = [torch.stack([each[name] for each in reports]).mean() for name in reports[0]]
+        reported = [found[0].new_tensor(value) for value in of_strategy.values()]
+        here = torch.stack([*found, *reported, torch.stack(losses).mean()])
+        *values, mean_loss = self.company.mean(here).tolist()
+        means = dict(zip([*reports[0], *of_strategy], values, strict=True))
         if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
             raise TrainingDiverged(f"loss {mean_loss} and gradient norm {float(grad_norm)}")
         self.optimizer.step()
@@ -131,7 +138,7 @@ class Learner:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         window.mark("optimizer")
-        return {**means, "grad_norm": float(grad_norm), **of_strategy}
+        return {**means, "grad_norm": float(grad_norm)}
 
     def _meeting(self, *, last: bool) -> AbstractContextManager[object]:
         """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""
@@ -145,6 +152,7 @@ class Learner:
             "adapted": adapted_state(self.bare_policy),
             "average": self.average.state_dict(),
             "memory": self.recurrence.state_dict(),
+            "extra_loss": self.extra_loss.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:

@@ -3,11 +3,13 @@
 import difflib
 import hashlib
 import json
+import operator
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import get_type_hints
@@ -23,7 +25,7 @@ from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from kuavo_train.config import RunConfig, said
+from kuavo_train.config import RunConfig, TinyVLMConfig, said
 from kuavo_train.data.hub import one_line, remedy
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
@@ -92,6 +94,18 @@ def policy_config_class(policy: Json) -> type[PreTrainedConfig]:
     return config_class
 
 
+SIZES_IN_CONFIG = {
+    "text_hidden": ("text_config", "hidden_size"),
+    "text_layers": ("text_config", "num_hidden_layers"),
+    "vision_hidden": ("vision_config", "hidden_size"),
+    "vision_layers": ("vision_config", "num_hidden_layers"),
+    "image_size": ("vision_config", "image_size"),
+    "patch_size": ("vision_config", "patch_size"),
+    "scale_factor": ("scale_factor",),
+}
+"""Field of `tiny_vlm` → where a SmolVLM's config.json has it."""
+
+
 def configure_policy(
     config: RunConfig,
     *,
@@ -120,8 +134,13 @@ def configure_policy(
         # A checkpoint keeps its own: a task added later must not change its tokenizer.
         stored = PreTrainedConfig.from_pretrained(str(checkpoint)).vlm_model_name
         values["vlm_model_name"] = vlm_described_in(checkpoint, stored)
-    elif config.tiny_vlm is not None and "vlm_model_name" in values and not _brings_vlm(source):
-        values["vlm_model_name"] = _tiny_vlm(config, instructions)
+    elif config.tiny_vlm is not None and "vlm_model_name" in values:
+        brought = _vlm_brought_by(source)
+        if brought is None:
+            values["vlm_model_name"] = _tiny_vlm(config, instructions)
+        else:
+            check_sizes(config.tiny_vlm, brought)
+            values["vlm_model_name"] = str(brought)
     elif "vlm_model_name" in values and source is not None and Path(source).is_dir():
         values["vlm_model_name"] = vlm_described_in(source, values["vlm_model_name"])
     if source is not None:
@@ -234,9 +253,24 @@ def _source(config: RunConfig, checkpoint: Path | None) -> str | Path | None:
     return checkpoint or config.policy.get("pretrained_path")
 
 
-def _brings_vlm(source: str | Path | None) -> bool:
-    """Whether a folder of weights has the config and tokenizer that these were trained with."""
-    return source is not None and (Path(source) / VLM_FOLDER).is_dir()
+def _vlm_brought_by(source: str | Path | None) -> Path | None:
+    """The config and tokenizer that a folder of weights has beside it, those it was trained with."""
+    folder = None if source is None else Path(source) / VLM_FOLDER
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def check_sizes(sizes: TinyVLMConfig, brought: Path) -> None:
+    """Raises `ConfigError` where `tiny_vlm` names other sizes than those of the VLM that comes with the weights."""
+    there = json.loads((brought / "config.json").read_text())
+    problems = Problems()
+    for name, path in SIZES_IN_CONFIG.items():
+        given, found = getattr(sizes, name), reduce(operator.getitem, path, there)
+        if given != found:
+            problems.append(
+                f"tiny_vlm.{name} must be what the weights at {brought.parent} have ({found}), got {given}; leave it "
+                "out, or start from other weights (base=none)"
+            )
+    problems.raise_all()
 
 
 def _tiny_vlm(config: RunConfig, instructions: Sequence[str]) -> str:

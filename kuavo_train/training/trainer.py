@@ -1,8 +1,9 @@
 """The loop: batch → loss → step. Knows no task names and no files.
 
-The randomness of step n (noise, time, dropout) is a pure function of (seed, stage, n, process), and so is the
-order of samples, given the changes on record of shares and of samples per batch. A resumed run therefore needs weights,
-optimizer, scheduler, the step and those changes, and continues bit-identically; what validation draws cannot touch it.
+The randomness of step n (noise, time, dropout) is a pure function of (seed, stage, n), and so is the order of samples,
+given the changes on record of shares and of samples per batch; several processes share both out (company.py). A resumed
+run therefore needs weights, optimizer, scheduler, the step and those changes, and continues bit-identically; what
+validation draws cannot touch it.
 
 How tasks are learnt one after another without losing the earlier ones is decided elsewhere: by the order (which
 samples), by an extra loss, and by what a validation decides.
@@ -10,7 +11,7 @@ samples), by an extra loss, and by what a validation decides.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, final
 
@@ -135,6 +136,7 @@ class Progress:
 
     Attributes:
         drawn: place of a task in the mixture → frames drawn; one dictionary until the shares change, then another.
+        not_kept: place of a task → frames drawn that are not among those kept of it for replay.
         raises: the changes of shares so far. sizes: those of samples.
         best_step, best_loss: of the checkpoint the stage would end in now, and its loss.
         stopped: why the stage ended before its last step.
@@ -145,6 +147,7 @@ class Progress:
     step: int = 0
     drawn: list[dict[int, int]] = field(default_factory=lambda: [{}])
     drawn_episodes: dict[int, list[int]] = field(default_factory=dict)
+    not_kept: dict[int, int] = field(default_factory=dict)
     raises: list[SharesChange] = field(default_factory=list)
     sizes: list[SizeChange] = field(default_factory=list)
     best_step: int | None = None
@@ -154,14 +157,15 @@ class Progress:
     unreported: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def count(self, batch: Batch) -> None:
-        """Add the samples of a batch that was really drawn."""
+    def count(self, batch: Batch, not_kept: Mapping[int, int]) -> None:
+        """Add the samples of a batch that was really drawn, and those of them that are not kept for replay."""
         places, drawn = batch.origin.task, self.drawn[-1]
         for place in places.unique().tolist():
             mine = places == place
             drawn[place] = drawn.get(place, 0) + int(mine.sum())
             episodes = set(self.drawn_episodes.get(place, [])) | set(batch.origin.episode[mine].tolist())
             self.drawn_episodes[place] = sorted(episodes)
+        self.not_kept = dict(Counter(self.not_kept) + Counter(not_kept))
 
     def joined(self, others: Sequence["Progress"]) -> "Progress":
         """With what other processes have drawn."""
@@ -172,7 +176,8 @@ class Progress:
         episodes: dict[int, list[int]] = {}
         for place, found in (item for progress in everyone for item in progress.drawn_episodes.items()):
             episodes[place] = sorted({*episodes.get(place, []), *found})
-        return replace(self, drawn=drawn, drawn_episodes=episodes)
+        not_kept = dict(sum((Counter(progress.not_kept) for progress in everyone), Counter[int]()))
+        return replace(self, drawn=drawn, drawn_episodes=episodes, not_kept=not_kept)
 
     def changes(self, samples: int) -> list[SharesChange | SizeChange]:
         """All of raises and sizes in their order, once a batch has so many `samples` from now on."""
@@ -219,8 +224,9 @@ class Trainer:
                 values = self._learn(progress.step, batches, window)
                 progress.step += 1
                 for batch in batches:
-                    progress.count(batch)
-                progress.seconds += window.end_step(values, sum(batch.size for batch in batches))
+                    progress.count(batch, self.batches.order.not_kept(batch.origin))
+                samples = self.learner.accelerator.num_processes * sum(batch.size for batch in batches)
+                progress.seconds += window.end_step(values, samples)
                 bar.update()
                 if progress.step % self.limits.log_every == 0 or progress.step == self.limits.timetable.steps:
                     self._report(progress, window, bar)
@@ -250,20 +256,22 @@ class Trainer:
 
     def _learn(self, step: int, batches: list[Batch], window: MetricsWindow) -> dict[str, float]:
         order = self.batches.order
-        seed = step_seed(order.seed, order.stage, step, self.learner.accelerator.process_index)
+        seed = step_seed(order.seed, order.stage, step, 0)
         try:
             return self.learner.learn(batches, step=step, seed=seed, window=window)
-        except TrainingDiverged as found:
+        except TrainingDiverged as found:  # in all processes, which know each other's loss and gradient
             raise TrainingDiverged(
                 f"{found} at step {step + 1} must be finite; its samples (task, episode, frame): {self._named(batches)}"
             ) from None
 
     def _named(self, batches: list[Batch], most: int = 8) -> str:
-        names = [
-            f"({self.batches.order.tasks[task].name}, {episode}, {frame})"
-            for batch in batches
-            for task, episode, frame, _ in zip(*(of_all.tolist() for of_all in batch.origin), strict=True)
-        ]
+        names = gather_object(
+            [
+                f"({self.batches.order.tasks[task].name}, {episode}, {frame})"
+                for batch in batches
+                for task, episode, frame, _ in zip(*(of_all.tolist() for of_all in batch.origin), strict=True)
+            ]
+        )
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
     def _report(self, progress: Progress, window: MetricsWindow, bar: tqdm) -> None:

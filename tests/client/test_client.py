@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
-from kuavo_client import Handover, Limits, RobotLoop, ServerError, pack, unpack
+from kuavo_client import Handover, Limits, RobotLoop, ServerError, main, pack, unpack
 
 NAMES = ["left", "right"]
 LIMITS = {"left": [-1.0, 1.0, 0.5], "right": [-1.0, 1.0, 0.5]}
@@ -20,10 +20,13 @@ PATIENCE = 20.0  # seconds until what does not come has failed its test
 class Stub:
     """A server whose chunk number k is `steps` k, k + 0.01, k + 0.02, … for both joints, after `thinks` seconds."""
 
-    def __init__(self, thinks=0.0, hangs_up_at=(), refuses=None, actions=None, handover=("wait", "blend", "rtc")):
+    def __init__(
+        self, thinks=0.0, hangs_up_at=(), refuses=None, actions=None, handover=("wait", "blend", "rtc"), forgets=False
+    ):
         self.thinks, self.hangs_up_at, self.refuses, self.actions = thinks, set(hangs_up_at), refuses, actions
         self.handover, self.requests, self.go_on = list(handover), [], threading.Event()
         self.go_on.set()
+        self.forgets, self.connections = forgets, 0
 
     def __enter__(self):
         self.server = serve(self._serve, "127.0.0.1", 0)
@@ -40,7 +43,11 @@ class Stub:
     def _serve(self, connection):
         task = {"limits": LIMITS, "state_names": NAMES, "action_names": NAMES, "instructions": ["lift"]}
         about = {"tasks": {"lift": task}, "handover": self.handover, "n_action_steps": EVERY, "frames": 1}
+        about.update(
+            {"policy": "act", "has_memory": False, "fps": 10, "cameras": {"observation.images.head": [48, 64]}}
+        )
         connection.send(pack(about))
+        self.connections += 1
         for message in connection:
             request = unpack(message)
             self.requests.append(request)
@@ -48,6 +55,9 @@ class Stub:
             if number in self.hangs_up_at:
                 connection.socket.close()
                 return
+            if self.forgets and self.connections > 1 and "executed" in request:
+                connection.send("error: executed must be 0 where an episode begins")
+                continue
             if self.refuses:
                 connection.send(self.refuses)
                 continue
@@ -72,7 +82,7 @@ class Arm:
 
 def drive(stub, arm=None, ticks=12, **settings):
     arm = arm or Arm()
-    settings = dict({"rate": None, "limits": None}, **settings)
+    settings = dict({"rate": None, "handover": "wait", "limits": None}, **settings)
     loop = RobotLoop(arm.observe, arm.act, stub.address, "lift", **settings)
     return arm, loop.run(ticks), loop
 
@@ -141,6 +151,28 @@ def test_a_server_that_is_late_leaves_the_pose_held_and_the_chunk_goes_on_from_t
     assert done[16] == round(chunk(2)[4], 4)
 
 
+def test_no_more_steps_are_said_to_come_before_the_answer_than_are_planned():
+    handover = Handover("rtc", EVERY)
+    handover.look(10)
+    handover.arrived(np.zeros((6, 1)))
+    for _ in range(EVERY):
+        handover.action()
+    assert handover.look(10) == {"executed": EVERY, "delay": 2}
+
+
+def test_steps_carried_out_around_a_look_without_an_answer_are_said_at_the_next_one():
+    handover = Handover("blend", EVERY)
+    handover.look()
+    handover.arrived(np.zeros((CHUNK, 1)))
+    for _ in range(EVERY):
+        handover.action()
+    said = handover.look()
+    handover.action()
+    handover.failed(said)
+    assert handover.due
+    assert handover.look() == {"executed": EVERY + 1}
+
+
 def test_a_hand_over_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="handover must be one of wait, blend, rtc, got 'jump'"):
         Handover("jump", 4)
@@ -203,6 +235,16 @@ def test_it_goes_on_over_a_new_connection_where_it_was():
     assert [(each.get("chunk"), each.get("executed")) for each in stub.requests] == [(None, None), (1, 4), (1, 4)]
 
 
+def test_it_begins_anew_where_the_server_has_forgotten_its_session():
+    with Stub(hangs_up_at=[2], forgets=True) as stub:
+        arm, report, _ = drive(stub, ticks=8, handover="rtc", seed=3)
+    np.testing.assert_allclose(np.array(arm.did)[:, 0], [*chunk(1, 0, 4), *chunk(1, 0, 4)], atol=1e-6)
+    assert report["reconnects"] == 1
+    said = [{key: each.get(key) for key in ("reset", "chunk", "executed", "delay")} for each in stub.requests]
+    assert said[2] == {"reset": None, "chunk": 1, "executed": 4, "delay": 1}
+    assert said[3] == {"reset": True, "chunk": None, "executed": None, "delay": None}
+
+
 def test_it_holds_the_last_pose_and_counts_it_while_the_server_is_late():
     with Stub() as stub:
         arm = Arm()
@@ -229,10 +271,16 @@ def test_it_asks_while_it_moves_and_keeps_its_rate():
     assert {each["executed"] for each in stub.requests[1:]} <= set(range(EVERY, CHUNK + 1))
 
 
+def test_a_tick_that_has_begun_before_the_answer_is_there_counts_as_delay():
+    with Stub(thinks=0.25) as stub:
+        drive(stub, ticks=8, rate=5, handover="rtc")  # an answer takes one and a quarter ticks
+    assert stub.requests[1]["delay"] >= 2
+
+
 def test_nothing_is_carried_out_once_it_is_stopped():
     with Stub() as stub:
         arm = Arm()
-        loop = RobotLoop(arm.observe, arm.act, stub.address, "lift", rate=100, limits=None)
+        loop = RobotLoop(arm.observe, arm.act, stub.address, "lift", rate=100, handover="wait", limits=None)
         running = threading.Thread(target=loop.run)
         running.start()
         deadline = time.monotonic() + PATIENCE
@@ -269,3 +317,33 @@ def test_every_tick_is_a_line_of_the_log():
     assert [line["tick"] for line in lines] == list(range(6))
     assert [line.get("chunk") for line in lines] == [1, None, None, None, 2, None]
     np.testing.assert_allclose([line["action"] for line in lines], np.array(arm.did), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the check
+
+
+def check(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["kuavo_client.py", *words])
+    return (main(), *capsys.readouterr())
+
+
+def test_a_check_says_what_is_served_and_how_fast_it_answers(monkeypatch, capsys):
+    with Stub() as stub:
+        status, said, _ = check(monkeypatch, capsys, stub.address)
+    assert status == 0
+    lines = [line.split(None, 1) for line in said.splitlines()]
+    assert [words[0] for words in lines] == ["policy", "tasks", "cameras", "hand-over", "a", "answers"]
+    assert lines[2][1] == "observation.images.head 64x48"
+    assert "chunk    [8, 2] of lift; a look every 4 steps of 100 ms" in said
+    assert len(stub.requests) == 20
+    assert stub.requests[0]["observation.images.head"].shape == (48, 64, 3)
+    assert [each["executed"] for each in stub.requests[:2]] == [0, 4]
+
+
+def test_a_check_of_what_is_not_there_or_refuses_is_one_line(monkeypatch, capsys):
+    status, _, said = check(monkeypatch, capsys, "ws://127.0.0.1:9")
+    assert (status, said.count("\n")) == (1, 1)
+    with Stub(refuses="error: no") as stub:
+        status, _, said = check(monkeypatch, capsys, stub.address)
+    assert (status, said) == (1, "error: " + stub.address + ": error: no\n")
+    assert check(monkeypatch, capsys)[0] == 2

@@ -259,6 +259,69 @@ NOT_COMPARABLE = {
 }
 
 
+def test_merging_after_replay_is_another_strategy_than_merging_alone(tmp_path):
+    settings = ({"mixture": "own_task"}, {"mixture": "replay"}, {"mixture": "replay", "replay": BUFFER})
+    folders = [write_run(tmp_path / f"run{place}", strategy="sequential") for place in range(3)]
+    for folder, mine in zip(folders, settings, strict=True):
+        edit(folder / "run.json", lambda run, mine=mine: run.update(strategy="merge", strategy_settings=mine))
+    comparison = comparison_content(compared_runs(folders))
+    names = ["merge", "merge + replay", "merge + replay 0.02"]
+    assert [entry["strategy"] for entry in comparison["strategies"]] == names
+
+
+BUFFER = {"buffer": 0.02, "unit": "episode", "select": "random"}
+
+
+def test_runs_with_another_replay_buffer_are_another_strategy(tmp_path):
+    buffers = (
+        None,
+        {"buffer": 0.02, "unit": "episode", "select": "random"},
+        {"buffer": 0.2, "unit": "frame", "select": "phase"},
+    )
+    folders = [write_run(tmp_path / f"run{place}", strategy="replay") for place in range(3)]
+    for folder, buffer in zip(folders, buffers, strict=True):
+        edit(folder / "run.json", lambda run, buffer=buffer: run.update(strategy_settings={"replay": buffer}))
+    comparison = comparison_content(compared_runs(folders))
+    names = ["replay", "replay 0.02", "replay 0.2 frame phase"]
+    assert [entry["strategy"] for entry in comparison["strategies"]] == names
+    assert [run["strategy"] for run in comparison["runs"]] == names
+
+
+def cells(folder, *, chunk_sizes=(6, 6)):
+    """Runs of replay and of joint training with two memories, of which each has a policy of its own."""
+    found = {}
+    for place, memory in enumerate(("standard", "strong")):
+        for kind in ("joint", "replay"):
+            run = found[kind, memory] = write_run(folder / f"{kind}-{memory}", strategy=kind, seed=0)
+            edit(run / "run.json", lambda r, m=memory: r.update(axes={"memory": m}, config_hash=m))
+            first = next(iter(sorted(run.glob("stage1_*"))))
+            (first / "config.yaml").write_text(f"policy: {{type: smolvla_memory, chunk_size: {chunk_sizes[place]}}}\n")
+    return found
+
+
+def test_what_a_study_varied_makes_strategies_of_their_own_each_with_its_joint_run(tmp_path):
+    found = cells(tmp_path)
+    end = found["joint", "strong"] / "stage1_joint" / "validation.jsonl"
+    edit_lines(end, lambda line: line | {"episodes": [e | {"loss": e["loss"] + 1} for e in line["episodes"]]})
+    comparison = comparison_content(compared_runs(list(found.values())))
+    names = [f"{kind} memory={memory}" for kind in ("replay", "joint") for memory in ("standard", "strong")]
+    assert [entry["strategy"] for entry in comparison["strategies"]] == names
+    assert comparison["reference"] == names[0]
+    first, second = (strategy(comparison, name)["metrics"]["loss"]["intransigence"]["value"] for name in names[:2])
+    assert second["estimate"] == pytest.approx(first["estimate"] - 1)
+    assert "all tasks at once" in [entry["outcome"] for entry in comparison["strategies"]][2:]
+
+
+def test_policies_that_a_study_varied_compare_only_where_they_predict_the_same(tmp_path):
+    with pytest.raises(RunFolderError, match=r"have different lengths of chunks \(6 and 8\): .* do not compare"):
+        compared_runs(list(cells(tmp_path / "chunks", chunk_sizes=(6, 8)).values()))
+    found = cells(tmp_path / "queries")
+    path = next(iter(found["replay", "strong"].glob("stage1_*"))) / "validation.jsonl"
+    edit_lines(path, lambda line: line | {"episodes": [e | {"frames": 3} for e in line["episodes"]]})
+    with pytest.raises(RunFolderError, match="have different numbers of queries in validation"):
+        compared_runs([found["joint", "standard"], found["replay", "strong"]])
+
+
 @pytest.mark.parametrize("case", NOT_COMPARABLE)
 def test_runs_that_were_not_asked_the_same_questions_are_refused_with_both_folders_and_the_fix(pair, case):
     change, message = NOT_COMPARABLE[case]

@@ -4,7 +4,7 @@ import pytest
 
 from kuavo_train.metrics import forgetting as f
 from kuavo_train.metrics.forgetting import MissingCellError, PerformanceMatrix
-from kuavo_train.metrics.intervals import Interval
+from kuavo_train.metrics.intervals import Interval, PairedOutcomes
 from kuavo_train.metrics.verdict import (
     SIGNIFICANT_FORGETTING,
     SLIGHT_DEGRADATION,
@@ -12,6 +12,7 @@ from kuavo_train.metrics.verdict import (
     RetentionLimits,
     judge,
     judge_absolute,
+    judge_success,
 )
 
 SUCCESS = ((0.1, 0.2, 0.3), (0.8, 0.3, 0.2), (0.6, 0.9, 0.5), (0.7, 0.6, 1.0))
@@ -162,6 +163,35 @@ def test_without_an_interval_the_estimate_decides_and_nothing_is_settled():
     assert (verdict.word, verdict.worst, verdict.settled) == (SIGNIFICANT_FORGETTING, None, False)
 
 
+@pytest.mark.parametrize(
+    ("both", "lost", "won", "neither", "word", "worst"),
+    [
+        (40, 0, 0, 0, WELL_RETAINED, WELL_RETAINED),
+        (10, 0, 0, 0, WELL_RETAINED, SLIGHT_DEGRADATION),  # ten layouts do not show that it was kept
+        (0, 2, 0, 8, WELL_RETAINED, SIGNIFICANT_FORGETTING),  # from 20 % to 0: nor that it was lost
+        (0, 5, 0, 0, WELL_RETAINED, SIGNIFICANT_FORGETTING),  # p = 0.06, though the interval begins at 39 points
+        (11, 9, 0, 0, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING),
+        (2, 18, 0, 0, SIGNIFICANT_FORGETTING, SIGNIFICANT_FORGETTING),
+        (5, 0, 15, 0, WELL_RETAINED, WELL_RETAINED),
+    ],
+)
+def test_a_drop_in_success_is_called_so_only_where_the_paired_test_shows_it(both, lost, won, neither, word, worst):
+    verdict = judge_success(PairedOutcomes(both, lost, won, neither), RetentionLimits())
+    assert verdict is not None
+    assert (verdict.word, verdict.worst) == (word, worst)
+
+
+def test_limits_of_the_drop_in_success_decide_its_word():
+    outcomes = PairedOutcomes(2, 18, 0, 0)
+    assert judge_success(outcomes, RetentionLimits(slight_drop=1.0)).word == SLIGHT_DEGRADATION
+    assert judge_success(outcomes, RetentionLimits(well_retained_drop=1.0, slight_drop=1.0)).word == WELL_RETAINED
+    assert judge_success(outcomes, RetentionLimits(confidence=1 - 1e-6)).word == WELL_RETAINED
+
+
+def test_what_never_succeeded_has_no_success_to_lose():
+    assert judge_success(PairedOutcomes(0, 0, 3, 7), RetentionLimits()) is None
+
+
 def test_absolute_limits_judge_the_loss_alone():
     words = [judge_absolute(value, RetentionLimits()) for value in (0.69, 0.7, 0.99, 1.0)]
     assert words == [WELL_RETAINED, SLIGHT_DEGRADATION, SLIGHT_DEGRADATION, SIGNIFICANT_FORGETTING]
@@ -171,6 +201,7 @@ def test_absolute_limits_judge_the_loss_alone():
     ("limits", "message"),
     [
         ({"well_retained_change": 0.4}, r"well_retained_change must be in \[0, slight_change = 0.3\], got 0.4"),
+        ({"well_retained_drop": 0.5}, r"well_retained_drop must be in \[0, slight_drop = 0.3\], got 0.5"),
         ({"well_retained_loss": 2.0}, r"well_retained_loss must be in \[0, slight_loss = 1.0\], got 2.0"),
         ({"confidence": 1.0}, "confidence must be in"),
         ({"resamples": 0}, "resamples must be at least 1"),

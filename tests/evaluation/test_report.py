@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from reading import analysed, bare_page_of, matrix_of, page_of
-from synthetic_run import TASKS, edit, edit_lines, write_run
+from synthetic_run import TASKS, edit, edit_lines, roll_out, write_run
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.metrics.number_format import FORMATS
@@ -231,8 +231,81 @@ def test_closed_loop_is_told_stage_by_stage_with_its_funnel_and_branches(run):
     assert lines[4].count("50") >= 2
 
 
+def kept(run, task="moving_grasp", *, learnt, now, trials=20):
+    """The verdict on a task that succeeds in so many first layouts after its own stage, and in so many in the end."""
+
+    def outcome(name, place, layout):
+        return layout < (learnt if place == list(TASKS.values()).index(name) else now) if name == task else True
+
+    roll_out(run, outcome, trials=trials)
+    return next(verdict for verdict in matrix_of(run)["verdicts"] if verdict["task"] == task)
+
+
+def test_the_verdict_speaks_of_success_where_there_are_rollouts_and_of_the_loss_beside_it(run):
+    verdict = kept(run, learnt=20, now=2)
+    assert (verdict["measure"], verdict["verdict"], verdict["settled"]) == ("success", "significant forgetting", True)
+    assert verdict["loss_verdict"]["verdict"] == "well retained"
+    found = verdict["success_verdict"]
+    assert [found[key] for key in ("layouts", "when_learnt", "now", "lost", "won")] == [20, 20, 2, 18, 0]
+    assert found["p_value"] == pytest.approx(2 / 2**18)
+    page = " ".join(bare_page_of(run).text.split())
+    assert "Success 20 of 20 layouts when learnt, 2 of the same now: −90.0" in page
+    assert "By its loss well retained. Held-out loss" in page
+    (line,) = [line for line in summary_table(analysed(run)).splitlines() if line.startswith("moving_grasp")]
+    assert line.index("significant forgetting") < line.index("well retained")
+
+
+def test_a_drop_that_few_layouts_do_not_show_is_not_called_forgetting(run):
+    verdict = kept(run, learnt=4, now=0)
+    assert (verdict["verdict"], verdict["worst"], verdict["settled"]) == (
+        "well retained",
+        "significant forgetting",
+        False,
+    )
+    assert verdict["success_verdict"]["p_value"] == pytest.approx(0.125)
+    assert "which shows no change. The interval reaches into “significant forgetting”" in verdict["evidence"]
+
+
+def test_a_job_that_was_never_done_has_nothing_to_lose_though_its_loss_rose(run):
+    verdict = kept(run, "placement", learnt=0, now=0)
+    assert (verdict["state"], verdict["verdict"], verdict["measure"]) == ("nothing to lose", None, "success")
+    assert verdict["loss_verdict"]["verdict"] == "significant forgetting"
+    assert "nothing could be lost" in verdict["evidence"]
+
+
+def test_rollouts_whose_episodes_are_not_on_record_leave_the_verdict_to_the_loss(run):
+    kept(run, learnt=20, now=2)
+    (run / "stage1_moving_grasp" / "rollouts.jsonl").unlink()
+    verdict = matrix_of(run)["verdicts"][0]
+    assert (verdict["measure"], verdict["verdict"], verdict["success_verdict"]) == ("loss", "well retained", None)
+
+
+def test_success_is_paired_by_layout(run):
+    roll_out(run, lambda task, place, layout: (layout < 10) == (place == 0), trials=20)
+    found = matrix_of(run)["verdicts"][0]["success_verdict"]
+    assert [found[key] for key in ("when_learnt", "now", "lost", "won", "p_value")] == [10, 10, 10, 10, 1.0]
+
+
+def test_the_terminal_ends_with_the_success_of_each_job(run, capsys):
+    kept(run, learnt=20, now=2)
+    assert main([f"run={run}"]) == 0
+    *before, head, first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("report: ") for line in before)
+    assert head.split("  ")[0] == "success in closed loop"
+    assert "20/20  100\u202f% [84\u202f%, 100\u202f%]" in first
+    assert "2/20  10\u202f% [3\u202f%, 30\u202f%]" in first
+    assert first.endswith("lost 18, won 0, p = 7.6e−06")
+    assert [line.split()[0] for line in (first, second, third, fourth)] == list(TASKS.values())
+
+
+def test_a_run_that_was_never_rolled_out_ends_with_its_report(run, capsys):
+    assert main([f"run={run}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("report: ")
+
+
 def test_a_run_that_was_never_rolled_out_has_no_such_section(reported):
-    assert "Closed loop" not in reported[1].text
+    assert "How far episodes get" not in reported[1].text
+    assert "at work" not in reported[1].text
 
 
 def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, tmp_path, capsys):
@@ -263,6 +336,10 @@ def test_a_joint_run_gives_intransigence_and_one_of_other_data_is_refused(run, t
         (lambda run: edit(run / "run.json",
                           lambda r: r["tasks"][0]["dataset"]["train_episodes"].append(
                               r["tasks"][0]["dataset"]["held_out_episodes"][0])),
+         "Training and held-out episodes are disjoint"),
+        (lambda run: edit(run / "run.json",
+                          lambda r: r["tasks"][0]["dataset"].update(
+                              choosing_episodes=r["tasks"][0]["dataset"]["train_episodes"][:1])),
          "Training and held-out episodes are disjoint"),
         (lambda run: edit_lines(run / "stage4_sorting/validation.jsonl", lambda line: line | {"constant_error": 0.01}),
          "The final policy beats a constant predictor on every task"),
@@ -299,8 +376,15 @@ def test_the_strategy_at_work_and_the_gate_are_told_with_their_numbers(run):
     raised = quiet | {"step": 80, "change": change, "exceeded": True, "action": "raise_replay", "shares": shares}
     (stage / "gate.jsonl").write_text(json.dumps(quiet) + "\n" + json.dumps(raised) + "\n")
     sweep = [{"alpha": alpha, "loss": 0.3 - 0.1 * alpha, "losses": {}} for alpha in (0.5, 1.0)]
-    (stage / "merge.json").write_text(json.dumps({"chosen": 1.0, "sweep": sweep}))
-    edit_lines(stage / "metrics.jsonl", lambda line: line | {"penalty": 0.01 * line["step"]})
+    rounds = [{"modules": modules, "chosen": 1.0, "sweep": sweep} for modules in ("all", "memory")]
+    (stage / "merge.json").write_text(json.dumps({"chosen": {"expert": 1.0, "memory": 1.0}, "rounds": rounds}))
+    edit(run / "run.json", lambda record: record["tasks"][1]["dataset"].update(choosing_episodes=[97, 98]))
+    earlier_version = {"chosen": 0.5, "loss": 0.25, "sweep": sweep}
+    (run / "stage2_weighing" / "merge.json").write_text(json.dumps(earlier_version))
+    edit_lines(
+        stage / "metrics.jsonl",
+        lambda line: line | {"penalty": 0.01 * line["step"], "distillation": 3.0 / line["step"]},
+    )
     edit(stage / "stage.json", lambda record: record.update(stopped="held-out loss since learnt: weighing"))
     page = bare_page_of(run)
     matrix = json.loads((run / "report" / "matrix.json").read_text())
@@ -309,8 +393,17 @@ def test_the_strategy_at_work_and_the_gate_are_told_with_their_numbers(run):
     shown = {pointer: text for pointer, _, text in page.numbers}
     assert shown["/gate/1/shares/weighing"] == FORMATS["share"](0.4)
     assert shown["/gate/1/change/low"] == FORMATS["percent"](0.3)
-    assert shown["/strategy_facts/merges/0/sweep/1/loss"] == FORMATS["number"](0.2)
+    assert shown["/strategy_facts/choosing_episodes/weighing"] == "2"
+    assert "not on those of the figures above: weighing 2." in page.text
+    merges = matrix["strategy_facts"]["merges"]
+    assert [(row["stage"], row["modules"], row["chosen"]) for row in merges] == [
+        (2, "all", 0.5),
+        (3, "all", 1.0),
+        (3, "memory", 1.0),
+    ]
+    assert shown["/strategy_facts/merges/2/sweep/1/loss"] == FORMATS["number"](0.2)
     assert shown["/strategy_facts/penalties/0/last"] == FORMATS["number"](2.0)
+    assert shown["/strategy_facts/distances/0/last"] == FORMATS["number"](3.0 / 200)
     assert "held-out loss since learnt: weighing" in page.text
     for pointer, form, text in page.numbers:
         assert text == FORMATS[form](look_up(matrix, pointer)), pointer

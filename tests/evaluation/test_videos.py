@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kuavo_train.evaluation.episodes import Episode, Trace
-from kuavo_train.evaluation.videos import Caption, picked, write_video
+from kuavo_train.evaluation.episodes import Episode, Trace, best_and_typical, picked
+from kuavo_train.evaluation.videos import Caption, write_video
 
 STEPS, FPS = 12, 20
 
@@ -70,6 +70,8 @@ def test_best_typical_and_worst_are_picked_by_success_then_progress_then_steps()
     assert [(rank, e.seed) for rank, e in picked(episodes, 3)] == [("best", 2), ("typical", 0), ("worst", 3)]
     assert [(rank, e.seed) for rank, e in picked(episodes, 1)] == [("typical", 0)]
     assert [e.seed for _, e in picked(episodes, 9)] == [2, 1, 0, 4, 3]
+    assert [(rank, e.seed) for rank, e in best_and_typical(episodes)] == [("best", 2), ("typical", 0)]
+    assert [(rank, e.seed) for rank, e in best_and_typical(episodes[:2])] == [("best", 1)]
     assert picked([], 3) == []
     assert [rank for rank, _ in picked(episodes[:1], 3)] == ["best"]
 

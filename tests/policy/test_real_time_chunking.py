@@ -66,6 +66,24 @@ def test_a_plan_begins_with_the_steps_that_are_carried_out_meanwhile(
     assert not torch.allclose(planned[:, DELAY:], free[:, DELAY:], atol=1e-3)
 
 
+def test_a_trained_plan_shows_the_steps_held_as_clean_and_the_others_with_the_noise_of_their_time(
+    make_policy, make_batch, make_noise, monkeypatch
+) -> None:
+    policy = make_policy(rtc_training_delay=DELAY, num_steps=4).eval()
+    velocity, asked = policy.model.velocity, []
+    monkeypatch.setattr(
+        policy.model, "velocity", lambda prefix, x_t, time: [asked.append((x_t, time)), velocity(prefix, x_t, time)][1]
+    )
+    left_over = torch.ones(2, CHUNK - 1, ACTION_DIM)
+    handover = {"prev_chunk_left_over": left_over, "inference_delay": DELAY, "execution_horizon": CHUNK - 1}
+    policy.sample_actions_with(make_batch(2), noise=make_noise(2)["noise"], **handover)
+    assert len(asked) == 4
+    for place, (x_t, time) in enumerate(asked):
+        assert torch.equal(x_t[:, :DELAY, :ACTION_DIM], left_over[:, :DELAY])
+        assert bool((time[:, :DELAY] == 0).all())
+        torch.testing.assert_close(time[:, DELAY:], torch.full((2, CHUNK - DELAY), 1 - place / 4))
+
+
 def test_more_steps_than_were_trained_are_guided(make_policy, make_batch, make_noise) -> None:
     trained, guided = make_policy(rtc_training_delay=1).eval(), make_policy().eval()
     batch, noise = make_batch(2), make_noise(2)["noise"]

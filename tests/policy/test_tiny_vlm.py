@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from kuavo_sim.tasks import TASKS
+from lerobot_policy_smolvla_memory import tiny_vlm
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
 from lerobot_policy_smolvla_memory.tiny_vlm_words import WORDS
 
@@ -38,6 +39,21 @@ def test_the_folder_is_reused_when_it_fits_and_written_anew_when_not(tmp_path):
     assert (folder / "mark").exists()
     make_tiny_vlm(folder, seed=1, **SMALL)
     assert not (folder / "mark").exists()
+
+
+def test_of_two_processes_that_write_the_same_the_second_leaves_the_first_ones(tmp_path, monkeypatch):
+    folder, write, inside = tmp_path / "vlm", tiny_vlm._write, []
+
+    def write_while_another_does(staging, settings):
+        write(staging, settings)
+        if not inside:
+            inside.append(0)
+            inside.append(make_tiny_vlm(folder, text_layers=1, vision_layers=1).stat().st_ino)
+
+    monkeypatch.setattr(tiny_vlm, "_write", write_while_another_does)
+    make_tiny_vlm(folder, text_layers=1, vision_layers=1)
+    assert inside == [0, folder.stat().st_ino]
+    assert [path.name for path in tmp_path.iterdir()] == ["vlm"]
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):

@@ -70,6 +70,25 @@ def test_depth_is_seen_beside_the_pictures_and_changes_nothing_in_them():
     assert 0.5 < table < 1.5
 
 
+def test_without_drawing_the_last_pictures_stay_and_all_else_goes_on_the_same():
+    drawn, undrawn = (KuavoEnv("weighing", image_size=16, depth=True) for _ in range(2))
+    first, _ = undrawn.reset(seed=3)
+    drawn.reset(seed=3)
+    for step in range(1, 4):
+        undrawn.draws = step == 3
+        action = np.full(16, 0.1 * step)
+        (seen, *of_drawn), (unseen, *of_undrawn) = drawn.step(action), undrawn.step(action)
+        assert of_undrawn == of_drawn
+        assert np.array_equal(unseen["agent_pos"], seen["agent_pos"])
+        for kind in ("pixels", "depth"):
+            shown = {name: picture.tolist() for name, picture in unseen[kind].items()}
+            assert shown == {name: p.tolist() for name, p in (seen if step == 3 else first)[kind].items()}
+            assert step == 3 or shown != {name: p.tolist() for name, p in seen[kind].items()}
+    undrawn.draws = False
+    again, _ = undrawn.reset(seed=3)
+    assert all(np.array_equal(again["pixels"][camera], first["pixels"][camera]) for camera in CAMERAS)
+
+
 def test_depth_is_the_distance_along_the_cameras_axis():
     """So that a plane held in front of a camera is equally far everywhere, as a depth camera has it."""
     env = KuavoEnv("weighing", renderer="none", image_size=8)

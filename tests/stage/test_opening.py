@@ -94,8 +94,8 @@ def test_a_finished_run_answers_for_its_own_settings_alone(
     assert called_again(training={"log_every": 1}, data={"num_workers": 3}, resume=True) == 0
     assert capsys.readouterr().out.count("is finished in") == 4
     with pytest.raises(ConfigError) as refused:
-        called_again(training={"lr": 0.002}, policy={"num_mem_tokens": 8})
-    for words in ("training.lr (was 0.001, is 0.002)", "policy.num_mem_tokens (was 4, is 8)", "another run=NAME"):
+        called_again(training={"lr": 0.001}, policy={"num_mem_tokens": 8})
+    for words in ("training.lr (was 0.002, is 0.001)", "policy.num_mem_tokens (was 4, is 8)", "another run=NAME"):
         assert words in str(refused.value)
     with pytest.raises(ConfigError, match=r"policy.num_mem_token must be a field of .*mean policy.num_mem_tokens"):
         called_again(policy={"num_mem_token": 8})

@@ -92,7 +92,7 @@ def test_an_interrupted_stage_resumes_to_bit_identical_weights(
     assert folder.status == "interrupted"
     assert folder.checkpoints.at("last").step == stop_after
     other = {"lr": 5e-4, "freeze_first_stage": ["expert"], "log_every": 1}
-    message = r"other settings: training.lr \(was 0.001, is 0.0005\), training.freeze_first_stage .*; put them back"
+    message = r"other settings: training.lr \(was 0.002, is 0.0005\), training.freeze_first_stage .*; put them back"
     with pytest.raises(ConfigError, match=message):
         run(cut, 0, resume=True, training=other)
     assert run(cut, 0, resume=True) == 0

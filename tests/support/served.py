@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Self
 
 from websockets.sync.client import ClientConnection, connect
@@ -38,12 +38,16 @@ class Served:
         return self
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self.server.stop)
+        with suppress(RuntimeError):  # its loop is closed: it has ended already
+            self._loop.call_soon_threadsafe(self.server.stop)
+
+    def ends(self) -> bool:
+        self._thread.join(PATIENCE)
+        return not self._thread.is_alive()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "the server does not end"
+        assert self.ends(), "the server does not end"
 
     def robot(self, **headers: str) -> "Robot":
         return Robot(self.port, **headers)

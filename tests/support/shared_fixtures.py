@@ -56,12 +56,17 @@ def forked(tmp_path: Path) -> Iterator[Callable[..., Forked]]:
 
 
 @pytest.fixture(scope="session")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with one small dataset per task; sorting moves its base."""
-    folder = tmp_path_factory.mktemp("datasets")
+def datasets(once: Callable[..., Path]) -> Path:
+    """Folder with one small dataset per task; sorting moves its base.
+
+    One for all workers: LeRobot orders a dataset's statistics anew in each process, and runs know theirs by its bytes.
+    """
+    return once("datasets", _write_datasets)
+
+
+def _write_datasets(folder: Path) -> None:
     for number, name in enumerate(TASK_NAMES):
         write_dataset(folder / name, base=name == "sorting", seed=number)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,11 @@ CAMERAS = ("head_cam_h", "wrist_cam_l", "wrist_cam_r")  # as small_datasets, who
 class Counting(gymnasium.Env):
     """The state counts the steps; an episode succeeds at its goal, `3 + seed % 5` steps, if all actions were its seed.
 
-    `fails` says what goes wrong in which episode: seed → raise, die or hang, at the second step.
+    `fails` says what goes wrong in which episode: seed → raise, die or hang, at the second step. Its picture shows the
+    number of the last step that was drawn.
     """
+
+    draws = True
 
     def __init__(self, fails: dict[int, str] | None = None):
         self.fails = fails or {}
@@ -42,8 +45,9 @@ class Counting(gymnasium.Env):
         raise RuntimeError("the arm fell off")
 
     def _observation(self) -> dict:
-        picture = np.full((4, 4, 3), self.steps, np.uint8)
-        return {"pixels": {"head": picture}, "agent_pos": np.array([self.seed, self.steps], np.float32)}
+        if self.draws or not self.steps:
+            self.picture = np.full((4, 4, 3), self.steps, np.uint8)
+        return {"pixels": {"head": self.picture}, "agent_pos": np.array([self.seed, self.steps], np.float32)}
 
     def _info(self) -> dict:
         goal = 3 + self.seed % 5

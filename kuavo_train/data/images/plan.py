@@ -10,14 +10,14 @@ The rule, applied in this order and shown in the stage's table:
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Unpack
 
 from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
-from kuavo_train.data.images.source import ImageSource
+from kuavo_train.data.images.source import ImageSource, RowSource
 
 GIB = 2**30
 
@@ -33,6 +33,9 @@ class Images:
         description: what was chosen and why, what it takes on the disk and how much of that is there.
         look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
+        embeddings: task → the cache of its embeddings, where it is embeddings that are given.
+        contexts, context_key: task → what the vision-language model makes of its rows, and the name of that in a batch;
+            see contexts.py.
     """
 
     sources: Mapping[str, ImageSource]
@@ -41,6 +44,9 @@ class Images:
     description: str
     look: int
     problems: Sequence[str] = ()
+    embeddings: Mapping[str, EpisodeCache] = field(default_factory=dict)
+    contexts: Mapping[str, RowSource] = field(default_factory=dict)
+    context_key: str = ""
 
 
 def plan_images(
@@ -63,7 +69,7 @@ def plan_images(
     if not config.feature_cache:
         return _frames(config, decoded, episodes, "data.feature_cache=false")
     caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
-    size = sum(cache.size(episodes[name]) for name, cache in caches.items())
+    size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
         over = (
             f"they would take {size_text(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
@@ -84,7 +90,8 @@ def plan_images(
         fill,
         _description(what, caches, episodes),
         _look(caches),
-        _disk_problems(config, "feature_cache", caches, episodes),
+        disk_problems(config, "data.feature_cache=false", caches, episodes),
+        caches,
     )
 
 
@@ -110,15 +117,12 @@ def _frames(
         fill,
         _description(f"frames {because}", caches, episodes),
         _look(caches),
-        _disk_problems(config, "frame_cache", caches, episodes),
+        disk_problems(config, "data.frame_cache=false", caches, episodes),
     )
 
 
 def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
-    missing = _missing_bytes(caches, episodes)
-    folder = next(iter(caches.values())).path.parent
-    there = f"{size_text(missing)} of it to be computed now" if missing else "all of it there"
-    lines = [f"  images: {what}; {size_text(_bytes(caches, episodes))} in {folder}, {there}"]
+    lines = [f"  images: {what}; {filling(caches, episodes)}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
@@ -129,17 +133,30 @@ def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mappin
     return "\n".join(lines)
 
 
-def _disk_problems(
-    config: DataConfig, key: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]
+def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
+    """What they take on the disk, and how much of that is there."""
+    missing = _missing_bytes(caches, episodes)
+    folder = next(iter(caches.values())).path.parent
+    there = f"{size_text(missing)} of it to be computed now" if missing else "all of it there"
+    return f"{size_text(cached_bytes(caches, episodes))} in {folder}, {there}"
+
+
+def disk_problems(
+    config: DataConfig, off: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]
 ) -> list[str]:
+    """What the disk lacks for them.
+
+    Args:
+        off: the setting that does without.
+    """
     needed = _missing_bytes(caches, episodes)
     folder = config.cache_folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if needed <= free:
         return []
     return [
-        f"data.{key} needs {size_text(needed)} below {config.cache_folder}, {size_text(free)} are free; free some, set "
-        f"data.cache_root to another disk, or data.{key}=false"
+        f"{off.partition('=')[0]} needs {size_text(needed)} below {config.cache_folder}, {size_text(free)} are free; "
+        f"free some, set data.cache_root to another disk, or {off}"
     ]
 
 
@@ -147,7 +164,8 @@ def _look(caches: Mapping[str, EpisodeCache]) -> int:
     return max(cache.row_bytes for cache in caches.values())
 
 
-def _bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
+def cached_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
+    """Of these episodes, whether they are filled or not."""
     return sum(cache.size(episodes[name]) for name, cache in caches.items())
 
 

@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from kuavo_train.metrics.number_format import MINUS, number, percent
+from kuavo_train.metrics.number_format import MINUS, number, percent, whole_percent
 from kuavo_train.metrics.verdict import SIGNIFICANT_FORGETTING, SLIGHT_DEGRADATION, WELL_RETAINED
 from kuavo_train.reading import Json
 from kuavo_train.reporting.figures.style import (
@@ -33,6 +33,7 @@ UNITS = {
     "success": "success rate",
     "progress": "share of sub-goals reached",
 }
+SHARES = ("success", "progress")
 
 
 def run_figures(matrix: Json, stages: Sequence[StoredStage]) -> dict[str, Callable[[], Figure | None]]:
@@ -51,6 +52,7 @@ def run_figures(matrix: Json, stages: Sequence[StoredStage]) -> dict[str, Callab
 def heat_map(matrix: Json, measure: str) -> Figure | None:
     """R as measured, rows stages and columns tasks; colour is the change since the task was learnt.
 
+    The change of a share, such as success, is in points; that of a loss or an error is in percent of what it was.
     Tasks not yet learnt are grey: their values are forward transfer, not memory. The cell of a task's own
         stage is framed.
     """
@@ -59,7 +61,7 @@ def heat_map(matrix: Json, measure: str) -> Figure | None:
     labels = {stage["index"]: f"after {stage['index']}\n{short_name(stage['name'])}" for stage in matrix["stages"]}
     figure = Figure(figsize=(WIDTH, 0.72 * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots()
-    limit = 2 * matrix["limits"]["slight_change"]
+    limit = 2 * matrix["limits"]["slight_drop" if measure in SHARES else "slight_change"]
     scale = Normalize(-limit / 2, limit, clip=True)  # no change is white, a third of the way
     when_learnt = {r["stage"]: r["values"] for r in rows}
     for y, row in enumerate(rows):
@@ -67,12 +69,13 @@ def heat_map(matrix: Json, measure: str) -> Figure | None:
             value, learnt = row["values"][task["name"]], task["learnt_in"]
             reference = when_learnt.get(learnt, {}).get(task["name"])
             colour, ink, note = GREY, "#98a2b3", ""
-            if learnt <= row["stage"] and value is not None and reference:
-                change = worse * (value - reference) / reference
-                colour, ink = CHANGE(scale(change)), INK
-                note = "" if learnt == row["stage"] else f"{worse * change:+.0%}".replace("-", MINUS)
+            if learnt <= row["stage"] and value is not None and reference is not None:
+                change = value - reference if measure in SHARES else (value - reference) / reference
+                colour, ink = CHANGE(scale(worse * change)), INK
+                unit = " points" if measure in SHARES else "%"
+                note = "" if learnt == row["stage"] else f"{100 * change:+z.0f}{unit}".replace("-", MINUS)
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
-            text = "–" if value is None else number(value)
+            text = "–" if value is None else whole_percent(value) if measure in SHARES else number(value)
             axes.text(x + 0.5, y + (0.40 if note else 0.5), text, ha="center", va="center", color=ink, fontsize=12)
             axes.text(x + 0.5, y + 0.72, note, ha="center", va="center", color=ink, fontsize=9.5)
     for y, row in enumerate(rows):
@@ -116,14 +119,14 @@ def validation_curves(matrix: Json, measure: str) -> Figure | None:
 
 def forgetting_bars(matrix: Json) -> Figure | None:
     """Relative change of held-out loss since a task was learnt, with its interval and the limits of the verdict."""
-    judged = [verdict for verdict in matrix["verdicts"] if verdict["state"] == "judged"]
+    judged = [verdict for verdict in matrix["verdicts"] if verdict["loss_verdict"] is not None]
     if not judged:
         return None
     figure = Figure(figsize=(WIDTH, 0.55 * len(judged) + 1.5), layout="constrained")
     axes = figure.subplots()
     for y, verdict in enumerate(judged):
         change = verdict["relative_change"]
-        axes.barh(y, 100 * change["estimate"], height=0.5, color=_verdict_colour(verdict))
+        axes.barh(y, 100 * change["estimate"], height=0.5, color=_verdict_colour(verdict["loss_verdict"]))
         edge = change["estimate"]
         if change["low"] is not None:
             axes.plot(

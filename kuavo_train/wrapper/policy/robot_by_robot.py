@@ -51,6 +51,10 @@ class RobotByRobot:
                 planned += self._plan(self._seen[robot], seed)[: self.config.n_action_steps]
         return torch.stack([planned.pop(0) for planned in self._planned])
 
+    def due(self) -> list[int]:
+        """Robots of the batch of which the next `select_action` looks at what it is shown."""
+        return [robot for robot, planned in enumerate(self._planned) if not planned or self.frames > 1]
+
     def sample_actions_with(self, batch: Prepared, memory: None, seeds: Sequence[int]) -> tuple[Tensor, None]:
         """Without any hidden state: [B, T, A], normalized, of B times `frames` rows, the oldest frame first; no memory.
 

@@ -276,6 +276,11 @@ class SmolVLAPolicyWrapper:
         with self._lock:
             return self._query(self._policy.select_action, observation)
 
+    def due(self) -> list[int]:
+        """Robots of the batch, as of the last call, whose next `select_action` looks at its pictures and its state."""
+        with self._lock:
+            return self._policy.due()
+
     def predict_chunk(self, observation: Observation) -> Actions:
         """All that the policy plans in one query: T actions, of which `select_action` carries out `n_action_steps`.
 

@@ -1,6 +1,7 @@
 """A stage with a frozen encoder learns from stored embeddings what it would learn from pictures."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,7 +31,9 @@ from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import OpenedStage, open_stage
 from kuavo_train.stage.stage import run_stage
-from kuavo_train.training.frozen_encoder import frozen_encoder
+from kuavo_train.training.frozen_encoder import frozen_context, frozen_encoder
+from lerobot_policy_smolvla_memory.backbone import FastForward
+from lerobot_policy_smolvla_memory.configuration_smolvla_memory import ENCODED_CONTEXT
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 Embedded = Callable[..., list[RunConfig]]
@@ -38,10 +41,10 @@ Embedded = Callable[..., list[RunConfig]]
 
 @pytest.fixture(scope="module")
 def embedded_in(small_run_in: Callable[..., list[str]]) -> Embedded:
-    """The embedded profile, as it is but for its sizes, in a folder of its own; composed once, then `changed`."""
+    """The embedded profile from nothing, but for its sizes as it is, in a folder of its own; composed once."""
     sizes = [item for item in small_run_in(Path("outputs")) if not item.startswith("profile=")]
-    given = ["learn=null", "validation.draws=1", "allow_random_frozen_vlm=true"]
-    composed = compose_run(["profile=embedded", *sizes, *given])
+    given = ["learn=null", "policy.mem_backprop_depth=4", "validation.draws=1", "allow_random_frozen_vlm=true"]
+    composed = compose_run(["profile=embedded", "base=none", *sizes, *given])
 
     def configs(folder: Path, *, data: dict[str, Any] | None = None, **changes: Any) -> list[RunConfig]:
         here = {"outputs": str(folder), "data": {"cache_root": str(folder), **(data or {})}}
@@ -113,6 +116,11 @@ def test_the_embedded_profile_uses_features_as_soon_as_it_freezes_the_encoder(em
         stage = opened(configs, place)
         assert [type(source) for source in stage.images.sources.values()] == [CachedFeatures] * 4
         assert "embeddings by the frozen encoder" in describe(stage.findings)
+
+
+def test_an_encoder_that_is_frozen_from_the_first_stage_on_serves_it_from_features(embedded: Embedded) -> None:
+    stage = opened(embedded(training={"freeze_first_stage": ["vision", "connector", "vlm_text"]}), 0)
+    assert [type(source) for source in stage.images.sources.values()] == [CachedFeatures] * 4
 
 
 @pytest.mark.parametrize("trained", ["vision", "connector"])
@@ -221,3 +229,100 @@ def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
     with pytest.raises(ConfigError, match=r"data.feature_cache needs [\d.]+ MiB below .*, 2.0 KiB are free"):
         opened(configs)
     assert not stage_folder(configs[1]).path.exists()
+
+
+FROZEN = {"freeze": ["vision", "connector", "vlm_text"], "freeze_first_stage": ["vision", "connector", "vlm_text"]}
+
+
+def test_a_frozen_model_is_read_from_its_keys_and_values_and_a_learning_one_is_not(embedded: Embedded) -> None:
+    stage = opened(embedded(training=FROZEN), 0)
+    assert list(stage.images.contexts) == [task.name for task in stage.tasks]
+    assert "keys and values of the frozen model: " in describe(stage.findings)
+    for changes in (
+        {"training": {**FROZEN, "freeze": ["vision", "connector"]}},
+        {"training": FROZEN, "data": {"feature_cache": False}},
+        {"training": FROZEN, "policy": {"mem_at_start": True}},
+        {"training": FROZEN, "policy": {"fast_forward": False}},
+    ):
+        stage = opened(embedded(**changes))
+        assert not stage.images.contexts, changes
+        assert "keys and values" not in describe(stage.findings), changes
+    stage = opened(embedded(training=FROZEN, data={"context_cache_limit_gib": 1e-4}))
+    assert not stage.images.contexts
+    assert re.search(
+        r"keys and values: not kept, they would take [\d.]+ MiB, over data.context_cache_limit_gib=0.0001",
+        describe(stage.findings),
+    )
+
+
+def test_the_loss_from_keys_and_values_is_that_from_embeddings(embedded: Embedded) -> None:
+    stage = opened(embedded(training=FROZEN))
+    stage.images.fill(progress=False)
+    draws = [Draw(place, row) for place in (0, 3) for row in stage.tasks[place].rows_of(_read(stage, place))[:5]]
+    fetched = [  # with the rows of the task of fewer words alone, and beside the longer one
+        stage.dataset(stage.tasks).fetch(draws),
+        stage.dataset(stage.tasks).fetch(draws[5:]),
+    ]
+    both, alone = (preprocess(batch, stage.built.preprocessor, torch.device("cpu")) for batch in fetched)
+    assert both[ENCODED_CONTEXT].shape[3] > alone[ENCODED_CONTEXT].shape[3]
+    policy, random = stage.built.policy.eval(), torch.Generator().manual_seed(0)
+    given = {"noise": torch.randn((10, 6, 32), generator=random), "time": torch.rand(10, generator=random)}
+    of_alone = {name: value[5:] for name, value in given.items()}
+
+    def losses(batch: dict[str, Any], given: dict[str, torch.Tensor], factor: float | None) -> torch.Tensor:
+        batch = dict(batch)
+        encoded = batch.pop(ENCODED_CONTEXT)
+        if factor is not None:
+            batch[ENCODED_CONTEXT] = factor * encoded
+        with torch.no_grad():
+            return policy.forward(batch, **given, reduction="none")[0]
+
+    reference = losses(both, given, None)
+    assert torch.allclose(losses(both, given, 1), reference, rtol=2e-3)
+    assert torch.allclose(losses(alone, of_alone, 1), reference[5:], rtol=2e-3)
+    assert not torch.allclose(losses(both, given, -1), reference, rtol=2e-2)
+
+
+def test_training_from_keys_and_values_never_shows_the_model_a_picture_again(
+    embedded_in: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[int] = []
+    append = FastForward.append
+
+    def counted(forward: FastForward, tokens: torch.Tensor, bias: torch.Tensor, before: Any = None, **how: Any) -> Any:
+        contexts.extend([len(tokens)] if before is None else [])
+        return append(forward, tokens, bias, before, **how)
+
+    monkeypatch.setattr(FastForward, "append", counted)
+    kept = embedded_in(tmp_path / "kept", training=FROZEN)
+    anew = embedded_in(tmp_path / "anew", training=FROZEN, data={"context_cache_limit_gib": 0})
+    run(kept, 0)
+    tasks, episodes = 4, 3 + 4 * 2  # one is trained on, and of each two are held out
+    assert sum(contexts) == 14 * episodes + tasks  # each frame once, and each instruction, to know how long it is
+    contexts.clear()
+    run(anew, 0)
+    assert contexts
+    one, other = (stage_folder(configs[0]) for configs in (kept, anew))
+    assert losses(one) == pytest.approx(losses(other), rel=2e-3)
+    assert losses(one) != losses(other)
+
+
+def test_keys_and_values_are_of_these_weights_and_these_words(embedded: Embedded) -> None:
+    stage = opened(embedded(training=FROZEN))
+
+    def caches(stage: OpenedStage) -> list[Path]:
+        return [source.cache.path for source in stage.images.contexts.values()]
+
+    assert caches(opened(embedded(training=FROZEN))) == caches(stage)
+    policy = stage.built.policy
+    for group, names in policy.parameter_groups().items():
+        changed_weights = dict(policy.named_parameters())[names[-1]].data
+        changed_weights.view(-1)[0] += 1e-3
+        encoder = frozen_context(policy, stage.built.preprocessor, precision="no", autocast=nullcontext)
+        assert encoder is not None
+        found = stage.images.contexts["weighing"].cache.key["context"]["weights"]
+        assert (encoder.settings["weights"] != found) == (group in ("vision", "connector", "vlm_text")), group
+        changed_weights.view(-1)[0] -= 1e-3
+    configs = embedded(training=FROZEN)
+    configs = [replace(each, stage=replace(each.stage, instruction=f"do {each.stage.name}")) for each in configs]
+    assert not set(caches(opened(configs))) & set(caches(stage))

@@ -56,11 +56,45 @@ def test_the_cells_are_strategies_times_seeds_with_runs_of_their_own() -> None:
     assert len({cell.configs[0].data.root for cell in named[2]}) == 1  # demonstrations are recorded once
 
 
+def test_any_setting_that_can_change_a_result_may_be_varied() -> None:
+    words = [
+        "profile=smoke",
+        "strategy=replay,sequential",
+        "seed=0",
+        "memory=light,strong",
+        "replay.buffer=0.2,0.5",
+        ONE,
+    ]
+    _, shared, cells = compose_cells(words)
+    assert shared == ["profile=smoke", ONE]
+    replay = [f"smoke-replay-memory_{m}-buffer_{b}-s0" for m in ("light", "strong") for b in ("0.2", "0.5")]
+    others = [f"smoke-sequential-memory_{memory}-s0" for memory in ("light", "strong")]  # which have no buffer
+    assert [cell.run for cell in cells] == [*replay, *others]
+    last = cells[3].configs[0]
+    assert (last.policy["num_mem_tokens"], last.replay.buffer) == (8, 0.5)
+    assert last.axes == {"memory": "strong", "replay.buffer": "0.5"}
+    assert cells[3].title == "replay, memory=strong, replay.buffer=0.5, seed 0"
+    assert cells[5].axes == {"memory": "strong"}
+
+
+def test_merge_with_and_without_replay_are_two_cells_that_share_the_settings_of_merging() -> None:
+    words = ["profile=smoke", "strategy=replay,merge,merge_replay", "seed=0", "merge.episodes=1", "replay.buffer=0.5"]
+    _, _, cells = compose_cells([*words, ONE])
+    assert [cell.strategy for cell in cells] == ["replay", "merge", "merge_replay"]
+    assert [cell.run for cell in cells] == ["smoke-replay-s0", "smoke-merge-s0", "smoke-merge_replay-s0"]
+    first = [cell.configs[0] for cell in cells]
+    assert [c.strategy for c in first] == ["replay", "merge", "merge"]
+    assert [c.mixture for c in first] == ["replay", "own_task", "replay"]
+    assert [c.merge and c.merge.episodes for c in first] == [None, 1, 1]
+    assert [c.replay.buffer for c in first] == [0.5, None, 0.5]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.lr=1e-3,1e-4", r"a study must vary strategy and seed alone, got training.lr=1e-3,1e-4"),
-        ("strategy=replay,dreaming", r"strategy must be one of ewc, .*dreaming"),
+        ("outputs=here,there", r"outputs must have one value, since a study varies what can change a result"),
+        ("training.lr=1e-3,-1", r"training.lr must be positive, got -1"),
+        ("strategy=replay,dreaming", r"strategy must be one of distill, ewc, .*dreaming"),
         ("seed=0,-1", r"seed must not be negative, got -1"),
         ("stage.epochs=2", r"must hold for every stage, got stage.epochs=2"),
         ("seed=", r"seed"),

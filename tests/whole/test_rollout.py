@@ -20,6 +20,7 @@ from kuavo_train.errors import ConfigError
 from kuavo_train.evaluation.environment import environment_of, evaluation_seeds
 from kuavo_train.evaluation.environment_pool import Seen, carry_out_orders, seen_in
 from kuavo_train.evaluation.episodes import Rollouts
+from kuavo_train.evaluation.replays import read_kept
 from kuavo_train.evaluation.rollout import Environment, observation_of, roll_out
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.stage import run_stage
@@ -58,6 +59,9 @@ class Echo:
             float(row[0]) if known is None else known for row, known in zip(state, self.remembered, strict=True)
         ]
         return np.array([[value + self.offset] * 2 for value in self.remembered], np.float32)
+
+    def due(self) -> Sequence[int]:
+        return range(len(self.remembered))
 
     def memory_norms(self) -> np.ndarray | None:
         return np.array([[value, 0.0] for value in self.remembered])
@@ -107,6 +111,31 @@ def test_a_trace_holds_what_was_seen_before_every_action(rollouts: Rollouts) -> 
     shown = [np.asarray(Image.open(io.BytesIO(pictures["head"]))) for pictures in trace.pictures]
     assert [int(picture[0, 0, 0]) for picture in shown] == list(range(6))
     assert [norms.tolist() for norms in trace.memory_norms] == [[3.0, 0.0]] * 6
+
+
+class Glances(Echo):
+    """Looks at every second step alone, and keeps what it was shown at each."""
+
+    def reset(self, indices: Sequence[int] | None = None, *, seeds: Sequence[int] | None = None) -> None:
+        super().reset(indices, seeds=seeds)
+        if indices:
+            self.shown: list[int] = []
+
+    def select_action(self, observation: Mapping[str, Any]) -> np.ndarray:
+        self.shown.append(int(observation["observation.images.head"][0, 0, 0, 0]))
+        return super().select_action(observation)
+
+    def due(self) -> Sequence[int]:
+        return () if len(self.shown) % 2 else (0,)
+
+
+def test_an_environment_draws_nothing_for_steps_that_the_policy_does_not_look_at(rollouts: Rollouts) -> None:
+    policy = Glances()
+    glanced = play([3], policy=policy)
+    assert policy.shown == [0, 0, 2, 2, 4, 4]
+    assert glanced.episodes == (rollouts.episodes[3],)
+    play([3], policy=policy, traces=True)  # what is to be seen later is drawn
+    assert policy.shown == [0, 1, 2, 3, 4, 5]
 
 
 def test_an_environment_with_words_of_its_own_for_an_episode_has_them_told_to_its_robot() -> None:
@@ -200,6 +229,15 @@ def test_a_stage_rolls_out_all_tasks_seen_and_success_enters_the_matrix(small_ru
     line = stage.rollouts.read()[1]
     assert [episode["seed"] for episode in line["episodes"]] == evaluation_seeds(5)
     assert line["n_action_steps"] == 4
+    kept = read_kept(stage.recordings("weighing"))
+    assert kept is not None
+    assert [
+        (each.rank, line["episodes"][each.seed - evaluation_seeds(1)[0]]["success"]) for each in kept.recordings
+    ] == [
+        ("best", True),
+        ("typical", True),
+    ]
+    assert {each.actions.shape for each in kept.recordings} == {(3, 16)}
 
 
 def test_rolling_out_changes_nothing_in_training(

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from lerobot.utils.constants import OBS_STATE
+from served import Served
 from small_datasets import CAMERAS
 from torch import Tensor
 
+from kuavo_client import RobotLoop
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError
@@ -106,6 +108,44 @@ def test_a_checkpoint_opens_as_a_robots_policy_without_fetching_anything(run: Ru
         wrapper.sampling_temperature = 0.5
 
 
+def test_a_robot_that_is_served_acts_as_the_policy_does_in_process(run: RunConfig) -> None:
+    """Also where the policy looks at several frames, which the robot's loop then shows."""
+    checkpoint = stage_folder(run).checkpoints.at("best").pretrained_model
+    alone, served = (SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", seed=3) for _ in range(2))
+    assert served.frames == {"act": 1, "diffusion": 2}[run.policy["type"]]
+    alone.reset(seeds=[5])
+    expected = [alone.select_action({**seen(step), "task": "moving_grasp"}) for step in range(10)]
+    acted: list[np.ndarray] = []
+    with Served(served, batch=1) as server:
+        loop = RobotLoop(
+            lambda: seen(len(acted)),
+            acted.append,
+            f"ws://127.0.0.1:{server.port}",
+            "moving_grasp",
+            rate=None,
+            handover="wait",
+            limits=None,
+            seed=5,
+        )
+        assert loop.run(10)["answers"] == 3
+        with server.robot() as robot:
+            assert robot.metadata["handover"] == ["wait", "blend"]
+            first = {**stacked(served.frames), "task": "moving_grasp"}
+            robot.ask(first)
+            assert "delay must not be given to a policy that cannot hand over" in robot.ask(first, executed=4, delay=1)
+    assert np.array_equal(acted, expected)
+
+
+def seen(step: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(step)
+    pictures = {f"observation.images.{c}": random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for c in CAMERAS}
+    return {**pictures, OBS_STATE: random.normal(size=16).astype(np.float32)}
+
+
+def stacked(frames: int) -> dict[str, np.ndarray]:
+    return {key: np.stack([value] * frames) if frames > 1 else value for key, value in seen(0).items()}
+
+
 def test_preflight_says_what_the_policy_cannot_do(small_run: Callable[..., list[str]]) -> None:
     configs = compose_run(overrides_of("act", small_run("learn=null")))
     findings = examine_stage(configs[0], [config.stage for config in configs])
@@ -182,7 +222,9 @@ def test_every_robot_carries_out_its_own_plan_and_begins_on_its_own() -> None:
     for step in range(4):
         if step == 3:
             robots.reset([1])
+            assert robots.due() == [1]
         seen.append(robots.select_action(looks(step, 10 + step), [5, 6]).flatten().tolist())
+    assert robots.due() == [0]
     assert seen[:3] == [[0, 10], [0, 10], [2, 12]]
     assert seen[3] == [2, 13]  # the first goes on with its plan, the second makes a new one
 
@@ -192,6 +234,13 @@ def test_frames_before_an_episode_are_its_first_and_then_those_really_seen() -> 
     robots.config.n_action_steps = 1
     assert robots.select_action(looks(1, 2), [0, 0]).flatten().tolist() == [1, 2]
     assert robots.select_action(looks(3, 4), [0, 0]).flatten().tolist() == [1, 2]  # the older of the two frames
+    robots.config.n_action_steps = 2
+    robots.select_action(looks(3, 4), [0, 0])
+    assert robots.due() == [0, 1]  # with a plan too: what is seen now is looked at later
+    robots.reset()
+    robots.config.n_action_steps = 1
+    robots.select_action(looks(1, 2), [0, 0])
+    robots.select_action(looks(3, 4), [0, 0])
     robots.reset([0])
     assert robots.select_action(looks(5, 6), [0, 0]).flatten().tolist() == [5, 4]
     with pytest.raises(ValueError, match="policy little looks at 2 frames in a row"):

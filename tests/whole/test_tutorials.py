@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Here
 
-TUTORIALS = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
+TUTORIALS = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
 FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 

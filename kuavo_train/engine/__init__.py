@@ -1,0 +1,1 @@
+"""What trains the cells of a study: this process, several processes of this machine, or jobs of a cluster."""
