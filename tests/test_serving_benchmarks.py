@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,8 +77,9 @@ def test_many_robots_are_answered_rightly_among_garbage_and_broken_connections(
     serve_here(serving_load, 0, robots=6)
     assert serving_load.main([f"checkpoint={small_checkpoint}", "robots=3", "seconds=1.5"]) == 0
     shown = capsys.readouterr().out
-    assert " 0 wrong; " in shown
-    assert "0 garbage" not in shown.replace("10 garbage", "").replace("20 garbage", "")
+    answers, wrong, garbage, broken = (int(count) for count in re.findall(r"\d+", shown.splitlines()[0]))
+    assert answers > 0 and wrong == 0
+    assert garbage > 0 and broken > 0
     assert "gave up" not in shown
     assert "p99" in shown
 
