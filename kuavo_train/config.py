@@ -174,6 +174,7 @@ class DataConfig:
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
     context_cache_limit_gib: float = 4.0
+    replay_file: str | None = None  # of export_replay: earlier tasks are read from it in place of their datasets
     cache_root: str | None = None  # None: .cache in `root`
     augmentation: AugmentationConfig | None = None
     num_workers: int = 0  # processes that load batches; 0 loads them in the trainer

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from lerobot.utils.constants import OBS_STATE
 
 from kuavo_train.data.feature_space import FeatureSpace
@@ -146,9 +145,5 @@ class KnownTasks:
 
 
 def _action_limits(task: Task) -> dict[str, tuple[float, float, float]]:
-    actions = [task.action[slice(*task.bounds[episode])] for episode in task.train_episodes]
-    every = np.concatenate(actions)
-    changes = np.concatenate([np.abs(np.diff(each, axis=0)) for each in actions])
-    steps = changes.max(axis=0) if len(changes) else np.zeros(every.shape[1])
-    columns = np.stack([every.min(axis=0), every.max(axis=0), steps], axis=1).tolist()
+    columns = task.action_limits.tolist()
     return {name: (column[0], column[1], column[2]) for name, column in zip(task.action_names, columns, strict=True)}

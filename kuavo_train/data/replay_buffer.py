@@ -63,11 +63,15 @@ class Kept:
     def from_json(cls, content: Json) -> Self:
         return cls(**{**{name: content[name] for name in cls.names()}, "episodes": tuple(content["episodes"])})
 
-    def check(self, task: Task, config: ReplayConfig, seed: int, where: str) -> None:
-        """Raises `ConfigError` unless this is what settings and data of now would keep."""
+    def check_settings(self, config: ReplayConfig, seed: int, where: str) -> None:
+        """Raises `ConfigError` that names the setting by which something else would be kept."""
         for key, value in chosen_by(config, seed).items():
             was = self.chosen_by.get(key)
             require(was == value, key, f"be {was!r}, by which {where} was chosen", value)
+
+    def check(self, task: Task, config: ReplayConfig, seed: int, where: str) -> None:
+        """Raises `ConfigError` unless this is what settings and data of now would keep."""
+        self.check_settings(config, seed, where)
         measured = self.found.get("losses")
         valid = config.select != "loss" or sorted(measured or ()) == sorted(map(str, task.train_episodes))
         losses = {int(episode): loss for episode, loss in measured.items()} if valid and measured else {}
@@ -103,7 +107,7 @@ def choose(task: Task, config: ReplayConfig, seed: int, losses: Mapping[int, flo
         episodes=episodes,
         frames=len(task.rows_of(episodes)),
         of_episodes=len(task.train_episodes),
-        of_frames=len(task.train_rows),
+        of_frames=task.train_frames,
         found=found,
     )
 

@@ -97,6 +97,30 @@ class Task:
         """Rows of the training episodes, ascending."""
         return self.rows_of(self.train_episodes)
 
+    @property
+    def frames(self) -> int:
+        """Of all episodes of the recording."""
+        return len(self.state)
+
+    @property
+    def train_frames(self) -> int:
+        """Of the training episodes."""
+        return len(self.train_rows)
+
+    @cached_property
+    def mean_action(self) -> np.ndarray:
+        """[A] over the training frames, in robot units."""
+        return self.action[self.train_rows].mean(axis=0)
+
+    @cached_property
+    def action_limits(self) -> np.ndarray:
+        """[A, 3] least, greatest, greatest change from one frame to the next in the training episodes."""
+        actions = [self.action[slice(*self.bounds[episode])] for episode in self.train_episodes]
+        every = np.concatenate(actions)
+        changes = np.concatenate([np.abs(np.diff(each, axis=0)) for each in actions])
+        steps = changes.max(axis=0) if len(changes) else np.zeros(every.shape[1])
+        return np.stack([every.min(axis=0), every.max(axis=0), steps], axis=1)
+
     def rows_of(self, episodes: Sequence[int]) -> np.ndarray:
         if not episodes:
             return np.empty(0, dtype=np.int64)

@@ -24,7 +24,7 @@ def check_environment(environment: Environment, task: Task, cameras: Mapping[str
     """
     where = f"stage {task.index} ({task.name}): environment {environment.id}"
     problems = Problems()
-    action = task.action[task.train_rows].mean(axis=0)
+    action = task.mean_action
     with Robots(environment, places=1, workers=1) as robots:
         seen = robots.advance({0: Begin(evaluation_seeds(1)[0])})[0]
         if isinstance(seen, Failure):

@@ -174,7 +174,7 @@ class Validator:
         mean, std = (self.normalization.array(ACTION, kind) for kind in ("mean", "std"))
         constant = np.zeros_like(mean)
         columns = self.normalization.space.action_columns(task)
-        constant[columns] = (task.action[task.train_rows].mean(axis=0) - mean[columns]) / std[columns]
+        constant[columns] = (task.mean_action - mean[columns]) / std[columns]
         return torch.from_numpy(constant)
 
     def _scores(self, task: Task, measured: Sequence[Measured]) -> HeldOutScores:

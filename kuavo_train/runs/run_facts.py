@@ -88,7 +88,7 @@ def _task(stage: StageConfig, task: Task) -> TaskRecord:
             origin=asdict(task.origin) if task.origin else None,
             hash=task.content_hash,
             episodes=len(task.bounds),
-            frames=len(task.state),
+            frames=task.frames,
             train_episodes=task.train_episodes,
             held_out_episodes=task.held_out_episodes,
             choosing_episodes=task.choosing_episodes,

@@ -26,6 +26,7 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "outputs": PLACES,
     "data.root": PLACES,
     "data.cache_root": PLACES,
+    "data.replay_file": PLACES,
     "stage.root": PLACES,
     "stage.repo_id": PLACES,
     "tasks_dir": PLACES,

@@ -15,6 +15,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from kuavo_train.config import RunConfig
 from kuavo_train.data.images.plan import size_text
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.replay_file import ExportedTask
 from kuavo_train.data.task import Task
 from kuavo_train.data.task_checks import listed_counts, little_used
 from kuavo_train.training.parameter_groups import dtype_names, parameter_groups, trainable_parameters
@@ -126,6 +127,8 @@ def room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_bytes
 
 
 def task_notes(task: Task, claw_limits: Sequence[float] | None) -> list[str]:
+    if isinstance(task, ExportedTask):
+        return [f"{task.name}: read from {task.file}, exported from {task.root}"]
     notes = [f"{task.name}: {', '.join(task.unused)} not used"] if task.unused else []
     notes += [f"{task.name}: {note}" for note in (*_instruction_notes(task), *task.notes)]
     constant: list[str] = []

@@ -22,6 +22,7 @@ from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.recording import recorded_fps
+from kuavo_train.data.replay_file import ExportedTask
 from kuavo_train.data.sampler import Order
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, Problems
@@ -81,9 +82,11 @@ class Findings:
         self.raise_problems()
         raise AssertionError("what is not there must have left a problem")
 
-    def look_at_datasets(self, curriculum: Sequence[StageConfig]) -> None:
+    def look_at_datasets(self, curriculum: Sequence[StageConfig], exported: Mapping[str, ExportedTask]) -> None:
         """What can be said of all of them, those too that do not open."""
-        rates = {stage.name: fps for stage in curriculum if (fps := recorded_fps(Path(stage.root))) is not None}
+        of_files = {name: task.recording.fps for name, task in exported.items()}
+        found = {stage.name: of_files.get(stage.name) or recorded_fps(Path(stage.root)) for stage in curriculum}
+        rates = {name: fps for name, fps in found.items() if fps is not None}
         if len(set(rates.values())) > 1:
             self.problems.append(f"fps must be equal for all tasks, got {rates}; re-record or resample")
 
@@ -200,8 +203,8 @@ def token_counts(policy_config: PreTrainedConfig, instructions: Sequence[str]) -
 
 
 def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> TaskFacts:
-    frames, fps = len(task.train_rows), task.recording.fps
-    seconds = np.diff(task.bounds[list(task.train_episodes)], axis=1) / fps
+    frames, fps = task.train_frames, task.recording.fps
+    seconds = task.recording.lengths[list(task.train_episodes)] / fps
     return {
         "name": task.name,
         "instruction": task.instruction,

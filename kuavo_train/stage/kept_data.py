@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.replay_buffer import Kept, choose, kept_count
+from kuavo_train.data.replay_file import KEY, ExportedTask
 from kuavo_train.data.task import Task
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, require
 from kuavo_train.reading import read_json
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.facts import KeptFacts
@@ -20,8 +21,12 @@ def kept_of_earlier(
     What preflight looks at before the earlier stages are there, is what they will choose, but by losses.
 
     Raises:
-        ConfigError: an earlier stage has no record of its choice, or one for other settings or data.
+        ConfigError: an earlier stage has no record of its choice, or one for other settings or data, or an exported
+            file lacks some of what the stage needs.
     """
+    for task in tasks:
+        if isinstance(task, ExportedTask):
+            _check_exported(task, config)
     if not config.replay.keeps_part:
         return {}
     earlier = {stage.name: stage_folder(config, stage) for stage in stages_before(config, curriculum)}
@@ -31,6 +36,8 @@ def kept_of_earlier(
             folder = earlier[task.name]
             if start.before is not None or folder.buffer.is_file():
                 chosen[task.name] = _read(folder, task, config)
+            elif isinstance(task, ExportedTask) and task.kept is not None:
+                chosen[task.name] = task.kept
             elif config.replay.select != "loss":
                 chosen[task.name] = choose(task, config.replay, config.seed)
     return chosen
@@ -43,8 +50,22 @@ def _read(folder: StageFolder, task: Task, config: RunConfig) -> Kept:
             "stage again"
         )
     kept = Kept.from_json(read_json(folder.buffer, keys=Kept.names()))
-    kept.check(task, config.replay, config.seed, str(folder.buffer))
+    if isinstance(task, ExportedTask):  # what was chosen from is not there to choose again
+        kept.check_settings(config.replay, config.seed, str(folder.buffer))
+        rule = f"hold of {task.name} what is kept of it by {folder.buffer}; export it again"
+        require(task.kept == kept, f"{KEY}={task.file}", rule, task.kept and list(task.kept.episodes))
+    else:
+        kept.check(task, config.replay, config.seed, str(folder.buffer))
     return kept
+
+
+def _check_exported(task: ExportedTask, config: RunConfig) -> None:
+    where, there = f"{KEY}={task.file}", set(task.header.episodes)
+    all_kept = f"hold all {len(task.train_episodes)} training episodes of {task.name} where replay.buffer is null"
+    require(config.replay.keeps_part or task.kept is None, where, all_kept, task.kept and list(task.kept.episodes))
+    held_out = [*task.held_out_episodes, *task.choosing_episodes]
+    rule = f"hold the episodes of {task.name} that are held out or set apart ({held_out}); export it again"
+    require(there.issuperset(held_out), where, rule, sorted(there))
 
 
 def kept_of_all(config: RunConfig, tasks: Sequence[Task], known: Mapping[str, Kept]) -> dict[str, KeptFacts]:
@@ -60,7 +81,7 @@ def _facts(config: RunConfig, task: Task, kept: Kept | None) -> KeptFacts:
             "episodes": kept_count(config.replay.buffer, len(task.train_episodes)),
             "of_episodes": len(task.train_episodes),
             "frames": None,
-            "of_frames": len(task.train_rows),
+            "of_frames": task.train_frames,
             "unit": config.replay.unit,
             "chosen": "loss",
         }

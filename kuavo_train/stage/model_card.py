@@ -47,7 +47,7 @@ def model_card(
         **({"datasets": on_the_hub} if on_the_hub else {}),
     }
     data = [
-        f"| {task.name} | {len(task.train_episodes)} | {len(task.held_out_episodes)} | {len(task.train_rows):,} "
+        f"| {task.name} | {len(task.train_episodes)} | {len(task.held_out_episodes)} | {task.train_frames:,} "
         f"| {task.recording.fps} | {len(task.state_names)} / {len(task.action_names)} |"
         for task in learnt
     ]

@@ -15,20 +15,19 @@ from lerobot.processor import PolicyProcessorPipeline
 
 from kuavo_sim.record import RecordSettings, ensure_recorded
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.data.checkpoint_tasks import KnownTasks, trained_space
+from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
-from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.images.contexts import with_contexts
-from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.mixture import mixture_of
-from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
+from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.data.replay_buffer import Kept
+from kuavo_train.data.replay_file import exported_names
 from kuavo_train.data.sampler import Order, SampleOrder
-from kuavo_train.data.task import Task, examine_task
+from kuavo_train.data.task import Task
 from kuavo_train.data.workers import room_problems
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.evaluation.environment import Environment, environment_of
@@ -37,6 +36,7 @@ from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.kept_data import kept_of_all, kept_of_earlier
 from kuavo_train.stage.lineage import Start, processes_of, seen_tasks, stages_before
+from kuavo_train.stage.opened_data import OpenedData, open_data
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
@@ -115,15 +115,16 @@ def _dataset(images: Images, normalization: Normalization, built: BuiltPolicy, t
 
 
 def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
-    """Record the demonstrations of simulated tasks that are not there yet, saying so.
+    """Record the demonstrations of simulated tasks that are not there yet, nor in an exported file, saying so.
 
     Raises:
         ConfigError: the dataset there was recorded under other settings, or is not a recording.
     """
     if config.simulation is None:
         return
+    exported = exported_names(config.data)
     for stage in curriculum:
-        if stage.simulation_task is None:
+        if stage.simulation_task is None or stage.name in exported:
             continue
         settings = RecordSettings(task=stage.simulation_task, **asdict(config.simulation))
         root = Path(stage.root)
@@ -179,27 +180,12 @@ def open_stage(
     findings.attempt(check_tracking, config)
     strategy = opening.strategy()
     policy_class = findings.attempt(policy_config_class, config.policy)
-    data = opening.data()
+    data = open_data(config, curriculum, findings)
     kept = opening.kept(data)
     findings.need(policy_class)
     built = opening.policy(data)
     findings.need(data.tasks if len(data.tasks) == len(curriculum) else None)
     return opening.plan(data, built, findings.need(strategy), findings.need(kept))
-
-
-@dataclass(frozen=True)
-class OpenedData:
-    """
-    Attributes:
-        tasks: those that could be opened, in the order of learning.
-        frames: task → its pictures, decoded.
-        image_shapes: camera → (3, H, W), the same for all tasks or a problem.
-    """
-
-    tasks: list[Task]
-    frames: dict[str, DecodedFrames]
-    image_shapes: Mapping[str, tuple[int, ...]]
-    normalization: Normalization
 
 
 @dataclass(frozen=True)
@@ -218,24 +204,6 @@ class Opening:
             earlier = [stage_folder(self.config, stage) for stage in stages_before(self.config, self.curriculum)]
             self.findings.attempt(strategy.check, earlier)
         return strategy
-
-    def data(self) -> OpenedData:
-        """The recordings of all tasks, and the run's statistics of them."""
-        findings, data = self.findings, self.config.data
-        findings.look_at_datasets(self.curriculum)
-        whole = [task for stage in self.curriculum if (task := examine_task(stage, data, findings.problems))]
-        frames = {
-            task.name: DecodedFrames(task, image_size=data.image_size, video_backend=data.video_backend)
-            for task in whole
-        }
-        tasks = [task for each in whole if (task := findings.attempt(_set_apart, self.config, each))]
-        shapes = {name: found for name, each in frames.items() if (found := findings.attempt(each.checked_shapes))}
-        findings.look_at_tasks(tasks, shapes, data.claw_limits)
-        # Of what is set apart too: otherwise a strategy that needs it could not be compared with one that does not.
-        normalization = findings.need(findings.attempt(_shared_normalization, self.config, whole) if whole else None)
-        for task in tasks:
-            findings.attempt(normalization.check_covers, task)
-        return OpenedData(tasks, frames, findings.need(next(iter(shapes.values()), None)), normalization)
 
     def policy(self, data: OpenedData) -> BuiltPolicy:
         """With the weights it starts from, frozen as the stage wants it."""
@@ -290,7 +258,8 @@ class Opening:
         )
         how = {"precision": training.mixed_precision, "autocast": accelerator.autocast}
         read = _episodes_read(config, self.curriculum, data.tasks, order)
-        images = plan_images(config.data, data.frames, read, frozen_encoder(built.policy, **how))
+        encoder = frozen_encoder(built.policy, **how)
+        images = findings.need(findings.attempt(plan_images, config.data, data.frames, read, encoder, data.exported))
         images = with_contexts(
             images,
             config.data,
@@ -364,7 +333,7 @@ def _order(
     kept: Mapping[str, Kept],
 ) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
-    shares = strategy.shares(config, {task.name: len(task.train_rows) for task in tasks})
+    shares = strategy.shares(config, {task.name: task.train_frames for task in tasks})
     kind: Callable[..., Order] = SampleOrder
     if depth := PolicyTraits.of(policy.config).memory_depth:
         require(
@@ -395,23 +364,6 @@ def fresh_memory(order: Order, policy: PreTrainedPolicy, exchange: Exchange = di
     if not isinstance(order, ClipOrder):
         return NoRecurrence()
     return CarriedMemory(policy.model.memory.initial(order.stream_count), exchange=exchange)
-
-
-def _set_apart(config: RunConfig, task: Task) -> Task:
-    """The task as this run trains on it. Raises `ConfigError` where nothing of it would be left."""
-    count = config.choosing_episodes
-    return task.with_choosing_episodes(count, config.data.split_seed) if count else task
-
-
-def _shared_normalization(config: RunConfig, tasks: list[Task]) -> Normalization:
-    """The run's statistics: fixed by its first stage (which writes them when it begins), only read by the others."""
-    path, source = config.run_folder / "normalization.json", config.data.normalization
-    if path.is_file():
-        return Normalization.load(path)
-    if source == "pretrained":
-        checkpoint = Path(str(config.policy.get("pretrained_path")))
-        return normalization_from_checkpoint(checkpoint, FeatureSpace.of(tasks), trained_space(checkpoint))
-    return fit_normalization(tasks if source == "joint" else tasks[:1], source)
 
 
 def _episodes_read(

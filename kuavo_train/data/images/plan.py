@@ -6,20 +6,42 @@ The rule, applied in this order and shown in the stage's table:
                  take no more than data.feature_cache_limit_gib
     frames       data.frame_cache is true
     decoding     anew for every batch
+
+Of a task that is read from an exported file there are embeddings and no pictures, so that the first must be chosen.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Unpack
+from types import MappingProxyType
+from typing import Protocol, Unpack
 
 from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.source import ImageSource, RowSource
+from kuavo_train.data.replay_file import KEY, ExportedTask
+from kuavo_train.errors import ConfigError
+from kuavo_train.reading import Json
 
 GIB = 2**30
+FOR_EMBEDDINGS = (
+    "hold vision and connector fixed (training.freeze), and leave data.augmentation, data.feature_cache and "
+    "data.feature_cache_limit_gib as they are"
+)
+"""What a user is to do."""
+
+
+class Embedded(Protocol):
+    """A task's embeddings: everything that decides them, and camera → shape of a frame's."""
+
+    @property
+    def key(self) -> Json: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,10 @@ class Images:
         description: what was chosen and why, what it takes on the disk and how much of that is there.
         look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
-        embeddings: task → the cache of its embeddings, where it is embeddings that are given.
+        embeddings: task → what there is of its embeddings, where it is embeddings that are given.
+        why_not_embeddings: where it is not.
+        embed: `embed(task, episodes, **how)` computes what is missing of one task's embeddings; `how` as of `fill`.
+        in_part: tasks of which some rows alone have embeddings.
         contexts, context_key: task → what the vision-language model makes of its rows, and the name of that in a batch;
             see contexts.py.
     """
@@ -44,7 +69,10 @@ class Images:
     description: str
     look: int
     problems: Sequence[str] = ()
-    embeddings: Mapping[str, EpisodeCache] = field(default_factory=dict)
+    embeddings: Mapping[str, Embedded] = field(default_factory=dict)
+    why_not_embeddings: str = ""
+    embed: Callable[..., None] = lambda *_, **__: None
+    in_part: Sequence[str] = ()
     contexts: Mapping[str, RowSource] = field(default_factory=dict)
     context_key: str = ""
 
@@ -54,6 +82,7 @@ def plan_images(
     decoded: Mapping[str, DecodedFrames],
     episodes: Mapping[str, Sequence[int]],
     encoder: Encoder | None,
+    exported: Mapping[str, ExportedTask] = MappingProxyType({}),
 ) -> Images:
     """Choose, and measure what it takes. Nothing is computed yet and nothing written.
 
@@ -61,51 +90,94 @@ def plan_images(
         decoded: task → its frames.
         episodes: task → the episodes that the stage reads.
         encoder: of the policy, frozen in this stage; None where it learns.
+        exported: task → what a file holds of it, of tasks that have no frames.
+
+    Raises:
+        ConfigError: a task is exported, and the stage would take pictures, or embeddings by another encoder.
     """
     if encoder is None:
-        return _frames(config, decoded, episodes, "the image encoder is trained")
+        return _frames(config, decoded, episodes, exported, "the image encoder is trained")
     if config.augmentation is not None:
-        return _frames(config, decoded, episodes, "data.augmentation changes the pictures")
+        return _frames(config, decoded, episodes, exported, "data.augmentation changes the pictures")
     if not config.feature_cache:
-        return _frames(config, decoded, episodes, "data.feature_cache=false")
+        return _frames(config, decoded, episodes, exported, "data.feature_cache=false")
     caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
     size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
         over = (
             f"they would take {size_text(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
         )
-        return _frames(config, decoded, episodes, over)
+        return _frames(config, decoded, episodes, exported, over)
+    for task in exported.values():
+        _check_encoder(task, encoder)
+
+    def embed(name: str, of_task: Sequence[int], **how: Unpack[How]) -> None:
+        if name in caches:
+            cache, frames = caches[name], frame_cache(decoded[name], config.cache_folder)
+            there = not frames.missing(cache.missing(of_task))
+            fill_features(cache, encoder, CachedFrames(frames) if there else decoded[name], of_task, **how)
 
     def fill(**how: Unpack[How]) -> None:
-        for name, cache in caches.items():
-            frames = frame_cache(decoded[name], config.cache_folder)
-            there = not frames.missing(cache.missing(episodes[name]))
-            fill_features(cache, encoder, CachedFrames(frames) if there else decoded[name], episodes[name], **how)
+        for name in caches:
+            embed(name, episodes[name], **how)
 
     tokens, width = next(shape for cache in caches.values() for shape in cache.shapes.values())
     what = f"embeddings by the frozen encoder, {tokens} × {width} bfloat16 per camera"
+    read = {name: task.embeddings for name, task in exported.items()}
+    lines = [_exported_text(task, encoder) for task in exported.values()]
     return Images(
-        {name: CachedFeatures(cache) for name, cache in caches.items()},
+        {**{name: CachedFeatures(cache) for name, cache in caches.items()}, **read},
         encoder.image_key,
         fill,
-        _description(what, caches, episodes),
-        _look(caches),
+        "\n".join([_description(what, caches, episodes), *lines]),
+        max([_look(caches), *(each.row_bytes for each in read.values())]),
         disk_problems(config, "data.feature_cache=false", caches, episodes),
-        caches,
+        {**caches, **read},
+        embed=embed,
+        in_part=[name for name, each in read.items() if not each.whole],
     )
+
+
+def _check_encoder(task: ExportedTask, encoder: Encoder) -> None:
+    """Libraries of other versions are none: the demonstrations may be gone, and these would be a dead end."""
+    for key, value in json.loads(json.dumps(encoder.settings)).items():  # as the file has them
+        was = task.header.encoder.get(key)
+        if key != "versions" and was != value:
+            raise ConfigError(
+                f"{KEY}={task.file}: {key} of the image encoder must be {_short(was)}, by which {task.name} was "
+                f"embedded, got {_short(value)}; take the policy that the file was exported from, or export "
+                f"{task.name} again from its demonstrations"
+            )
+
+
+def _exported_text(task: ExportedTask, encoder: Encoder) -> str:
+    versions = task.header.encoder["versions"]
+    with_others = versions != encoder.settings["versions"]
+    how = f", made with {', '.join(map(' '.join, versions.items()))}" if with_others else ""
+    return f"  images of {task.name}: embeddings of {len(task.embeddings.pictured):,} frames in {task.file}{how}"
+
+
+def _short(value: object) -> str:
+    return f"{str(value)[:12]}…" if len(str(value)) > 40 else str(value)
 
 
 def _frames(
     config: DataConfig,
     decoded: Mapping[str, DecodedFrames],
     episodes: Mapping[str, Sequence[int]],
+    exported: Mapping[str, ExportedTask],
     why_not_embeddings: str,
 ) -> Images:
+    for task in exported.values():
+        raise ConfigError(
+            f"{KEY}={task.file} must go with a stage that takes embeddings, since the file has no pictures of "
+            f"{', '.join(exported)}, got pictures: {why_not_embeddings}; {FOR_EMBEDDINGS}"
+        )
     because = f"(no embeddings: {why_not_embeddings})"
     caches = {name: frame_cache(frames, config.cache_folder) for name, frames in decoded.items()}
     if not config.frame_cache:
         description = f"  images: decoded anew for every batch, data.frame_cache=false {because}"
-        return Images(decoded, str, lambda **_: None, description, _look(caches))
+        return Images(decoded, str, lambda **_: None, description, _look(caches), why_not_embeddings=why_not_embeddings)
 
     def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
@@ -118,6 +190,7 @@ def _frames(
         _description(f"frames {because}", caches, episodes),
         _look(caches),
         disk_problems(config, "data.frame_cache=false", caches, episodes),
+        why_not_embeddings=why_not_embeddings,
     )
 
 
