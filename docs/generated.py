@@ -31,6 +31,7 @@ COMMANDS = (
     "kuavo_train/study.py",
     "kuavo_train/base.py",
     "kuavo_train/preflight.py",
+    "kuavo_train/export_replay.py",
     "kuavo_train/inspect_data.py",
     "kuavo_train/report.py",
     "kuavo_train/evaluate.py",

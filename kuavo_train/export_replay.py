@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 
 from kuavo_train.command_line import hydra_entry
 from kuavo_train.compose import compose_stage
+from kuavo_train.errors import require
 
 
 def main(composed: DictConfig, overrides: list[str], *, file: str | None = None) -> int:
     config, curriculum = compose_stage(composed, overrides)
+    require(file != "", "--file", "be followed by the path of a file, as --file=PATH", file)
     from kuavo_train.stage.replay_export import export_replay  # heavy, and the configuration comes first
 
     print(export_replay(config, curriculum, Path(file) if file else None).summary)
@@ -27,9 +29,9 @@ def main(composed: DictConfig, overrides: list[str], *, file: str | None = None)
 
 
 def command() -> None:
-    own = {word for word in sys.argv if word.startswith("--file=")}  # Hydra would refuse it
-    sys.argv = [word for word in sys.argv if word not in own]
-    chosen = max(own, default="").removeprefix("--file=") or None
+    own = [word.removeprefix("--file=") for word in sys.argv if word.startswith("--file=")]  # Hydra would refuse it
+    sys.argv = [word for word in sys.argv if not word.startswith("--file=")]
+    chosen = own[-1] if own else None
     hydra_entry(lambda composed, overrides: main(composed, overrides, file=chosen))()
 
 

@@ -279,6 +279,8 @@ def test_settings_that_the_file_cannot_serve_are_refused_by_name(learnt: list[Ru
     with pytest.raises(ConfigError, match=r"stage 1 \(moving_grasp\) must have tasks learnt before it, whose data can"):
         exported(learnt, 0, tmp_path)
     assert not (tmp_path / FILE).exists()
+    with pytest.raises(ConfigError, match=f"--file must be a place that can be written, with .* KiB free, got {path}/"):
+        exported(learnt, 1, path)
 
 
 def test_a_file_that_is_missing_damaged_or_another_is_refused(learnt: list[RunConfig], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def export_replay(config: RunConfig, curriculum: Sequence[StageConfig], path: Pa
 
     Raises:
         ConfigError: nothing was learnt before, the stage before is not finished, the vision encoder learns in this
-            stage, or the stage cannot be opened.
+            stage, the stage cannot be opened, or the file not be written.
     """
     before = stages_before(config, curriculum)
     rule = "have tasks learnt before it, whose data can be exported"
@@ -94,10 +94,16 @@ def export_replay(config: RunConfig, curriculum: Sequence[StageConfig], path: Pa
     headers = [each.header(opened, recipes[name]) for name, each in chosen.items()]
     tensors = {name: each.tensors(opened.images) for name, each in chosen.items()}
     path = path or config.run_folder / f"replay_for_{config.stage.folder_name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"tasks": [vars(header) for header in headers]}, ensure_ascii=False)
     named = {f"{task}/{name}": tensor for task, own in tensors.items() for name, tensor in own.items()}
-    write_tensors(path, named, {"format": FORMAT, "version": VERSION, "content": content})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, named, {"format": FORMAT, "version": VERSION, "content": content})
+    except OSError as error:
+        needed = size_text(sum(tensor.nbytes for tensor in named.values()))
+        raise ConfigError(
+            f"--file must be a place that can be written, with {needed} free, got {path}: {error}"
+        ) from error
     return Exported(
         path,
         {name: each.sizes(tensors[name]) for name, each in chosen.items()},
