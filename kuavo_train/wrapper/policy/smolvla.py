@@ -563,7 +563,7 @@ def folder_of(path: str | Path) -> Path:
     Of a stage it is the best checkpoint's, of a run that of the last stage that has one.
     """
     place, best = Path(path), Path("checkpoints", "best", "pretrained_model")
-    stages = sorted(place.glob("stage*_*"), key=lambda stage: int("0" + re.sub(r"\D.*", "", stage.name[len("stage") :])))
+    stages = sorted(place.glob("stage*_*"), key=lambda stage: int(re.findall(r"\d+", stage.name + " 0")[0]))
     for folder in (place, place / "pretrained_model", place / best, *(stage / best for stage in reversed(stages))):
         if (folder / "config.json").is_file():
             return folder
