@@ -300,7 +300,7 @@ def test_demonstrations_that_the_file_stands_for_are_not_recorded_anew(
     learnt: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[str] = []
-    monkeypatch.setattr(setup, "ensure_recorded", lambda settings, *_, **__: recorded.append(settings.task))
+    monkeypatch.setattr(setup, "ensure_all_recorded", lambda wanted, **_: recorded.extend(root.name for root in wanted))
     config = replace(learnt[1], simulation=SimulationConfig())
     record_missing_data(changed(config, **from_file(Path(learnt[0].outputs).parent)), stages(learnt))
     assert recorded == ["weighing", "placement"]
