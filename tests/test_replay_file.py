@@ -157,7 +157,7 @@ def test_the_sizes_of_its_parts_are_said_and_are_those_of_its_tensors(learnt: li
     assert [part.embeddings for part in parts.values()] == [embeddings / 3, embeddings * 2 / 3]
     assert [part.tables for part in parts.values()] == [tables / 3, tables * 2 / 3]
     lines = found.summary.splitlines()
-    assert lines[1].startswith("  moving_grasp, kept: 1 episodes, 14 frames: embeddings 3.9 KiB, states and actions")
+    assert lines[1].startswith("  moving_grasp, kept: 1 episode, 14 frames: embeddings 3.9 KiB, states and actions")
     assert lines[2].startswith("  moving_grasp, held out: 2 episodes, 28 frames: embeddings 7.9 KiB")
     assert lines[3].startswith("  moving_grasp, its dataset: ")
     assert lines[4] == f"later stages read it with data.replay_file={tmp_path / FILE}"
@@ -209,6 +209,20 @@ def test_of_single_frames_that_are_kept_the_file_holds_their_embeddings_alone(
     shutil.rmtree(stage_folder(frozen).path)
     shown = describe(examine_stage(frozen, stages(configs)))
     assert "  keys and values: not kept, of moving_grasp single frames alone have embeddings" in shown
+
+
+def test_episodes_that_are_set_apart_to_choose_alphas_on_are_in_the_file(
+    small_configs_in: Configs, datasets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    given = small_configs_in(tmp_path / "outputs", "strategy=merge_replay", "merge.episodes=1", "replay.buffer=0.5")
+    configs = placed(given, tmp_path)
+    assert run(configs) == 0
+    parts = exported(configs, 1, tmp_path).parts["moving_grasp"]
+    assert {name: part.episodes for name, part in parts.items()} == {"kept": 1, "held out": 2, "set apart": 1}
+    forget(tmp_path, "moving_grasp")
+    assert run(configs, 1, **from_file(tmp_path)) == 0
+    assert read(stage_folder(configs[1]).path, "merge.json")["chosen"]
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -41,7 +41,7 @@ class Part:
     @property
     def text(self) -> str:
         sizes = f"embeddings {size_text(self.embeddings)}, states and actions {size_text(self.tables)}"
-        return f"{self.episodes} episodes, {self.frames:,} frames: {sizes}"
+        return f"{self.episodes} episode{'s' * (self.episodes != 1)}, {self.frames:,} frames: {sizes}"
 
 
 @dataclass(frozen=True)
