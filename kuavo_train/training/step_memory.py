@@ -1,0 +1,163 @@
+"""What a training step holds in memory beside weights, gradients and the optimizer's state, found out in advance.
+
+The policy takes the step on tensors without values, of which there are shapes and types alone (torch's FakeTensor). So
+nothing is allocated and nothing drawn, and the device's own kernels say what they keep. What is held between forward
+and backward grows in proportion to the samples:
+
+    held = fixed + per_sample · samples
+
+`fixed` is above all what autocast keeps of the weights, in bfloat16. A strategy's own loss is not in it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_outputs import BaseModelOutput
+
+from kuavo_train.training.parameter_groups import trainable_parameters
+from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes.
+
+    Attributes:
+        samples: of a batch.
+        fixed, per_sample: of `held`.
+        more: on top of it at the height of the backward pass, gradients left out; with gradient checkpointing above
+            all what a layer computes anew.
+    """
+
+    samples: int
+    fixed: int
+    per_sample: int
+    more: int
+
+    @property
+    def held(self) -> int:
+        """Between forward and backward."""
+        return self.fixed + self.per_sample * self.samples
+
+
+def step_memory(
+    policy: SmolVLAMemoryPolicy,
+    sample: Mapping[str, Tensor],
+    *,
+    samples: int,
+    queries: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> StepMemory:
+    """Of a step on so many samples, clips of K `queries`.
+
+    Args:
+        sample: a batch of one row, as it comes out of the preprocessor; its values do not matter.
+        autocast: the context of a training step.
+    """
+    uncompiled = torch.compiler.set_stance("force_eager")  # compiling looks at values
+    with torch.random.fork_rng(), uncompiled, _as_it_was(policy), _vision_without_values(policy):
+        drawn = policy.draw_training(1, next(iter(sample.values())).device)
+        with detect_fake_mode(list(policy.parameters())) or FakeTensorMode(allow_non_fake_inputs=True):
+
+            def follow(rows: int, *, back: bool) -> tuple[int, int]:
+                """Bytes between forward and backward, and at most."""
+                batch, arguments = _of_rows(rows, sample), _of_rows(rows, drawn)
+                with LiveBytes() as live, autocast():
+                    loss, _outputs = policy.train()(batch, **arguments, queries=queries)
+                    held = live.now
+                    if back:
+                        _go_back(loss, list(trainable_parameters(policy).values()))
+                return held, live.most
+
+            held, most = follow(samples, back=True)
+            longer, _ = follow(samples + queries, back=False)
+    per_sample = round((longer - held) / queries)
+    return StepMemory(samples, held - per_sample * samples, per_sample, most - held)
+
+
+def _of_rows(rows: int, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As many times as many of each of the tensors' rows, of any value."""
+    return {
+        name: torch.empty((rows * len(tensor), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        for name, tensor in tensors.items()
+    }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages made inside it as long as they are there.
+
+    Attributes:
+        now, most: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:  # of something that is there
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.known:
+            return
+        self.known[place] = weakref.finalize(storage, self._forget, place, size)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _forget(self, place: int, size: int) -> None:
+        del self.known[place]
+        self.now -= size
+
+
+def _go_back(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """The backward pass, in which the gradient of a parameter takes no room once it is there."""
+    hooks = [each.register_hook(lambda gradient: gradient.new_zeros(()).expand_as(gradient)) for each in parameters]
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def _as_it_was(policy: nn.Module) -> Iterator[None]:
+    """Afterwards the policy has its buffers again, and its mode."""
+    training, buffers = policy.training, [(module, dict(module._buffers)) for module in policy.modules()]
+    try:
+        yield
+    finally:
+        for module, before in buffers:
+            module._buffers.update(before)
+        policy.train(training)
+
+
+@contextmanager
+def _vision_without_values(policy: SmolVLAMemoryPolicy) -> Iterator[None]:
+    """Within it the vision encoder takes pictures for whole; transformers looks at the mask's values to see that."""
+    vision = policy.model.vlm_with_expert.get_vlm_model().vision_model
+
+    def forward(pixel_values: Tensor, **_: object) -> BaseModelOutput:
+        patches = vision.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        places = torch.zeros(patches.shape[:2], dtype=torch.long, device=patches.device)
+        hidden = vision.encoder(patches + vision.embeddings.position_embedding(places)).last_hidden_state
+        return BaseModelOutput(last_hidden_state=vision.post_layernorm(hidden))
+
+    vision.forward = forward
+    try:
+        yield
+    finally:
+        del vision.forward
