@@ -9,14 +9,13 @@ from kuavo_train.data.batch import Batch, preprocess
 from kuavo_train.data.images.contexts import FILE, CachedContexts
 from kuavo_train.data.sampler import Draw
 from kuavo_train.stage.setup import OpenedStage
-from kuavo_train.training.step_memory import StepMemory, step_memory
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
+from kuavo_train.training.step_memory import StepMemory, can_be_followed, step_memory
 
 
 def step_memory_of(opened: OpenedStage) -> StepMemory | None:
-    """Of a batch of one process; None for a policy that is not followed: another one, or LeRobot's own forward."""
+    """Of a batch of one process; None for a policy that cannot be followed."""
     policy, accelerator = opened.built.policy, opened.accelerator
-    if not isinstance(policy, SmolVLAMemoryPolicy) or not policy.config.fast_forward:
+    if not can_be_followed(policy):
         return None
     prepared = preprocess(_blank_sample(opened), opened.built.preprocessor, accelerator.device)
     return step_memory(

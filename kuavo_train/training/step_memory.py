@@ -13,9 +13,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,6 +48,11 @@ class StepMemory:
     def held(self) -> int:
         """Between forward and backward."""
         return self.fixed + self.per_sample * self.samples
+
+
+def can_be_followed(policy: PreTrainedPolicy) -> TypeGuard[SmolVLAMemoryPolicy]:
+    """Not another policy, nor LeRobot's own forward: they look at values on the way."""
+    return isinstance(policy, SmolVLAMemoryPolicy) and policy.config.fast_forward
 
 
 def step_memory(

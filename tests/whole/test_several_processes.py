@@ -101,6 +101,22 @@ def test_fifty_steps_of_two_processes_have_the_samples_and_losses_of_one_which_m
     assert two == pytest.approx(one, rel=1e-5)
 
 
+def test_two_processes_with_gradient_checkpointing_come_to_the_losses_of_one_without(
+    small_configs: Configs, tmp_path: Path
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = {**RECIPE, "freeze_first_stage": [], "lr": 5e-5, "decay_lr": 1e-6}
+    alone = small_configs("learn=[moving_grasp]", training=recipe)
+    both = [
+        changed(config, outputs=str(tmp_path / "two"), processes=2, policy={"gradient_checkpointing": True})
+        for config in alone
+    ]
+    assert together(lambda: run(both)) == [0, 0]
+    assert run(alone) == 0
+    two, one = ([line["loss"] for line in stage_folder(each[0]).metrics.read()] for each in (both, alone))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
 @pytest.mark.parametrize("episodes", [5, 1])  # of one, the second process plays none
 def test_two_processes_validate_and_roll_out_what_one_does(
     small_configs: Configs, tmp_path: Path, episodes: int
