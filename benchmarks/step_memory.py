@@ -2,7 +2,7 @@
 
 Nothing is measured and nothing allocated: model and step are of tensors without values, in bfloat16 autocast, and torch
 says what the kernels of a CPU keep. Batches are clips of 4 queries of three cameras; where the vision encoder is
-frozen, its output is given. The optimizer is AdamW. `backward` is what the backward pass holds on top at its height.
+frozen, its output is given. The optimizer is AdamW.
 """
 
 import tempfile
@@ -67,7 +67,7 @@ def row(size: Size, vlm: Path, finetune: str, samples: int, *, checkpoints: bool
     step = step_memory(policy, sample, samples=samples, queries=QUERIES, autocast=autocast)
     weights = sum(each.nbytes for each in policy.parameters())
     trained = sum(each.nbytes for each in trainable_parameters(policy).values())
-    together = weights + (1 + ADAM_MOMENTS) * trained + step.held + step.more
+    together = weights + (1 + ADAM_MOMENTS) * trained + step.held
     return {
         "finetune": finetune,
         "checkpointing": "yes" if checkpoints else "no",
@@ -77,7 +77,6 @@ def row(size: Size, vlm: Path, finetune: str, samples: int, *, checkpoints: bool
         "optimizer, GiB": ADAM_MOMENTS * trained / GIB,
         "activations, MiB per sample": step.per_sample / MIB,
         "and fixed, GiB": step.fixed / GIB,
-        "backward, GiB": step.more / GIB,
         "together, GiB": together / GIB,
     }
 

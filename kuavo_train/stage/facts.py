@@ -68,13 +68,11 @@ class TrainingFacts(TypedDict):
 
 
 class StepFacts(TypedDict):
-    """Bytes that a step on so many `samples` holds between forward and backward, `fixed` + `per_sample` · samples, and
-    how many `more` at the height of the backward pass."""
+    """Bytes that a step on so many `samples` holds between forward and backward: `fixed` + `per_sample` · samples."""
 
     samples: int
     fixed: int
     per_sample: int
-    more: int
 
 
 class Facts(TypedDict, total=False):

@@ -184,7 +184,7 @@ class Findings:
             return
         self.facts["step"] = asdict(step)  # type: ignore[typeddict-item]
         there = self.facts["memory_bytes"].pop("there")
-        self.facts["memory_bytes"] |= {"activations": step.held, "backward": step.more, "there": there}
+        self.facts["memory_bytes"] |= {"activations": step.held, "there": there}
         self.notes += step_notes(config, self.facts["memory_bytes"])
 
     def look_at_clips(self, order: Order) -> None:

@@ -1,16 +1,18 @@
 """What a training step holds in memory beside weights, gradients and the optimizer's state, found out in advance.
 
-The policy takes the step on tensors without values, of which there are shapes and types alone (torch's FakeTensor). So
+The policy goes forward on tensors without values, of which there are shapes and types alone (torch's FakeTensor). So
 nothing is allocated and nothing drawn, and the device's own kernels say what they keep. What is held between forward
 and backward grows in proportion to the samples:
 
     held = fixed + per_sample · samples
 
-`fixed` is above all what autocast keeps of the weights, in bfloat16. A strategy's own loss is not in it.
+`fixed` is above all what autocast keeps of the weights, in bfloat16. A strategy's own loss is not in it, nor what the
+backward pass holds for a moment. That pass is not taken: over such tensors it starts threads of autograd's, after which
+no process that learns can be forked.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -24,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutput
 
-from kuavo_train.training.parameter_groups import trainable_parameters
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 
@@ -35,14 +36,11 @@ class StepMemory:
     Attributes:
         samples: of a batch.
         fixed, per_sample: of `held`.
-        more: on top of it at the height of the backward pass, gradients left out; with gradient checkpointing above
-            all what a layer computes anew.
     """
 
     samples: int
     fixed: int
     per_sample: int
-    more: int
 
     @property
     def held(self) -> int:
@@ -72,22 +70,17 @@ def step_memory(
     uncompiled = torch.compiler.set_stance("force_eager")  # compiling looks at values
     with torch.random.fork_rng(), uncompiled, _as_it_was(policy), _vision_without_values(policy):
         drawn = policy.draw_training(1, next(iter(sample.values())).device)
+
+        def held(rows: int) -> int:
+            batch, arguments = _of_rows(rows, sample), _of_rows(rows, drawn)
+            with LiveBytes() as live, autocast():
+                _loss, _outputs = policy.train()(batch, **arguments, queries=queries)
+                return live.now
+
         with detect_fake_mode(list(policy.parameters())) or FakeTensorMode(allow_non_fake_inputs=True):
-
-            def follow(rows: int, *, back: bool) -> tuple[int, int]:
-                """Bytes between forward and backward, and at most."""
-                batch, arguments = _of_rows(rows, sample), _of_rows(rows, drawn)
-                with LiveBytes() as live, autocast():
-                    loss, _outputs = policy.train()(batch, **arguments, queries=queries)
-                    held = live.now
-                    if back:
-                        _go_back(loss, list(trainable_parameters(policy).values()))
-                return held, live.most
-
-            held, most = follow(samples, back=True)
-            longer, _ = follow(samples + queries, back=False)
-    per_sample = round((longer - held) / queries)
-    return StepMemory(samples, held - per_sample * samples, per_sample, most - held)
+            shorter, longer = held(samples), held(samples + queries)
+    per_sample = round((longer - shorter) / queries)
+    return StepMemory(samples, shorter - per_sample * samples, per_sample)
 
 
 def _of_rows(rows: int, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -99,15 +92,11 @@ def _of_rows(rows: int, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made inside it as long as they are there.
-
-    Attributes:
-        now, most: bytes.
-    """
+    """Counts the storages made inside it as long as they are there: `now`, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = 0
         self.known: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,19 +113,10 @@ class LiveBytes(TorchDispatchMode):
             return
         self.known[place] = weakref.finalize(storage, self._forget, place, size)
         self.now += size
-        self.most = max(self.most, self.now)
 
     def _forget(self, place: int, size: int) -> None:
         del self.known[place]
         self.now -= size
-
-
-def _go_back(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """The backward pass, in which the gradient of a parameter takes no room once it is there."""
-    hooks = [each.register_hook(lambda gradient: gradient.new_zeros(()).expand_as(gradient)) for each in parameters]
-    torch.autograd.grad(loss, parameters, allow_unused=True)
-    for hook in hooks:
-        hook.remove()
 
 
 @contextmanager

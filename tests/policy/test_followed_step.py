@@ -1,5 +1,6 @@
 """A training step that is followed without values holds what a real one does, however the policy is made."""
 
+import multiprocessing
 from contextlib import nullcontext
 
 import pytest
@@ -45,3 +46,12 @@ def test_it_holds_what_a_real_step_does(make_policy, make_batch, variant):
         loss, _ = policy(batch, queries=K)
     assert loss.requires_grad
     assert step.held == pytest.approx(saved.bytes, rel=0.1)
+
+
+def test_a_process_that_has_followed_a_step_may_fork_others_that_learn(make_policy, make_batch):
+    policy, batch = make_policy(), make_batch(K)
+    step_memory(policy, {name: value[:1] for name, value in batch.items()}, samples=K, queries=K, autocast=nullcontext)
+    learner = multiprocessing.get_context("fork").Process(target=lambda: policy(batch, queries=K)[0].backward())
+    learner.start()
+    learner.join(timeout=60)
+    assert learner.exitcode == 0
