@@ -55,9 +55,9 @@ def table(name: str, size: Size, folder: Path, samples: int) -> Table:
 
 def row(size: Size, vlm: Path, finetune: str, samples: int, *, checkpoints: bool) -> dict[str, Any]:
     frozen, lora = LEARNS[finetune]
-    memory = {"tokens": 4, "mem_backprop_depth": QUERIES}
+    how = {"mem_backprop_depth": QUERIES, "gradient_checkpointing": checkpoints}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        policy = new_policy(size, vlm, frozen=frozen, gradient_checkpointing=checkpoints, **memory)
+        policy = new_policy(size, vlm, frozen=frozen, tokens=4, layout="end", **how)
         for group in frozen:  # as SmolVLM2 is stored
             for parameter in map(policy.get_parameter, policy.parameter_groups()[group]):
                 parameter.data = parameter.data.to(torch.bfloat16)

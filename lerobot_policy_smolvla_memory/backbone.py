@@ -208,7 +208,7 @@ class FastForward:
         next_position = positions[:, -1] if moves_on or before is None else before.next_position
         rotation = rotation_at(positions - 1, last.self_attn.head_dim)
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
-        keys, values = [], []
+        keys, values = list[Tensor](), list[Tensor]()
         for index, layer in enumerate(text_model.layers):
             if layer is last and not read:
                 own = _keys_and_values(layer, _rms_norm(layer.input_layernorm, hidden), rotation)
