@@ -105,11 +105,19 @@ def our_policy(
     **settings: Any,
 ) -> SmolVLAMemoryPolicy:
     """Ours on the very weights of LeRobot's, shared with it. What is frozen is frozen in both."""
+    policy = new_policy(size, vlm, frozen=frozen, tokens=tokens, layout=layout, **settings)
+    policy.load_state_dict(theirs.state_dict(keep_vars=True), strict=False, assign=True)
+    return policy
+
+
+def new_policy(
+    size: Size, vlm: Path, *, frozen: Sequence[str] = VLM_FROZEN, tokens: int, layout: str = "end", **settings: Any
+) -> SmolVLAMemoryPolicy:
+    """Ours with new weights."""
     mem_at_start, mem_at_end = LAYOUTS[layout]
     settings |= {"num_mem_tokens": tokens, "mem_at_start": mem_at_start, "mem_at_end": mem_at_end}
     policy = SmolVLAMemoryPolicy(SmolVLAMemoryConfig(**_settings(size, vlm, frozen), **settings))
     freeze(policy, list(frozen))
-    policy.load_state_dict(theirs.state_dict(keep_vars=True), strict=False, assign=True)
     return policy
 
 

@@ -18,16 +18,21 @@ Then the action expert attends to the keys and values of all of them. What makes
   block needs no square mask either: all its tokens see the same.
 - The expert's keys and values of the prefix are projected once per query, not once per denoising step.
 - Attention is torch's fused one, in the precision of its inputs.
+
+With `checkpoints`, autograd keeps of a layer what goes in and computes the rest anew on the way back: for less memory,
+one more forward of all that learns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 from lerobot_policy_smolvla_memory.memory import RecurrentMemory
 from lerobot_policy_smolvla_memory.prefix import Prefix, clip_major
@@ -133,6 +138,7 @@ class FastForward:
         chunk_size: T.
         mem_at_start, mem_at_end: where memory tokens stand in the prefix.
         compile_expert: run the expert's layers through torch.compile.
+        checkpoints: keep only the inputs of a layer for the backward pass (Chen et al. 2016, arXiv 1604.06174).
     """
 
     def __init__(
@@ -143,10 +149,11 @@ class FastForward:
         mem_at_start: bool,
         mem_at_end: bool,
         compile_expert: bool,
+        checkpoints: bool,
     ):
         self.model = vlm_with_expert
         self.chunk_size, self.mem_at_start, self.mem_at_end = chunk_size, mem_at_start, mem_at_end
-        self.attend = attend
+        self.attend, self.checkpoints = attend, checkpoints
         self.attend_prefix: Callable[[ExpertPrefix, Tensor], Tensor] = (
             torch.compile(self._expert) if compile_expert else self._expert
         )
@@ -192,7 +199,7 @@ class FastForward:
             The model's final-norm output [B, N, H], None where it is not wanted, and the block's keys and values.
         """
         text_model = self.model.get_vlm_model().text_model
-        *first, last = text_model.layers
+        last = text_model.layers[-1]
         positions, biases = (bias > UNSEEN).cumsum(dim=1), bias
         if before is None:
             positions = positions + first_position
@@ -201,20 +208,38 @@ class FastForward:
         next_position = positions[:, -1] if moves_on or before is None else before.next_position
         rotation = rotation_at(positions - 1, last.self_attn.head_dim)
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
-        keys, values = [], []
-        for index, layer in enumerate([*first, last]):
-            normed = _rms_norm(layer.input_layernorm, hidden)
-            key, value = rotate(_heads(layer, "k_proj", normed), rotation), _heads(layer, "v_proj", normed)
+        keys, values = list[Tensor](), list[Tensor]()
+        for index, layer in enumerate(text_model.layers):
+            if layer is last and not read:
+                own = _keys_and_values(layer, _rms_norm(layer.input_layernorm, hidden), rotation)
+                return None, Encoded([*keys, own[0]], [*values, own[1]], bias, next_position)
+            past = () if before is None else (before.keys[index], before.values[index])
+            work = partial(self._prefix_layer, layer)
+            key, value, hidden = self._kept_for_backward(work, hidden, *rotation, biases, *past)
             keys.append(key)
             values.append(value)
-            if layer is last and not read:
-                return None, Encoded(keys, values, bias, next_position)
-            if before is not None:
-                key = torch.cat([before.keys[index], key], dim=1)
-                value = torch.cat([before.values[index], value], dim=1)
-            query = rotate(_heads(layer, "q_proj", normed), rotation)
-            hidden = _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
         return _rms_norm(text_model.norm, hidden), Encoded(keys, values, bias, next_position)
+
+    def _prefix_layer(
+        self, layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor, biases: Tensor, *past: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's keys and values, and its hidden states [B, N, H] after the layer.
+
+        Args:
+            biases: [B, L + N] of all that is seen.
+            past: keys and values [B, L, G, D] of the blocks before, where there are any.
+        """
+        normed = _rms_norm(layer.input_layernorm, hidden)
+        own = _keys_and_values(layer, normed, (cos, sin))
+        key, value = (torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)) if past else own
+        query = rotate(_heads(layer, "q_proj", normed), (cos, sin))
+        return *own, _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
+
+    def _kept_for_backward[*P, T](self, work: Callable[[*P], T], *inputs: *P) -> T:
+        """`work(*inputs)`, of which autograd keeps everything, or the inputs."""
+        if not self.checkpoints or not torch.is_grad_enabled():
+            return work(*inputs)
+        return checkpoint(work, *inputs, use_reentrant=False)
 
     # ------------------------------------------------------------------ expert
 
@@ -245,17 +270,29 @@ class FastForward:
         hidden = hidden.to(self.model.lm_expert.norm.weight.dtype)
         own_rotation = rotation_at(torch.arange(hidden.shape[1], device=hidden.device)[None], self._head_dim)
         for (_, layer, crosses), key, value in zip(self.expert_layers(), prefix.keys, prefix.values, strict=True):
-            normed = _rms_norm(layer.input_layernorm, hidden)
-            query = _heads(layer, "q_proj", normed)
-            if crosses:  # positions count from 0 here, and the keys come as the prefix left them
-                attended = self.attend(rotate(query, own_rotation), key, value, prefix.bias)
-            else:
-                own_key = rotate(_heads(layer, "k_proj", normed), prefix.rotation)
-                key = torch.cat([key, own_key], dim=1)  # in the wider type of the two
-                value = torch.cat([value, _heads(layer, "v_proj", normed)], dim=1)
-                attended = self.attend(rotate(query, prefix.rotation), key, value, prefix.causal_bias)
-            hidden = _finish_layer(layer, hidden, attended)
+            seen = (*own_rotation, prefix.bias) if crosses else (*prefix.rotation, prefix.causal_bias)
+            work = partial(self._expert_layer, layer, crosses)
+            hidden = self._kept_for_backward(work, hidden, key, value, *seen)
         return _rms_norm(self.model.lm_expert.norm, hidden)
+
+    def _expert_layer(
+        self,
+        layer: "LlamaDecoderLayer",
+        crosses: bool,
+        hidden: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        """Hidden states [B, T, H_expert] after a layer that attends across to the prefix alone, or to both."""
+        normed = _rms_norm(layer.input_layernorm, hidden)
+        query = rotate(_heads(layer, "q_proj", normed), (cos, sin))
+        if not crosses:  # where it does, positions count from 0, and the keys come as the prefix left them
+            own_key, own_value = _keys_and_values(layer, normed, (cos, sin))
+            key, value = torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)  # in the wider type
+        return _finish_layer(layer, hidden, self.attend(query, key, value, bias))
 
     def expert_layers(self) -> Iterator[tuple[int, "LlamaDecoderLayer", bool]]:
         """(index of the VLM's layer it reads, expert layer, whether it attends across to the prefix alone)."""
@@ -386,6 +423,13 @@ def _heads(layer: "LlamaDecoderLayer", projection: str, hidden: Tensor) -> Tenso
     """[B, N, H] projected and split: [B, N, heads, D]."""
     linear = getattr(layer.self_attn, projection)
     return linear(hidden.to(linear.weight.dtype)).unflatten(-1, (-1, layer.self_attn.head_dim))
+
+
+def _keys_and_values(
+    layer: "LlamaDecoderLayer", normed: Tensor, rotation: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """[B, N, G, D] each, of the layer's normed inputs [B, N, H]."""
+    return rotate(_heads(layer, "k_proj", normed), rotation), _heads(layer, "v_proj", normed)
 
 
 def _finish_layer(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             number for each draw, out of the loss (training-time real-time chunking, arXiv 2512.05964). A chunk can then
             be planned on from that many steps of the one before, exactly and at no cost. 0 leaves it out.
         compile_model: (LeRobot's field) run the expert's layers through torch.compile. Needs fast_forward.
+        gradient_checkpointing: of every layer that learns, keep only what goes in until the backward pass, which
+            computes the rest anew: less memory, a slower step, the same numbers. Needs fast_forward without
+            compile_model.
     """
 
     num_mem_tokens: int = 4
@@ -100,6 +103,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     flow_draws: int = 1
     sampling_temperature: float = 1.0
     rtc_training_delay: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +132,11 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             raise ValueError(f"rtc_training_delay must {rule}, got {self.rtc_training_delay}")
         if self.compile_model and not self.fast_forward:
             raise ValueError("compile_model needs fast_forward=true, got false: LeRobot's forward knows no memory")
+        if self.gradient_checkpointing and (self.compile_model or not self.fast_forward):
+            raise ValueError(
+                "gradient_checkpointing needs fast_forward=true and compile_model=false, "
+                f"got {self.fast_forward} and {self.compile_model}"
+            )
         for key in ("num_mem_tokens", "mem_frames"):
             if getattr(self, key) > 0 and not (self.mem_at_start or self.mem_at_end):
                 raise ValueError(

@@ -70,11 +70,19 @@ class MemoryFlowMatching(VLAFlowMatching):
                 take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
         config.compile_model = compile_expert
         vlm = self.vlm_with_expert.get_vlm_model()
+        if config.gradient_checkpointing:
+            vlm.vision_model.gradient_checkpointing_enable({"use_reentrant": False})  # heeded where it learns
         vlm.connector.register_forward_pre_hook(in_own_dtype)  # it may learn where the vision encoder does not
         layout = {"mem_at_start": config.mem_at_start, "mem_at_end": config.mem_at_end}
         # Any: it takes the prefixes that it has encoded itself, and no others.
         self.backbone: Backbone[Any] = (
-            FastForward(self.vlm_with_expert, chunk_size=config.chunk_size, compile_expert=compile_expert, **layout)
+            FastForward(
+                self.vlm_with_expert,
+                chunk_size=config.chunk_size,
+                compile_expert=compile_expert,
+                checkpoints=config.gradient_checkpointing,
+                **layout,
+            )
             if config.fast_forward
             else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
         )

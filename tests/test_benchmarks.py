@@ -155,3 +155,12 @@ def test_learning_in_bfloat16_and_in_float32_is_measured_with_the_real_commands(
     learnt, _ = json.loads((tmp_path / "results.json").read_text())["precision"]["tables"].values()
     changed = [float(row["expert's weights that changed"].rstrip("%")) for row in learnt["rows"]]
     assert changed[0] < 60 < 99 < min(changed[1:])
+
+
+def test_what_training_takes_is_said_of_every_way_to_train(tmp_path: Path) -> None:
+    assert main(["step_memory", "size=tiny", "samples=8", f"folder={tmp_path}"]) == 0
+    (table,) = json.loads((tmp_path / "results.json").read_text())["step_memory"]["tables"].values()
+    per_sample = {(row["finetune"], row["checkpointing"]): row["activations, MiB per sample"] for row in table["rows"]}
+    for finetune in ("expert_only", "lora", "end_to_end"):
+        assert per_sample[finetune, "yes"] < per_sample[finetune, "no"]
+    assert per_sample["end_to_end", "no"] > per_sample["expert_only", "no"]

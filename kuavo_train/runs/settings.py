@@ -55,6 +55,7 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "training.device": SPEED,
     "policy.device": SPEED,
     "policy.compile_model": SPEED,
+    "policy.gradient_checkpointing": SPEED,
     "validation.batch_size": SPEED,
     "rollout.parallel": SPEED,
     "rollout.workers": SPEED,

@@ -126,6 +126,18 @@ def room_problems(config: RunConfig, memory_bytes: Mapping[str, int], disk_bytes
     return problems
 
 
+def step_notes(config: RunConfig, memory_bytes: Mapping[str, int]) -> list[str]:
+    """No problem: what a step holds is known of a batch whose instructions are all as long as the longest."""
+    needed = sum(size for name, size in memory_bytes.items() if name not in ("there", "merging"))
+    if needed <= memory_bytes["there"]:
+        return []
+    return [
+        f"a step needs {size_text(needed)}, {config.training.device} has {size_text(memory_bytes['there'])}: take a "
+        f"training.batch_size of less than {config.training.batch_size} (and training.gradient_accumulation_steps), "
+        "policy.gradient_checkpointing=true, or freeze more groups (training.freeze)"
+    ]
+
+
 def task_notes(task: Task, claw_limits: Sequence[float] | None) -> list[str]:
     if isinstance(task, ExportedTask):
         return [f"{task.name}: read from {task.file}, exported from {task.root}"]

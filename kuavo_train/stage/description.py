@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from kuavo_train.data.images.plan import size_text
-from kuavo_train.stage.facts import ClipFacts, TaskFacts
+from kuavo_train.stage.facts import ClipFacts, StepFacts, TaskFacts
 from kuavo_train.stage.findings import CHECKPOINTS_AT_ONCE, Findings
 from kuavo_train.training.parameter_groups import GroupCounts
 
@@ -22,7 +22,8 @@ def describe(findings: Findings) -> str:
     ]
     if "parameters" in facts:
         parts += [_parameter_table(facts["parameters"]), *_widened_text(facts["widened"])]
-        parts.append(_room_text(facts["memory_bytes"], facts["disk_bytes"]))
+        parts.append(_memory_text(facts["memory_bytes"], facts.get("step")))
+        parts.append(_disk_text(facts["disk_bytes"]))
     if "images" in facts:
         parts.append(facts["images"])
     if any(task["choosing_episodes"] for task in facts.get("tasks", [])):
@@ -150,10 +151,17 @@ def _clip_text(clip: ClipFacts, task: TaskFacts) -> str:
     )
 
 
-def _room_text(memory: Mapping[str, int], disk: Mapping[str, int]) -> str:
-    needed, free = size_text(disk["checkpoints"]), size_text(disk["free"])
+def _memory_text(memory: Mapping[str, int], step: StepFacts | None) -> str:
     parts = ", ".join(f"{name} {size_text(memory[name])}" for name in memory if name != "there")
+    there = size_text(memory["there"])
+    if step is None:
+        return f"  memory: {parts}, and activations, of {there}"
     return (
-        f"  memory: {parts}, and activations, of {size_text(memory['there'])}\n"
-        f"  disk: {needed} for {CHECKPOINTS_AT_ONCE} checkpoints, {free} free"
+        f"  memory: {parts}, together {size_text(sum(memory.values()) - memory['there'])} of {there}\n"
+        f"  activations: {step['samples']} samples × {size_text(step['per_sample'])} + {size_text(step['fixed'])}"
     )
+
+
+def _disk_text(disk: Mapping[str, int]) -> str:
+    needed, free = size_text(disk["checkpoints"]), size_text(disk["free"])
+    return f"  disk: {needed} for {CHECKPOINTS_AT_ONCE} checkpoints, {free} free"

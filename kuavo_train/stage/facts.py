@@ -67,10 +67,19 @@ class TrainingFacts(TypedDict):
     lr: float
 
 
+class StepFacts(TypedDict):
+    """Bytes that a step on so many `samples` holds between forward and backward: `fixed` + `per_sample` · samples."""
+
+    samples: int
+    fixed: int
+    per_sample: int
+
+
 class Facts(TypedDict, total=False):
     """As far as they could be found out.
 
     `widened`: layer → its dimensions before and now. `clip` is there where a memory is trained through time.
+    `step` is there once preflight has followed one.
     """
 
     tasks: list[TaskFacts]
@@ -78,6 +87,7 @@ class Facts(TypedDict, total=False):
     parameters: list[GroupCounts]
     widened: dict[str, tuple[int, int]]
     memory_bytes: dict[str, int]
+    step: StepFacts
     disk_bytes: dict[str, int]
     images: str
     clip: ClipFacts

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -34,15 +34,17 @@ from kuavo_train.stage.checks import (
     precision_notes,
     precision_problems,
     room_problems,
+    step_notes,
     task_notes,
     width_problems,
 )
 from kuavo_train.stage.facts import Facts, KeptFacts, TaskFacts
 from kuavo_train.stage.lineage import samples_of_batch
 from kuavo_train.training.lora import adapted_state
+from kuavo_train.training.optimizer import state_bytes
 from kuavo_train.training.parameter_groups import parameter_counts
+from kuavo_train.training.step_memory import StepMemory
 
-ADAM_MOMENTS = 2
 AVERAGED_AND_NOT = 2  # a checkpoint's training state holds the trained weights both ways, where they are averaged
 MERGED_FROM = 2  # sets of trained weights that lie beside the policy's own while they are merged
 CHECKPOINTS_AT_ONCE = 3  # last, best and the one being written
@@ -131,6 +133,7 @@ class Findings:
         """
         weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters())
         trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        optimizer = state_bytes(policy.parameters(), config.training)
         apart = sum(value.nbytes for layer in adapted_state(policy).values() for value in layer.values())
         outputs = Path(config.outputs).absolute()
         there = next(path for path in (outputs, *outputs.parents) if path.is_dir())
@@ -142,7 +145,7 @@ class Findings:
         self.facts["memory_bytes"] = {
             "weights": weights,
             "gradients": trained,
-            "optimizer": ADAM_MOMENTS * trained,
+            "optimizer": optimizer,
             **({} if config.training.ema is None else {"average": trained}),
             **({} if config.merge is None else {"merging": MERGED_FROM * (trained + apart)}),
             "there": torch.cuda.get_device_properties(0).total_memory
@@ -151,7 +154,7 @@ class Findings:
         }
         averaged = 0 if config.training.ema is None else AVERAGED_AND_NOT * trained
         self.facts["disk_bytes"] = {
-            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + ADAM_MOMENTS * trained + apart + averaged),
+            "checkpoints": CHECKPOINTS_AT_ONCE * (weights + optimizer + apart + averaged),
             "free": shutil.disk_usage(there).free,
         }
         self.problems += room_problems(config, self.facts["memory_bytes"], self.facts["disk_bytes"])
@@ -177,6 +180,15 @@ class Findings:
             "of": mixture.leading,
             "lr": training.lr,
         }
+
+    def look_at_step(self, config: RunConfig, step: StepMemory | None) -> None:
+        """What the steps hold beside weights and optimizer; None where that is not known."""
+        if step is None:
+            return
+        self.facts["step"] = asdict(step)  # type: ignore[typeddict-item]
+        there = self.facts["memory_bytes"].pop("there")
+        self.facts["memory_bytes"] |= {"activations": step.held, "there": there}
+        self.notes += step_notes(config, self.facts["memory_bytes"])
 
     def look_at_clips(self, order: Order) -> None:
         """How far back gradients reach, where a memory is trained through time."""

@@ -1,4 +1,5 @@
-"""What is wrong with a stage, before any training time is spent: the opening of a training, and nothing after it."""
+"""What is wrong with a stage, before any training time is spent: the opening of a training, and a step without values,
+which shows what memory training takes."""
 
 import contextlib
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from accelerate import Accelerator
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.stage.findings import Findings, NotReady
+from kuavo_train.stage.followed_step import step_memory_of
 from kuavo_train.stage.lineage import Start, checkpoint_to_resume, result_before
 from kuavo_train.stage.setup import accelerator_for, open_stage
 
@@ -20,5 +22,6 @@ def examine_stage(config: RunConfig, curriculum: Sequence[StageConfig]) -> Findi
         before=findings.attempt(result_before, config, curriculum),
     )
     with contextlib.suppress(NotReady):  # why is among the findings
-        open_stage(config, curriculum, start, accelerator, findings)
+        opened = open_stage(config, curriculum, start, accelerator, findings)
+        findings.look_at_step(config, step_memory_of(opened))
     return findings

@@ -7,7 +7,9 @@ from lerobot.optim import CosineDecayWithWarmupSchedulerConfig
 
 from kuavo_train.config import TrainingConfig
 from kuavo_train.errors import ConfigError
-from kuavo_train.training.muon import AdamWSettings, Muon
+from kuavo_train.training.muon import AdamWSettings, Muon, between_hidden_states
+
+ADAM_MOMENTS = 2
 
 
 def build_optimizer(
@@ -41,6 +43,15 @@ def build_optimizer(
     ).build(optimizer, steps)
     scheduler.lr_lambdas = [lambda step, rate=rate: rate(planned(step)) for rate in scheduler.lr_lambdas]
     return optimizer, scheduler
+
+
+def state_bytes(parameters: Iterable[torch.nn.Parameter], config: TrainingConfig) -> int:
+    """Of what the optimizer holds of the parameters that train: Adam's two moments, or Muon's one of a matrix."""
+
+    def moments(parameter: torch.nn.Parameter) -> int:
+        return 1 if config.optimizer == "muon" and between_hidden_states(parameter) else ADAM_MOMENTS
+
+    return sum(moments(each) * each.nbytes for each in parameters if each.requires_grad)
 
 
 def choose_device(name: str) -> torch.device:

@@ -28,6 +28,14 @@ from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig
         ({"flow_draws": 0}, "flow_draws must be at least 1, got 0"),
         ({"sampling_temperature": 1.5}, "sampling_temperature must be in [0, 1], got 1.5"),
         ({"compile_model": True, "fast_forward": False}, "compile_model needs fast_forward=true, got false"),
+        (
+            {"gradient_checkpointing": True, "compile_model": True},
+            "gradient_checkpointing needs fast_forward=true and compile_model=false, got True and True",
+        ),
+        (
+            {"gradient_checkpointing": True, "fast_forward": False},
+            "gradient_checkpointing needs fast_forward=true and compile_model=false, got False and False",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -3,11 +3,12 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from forked import Forked, interrupted_in_step, when
 from stages import changed, records, run
@@ -15,16 +16,22 @@ from together import together
 
 from kuavo_train import launcher
 from kuavo_train.config import MergeConfig, RunConfig
+from kuavo_train.data.batch import Batch
 from kuavo_train.evaluation import validation
+from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.stage import stage_validation
 from kuavo_train.training.learner import Learner
 
+Configs = Callable[..., list[RunConfig]]
+Step = list[tuple[int, ...]]
+"""Task, episode, frame and stream of the samples of a step."""
 RECIPE = {"max_steps": 6, "batch_size": 8, "log_every": 1}
 BATCHES = {"batch_size": 1}
 
 
 def test_two_processes_come_to_the_numbers_of_one_and_one_goes_on_where_they_were(
-    small_configs: Callable[..., list[RunConfig]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_configs: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     both = small_configs(training=RECIPE, policy={"mem_backprop_depth": 2}, validation=BATCHES, processes=2)
@@ -57,9 +64,92 @@ def test_two_processes_come_to_the_numbers_of_one_and_one_goes_on_where_they_wer
     assert states == [[{"step": 0, "samples": 8}]] * 2
 
 
-def test_two_processes_choose_the_alphas_that_one_does(
-    small_configs: Callable[..., list[RunConfig]], tmp_path: Path
+STEPS_OF_TWO, STEPS = 50, 55
+LONG = {"max_steps": STEPS, "epochs": STEPS, "batch_size": 8, "log_every": 1, "lr": 5e-5, "decay_lr": 1e-6}
+
+
+def test_fifty_steps_of_two_processes_have_the_samples_and_losses_of_one_which_may_go_on(
+    small_configs: Configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    validation = {"every_epochs": STEPS, **BATCHES}
+    both = small_configs("learn=[moving_grasp]", training=LONG, validation=validation, processes=2)
+    alone = [changed(config, outputs=str(tmp_path / "alone"), processes=1) for config in both]
+    learn, dealt = Learner.learn, list[Step]()
+
+    def learn_and_note(learner: Learner, batches: Sequence[Batch], **how: Any) -> dict[str, float]:
+        dealt.append([tuple(row) for batch in batches for row in torch.stack(batch.origin, dim=1).tolist()])
+        return learn(learner, batches, **how)
+
+    monkeypatch.setattr(Learner, "learn", learn_and_note)
+
+    def train() -> int:
+        with interrupted_in_step(STEPS_OF_TWO):
+            status = run(both)
+        (tmp_path / os.environ["RANK"]).write_text(json.dumps(dealt))
+        return status
+
+    assert together(train) == [143, 143]
+    shares = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    dealt_to_two = [[tuple(row) for share in step for row in share] for step in zip(*shares, strict=True)]
+    assert run(both, resume=True, processes=1) == 0
+    dealt_to_two, dealt[:] = dealt_to_two + dealt, []
+    assert run(alone) == 0
+    assert len(dealt) == STEPS
+    assert dealt_to_two == dealt
+    two, one = ([line["loss"] for line in stage_folder(each[0]).metrics.read()] for each in (both, alone))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_with_gradient_checkpointing_come_to_the_losses_of_one_without(
+    small_configs: Configs, tmp_path: Path
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = {**RECIPE, "freeze_first_stage": [], "lr": 5e-5, "decay_lr": 1e-6}
+    alone = small_configs("learn=[moving_grasp]", training=recipe)
+    both = [
+        changed(config, outputs=str(tmp_path / "two"), processes=2, policy={"gradient_checkpointing": True})
+        for config in alone
+    ]
+    assert together(lambda: run(both)) == [0, 0]
+    assert run(alone) == 0
+    two, one = ([line["loss"] for line in stage_folder(each[0]).metrics.read()] for each in (both, alone))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("episodes", [5, 1])  # of one, the second process plays none
+def test_two_processes_validate_and_roll_out_what_one_does(
+    small_configs: Configs, tmp_path: Path, episodes: int
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ("learn=[moving_grasp]", "stage.environment=worlds:Arms-v0", "rollout.workers=1")
+    rollout = {"episodes": episodes, "parallel": 2}
+    recipe = {"max_steps": 1, "batch_size": 8}
+    both = small_configs(*words, training=recipe, rollout=rollout, validation=BATCHES, processes=2)
+    alone = [changed(config, outputs=str(tmp_path / "alone"), processes=1) for config in both]
+    played = []
+
+    def train() -> int:
+        play = stage_validation.roll_out
+        stage_validation.roll_out = lambda *of, **how: played.append(len(of[2])) or play(*of, **how)
+        status = run(both)
+        (tmp_path / os.environ["RANK"]).write_text(json.dumps(played))
+        return status
+
+    assert together(train) == [0, 0]
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[(episodes + 1) // 2], [episodes // 2]]
+    assert run(alone) == 0
+    two, one = stage_folder(both[0]), stage_folder(alone[0])
+    (of_two,), (of_one,) = (folder.rollouts.read() for folder in (two, one))
+    assert [each["seed"] for each in of_two["episodes"]] == evaluation_seeds(episodes)
+    for key in ("successes", "trials", "progress"):
+        assert of_two[key] == of_one[key], key
+    for kind in ("start", "epoch"):
+        losses = [[record["loss"] for record in records(folder, kind)] for folder in (two, one)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_two_processes_choose_the_alphas_that_one_does(small_configs: Configs, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = {"max_steps": 1, "batch_size": 8}
     merge = MergeConfig(alphas=[0.5, 1.0], episodes=2)
