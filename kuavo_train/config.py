@@ -271,9 +271,11 @@ class ValidationConfig:
     batch_size: int = 64  # frames at a time
     unseen_tasks: bool = True  # at stage ends; row 0 and forward transfer need them
     result: str = "best"  # what a stage ends in: best (least mean loss over all tasks seen), last
+    share: float | None = 0.1  # queries of a stage's validations per training sample, at most; None: all held-out ones
 
     def __post_init__(self) -> None:
         one_of("validation.result", self.result, ("best", "last"))
+        require(self.share is None or self.share > 0, "validation.share", "be above 0, or null", self.share)
         for item in ("every_epochs", "draws", "batch_size"):
             require(getattr(self, item) >= 1, f"validation.{item}", "be at least 1", getattr(self, item))
 
@@ -305,8 +307,11 @@ class ReplayConfig:
     buffer: float | None = None  # share of its training episodes that is kept; null or 1: all
     unit: str = "episode"  # what is kept: episode (whole ones), frame (single ones; the share is of frames then)
     select: str = "random"  # which are kept: random, phase (balanced over phases of the job), loss (known least)
+    share: float | None = None  # of a stage's samples, all earlier tasks alike; None: the shares in the tasks' files
 
     def __post_init__(self) -> None:
+        share = self.share
+        require(share is None or 0 < share < 1, "replay.share", "be a share in (0, 1), or null", share)
         buffer = self.buffer
         require(buffer is None or 0 < buffer <= 1, "replay.buffer", "be a share in (0, 1], or null", buffer)
         one_of("replay.unit", self.unit, ("episode", "frame"))
@@ -555,6 +560,8 @@ class RunConfig:
             require(fast, "policy.fast_forward", "be true with distill: LeRobot's forward shows no velocities", fast)
         rule = f"be null or 1 where nothing is replayed (strategy={self.strategy}, mixture={self.mixture})"
         require(self.mixture == "replay" or not self.replay.keeps_part, "replay.buffer", rule, self.replay.buffer)
+        rule = f"be null where nothing is replayed (strategy={self.strategy}, mixture={self.mixture})"
+        require(self.mixture == "replay" or self.replay.share is None, "replay.share", rule, self.replay.share)
         if self.forgetting.budget is None:
             return
         episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything

@@ -36,6 +36,7 @@ class TaskFacts(TypedDict):
     instructions: list[str]
     train_episodes: int
     held_out_episodes: int
+    validated_episodes: int
     choosing_episodes: int
     frames: int
     hours: float
@@ -67,6 +68,15 @@ class TrainingFacts(TypedDict):
     lr: float
 
 
+class ValidationFacts(TypedDict):
+    """What the validations of a stage cost: `queries` of them all, beside the `samples` that are trained on."""
+
+    times: int
+    queries: int
+    samples: int
+    limit: float | None
+
+
 class Facts(TypedDict, total=False):
     """As far as they could be found out.
 
@@ -82,3 +92,4 @@ class Facts(TypedDict, total=False):
     images: str
     clip: ClipFacts
     training: TrainingFacts
+    validation: ValidationFacts
