@@ -396,6 +396,18 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class AdaptersConfig:
+    """A low-rank adapter for each task but the first, chosen by the instruction; all other weights stay."""
+
+    rank: int = 16  # of the two matrices beside each layer of expert and projections
+    start: str = "nearest"  # what one begins as: nearest (of the task with the most similar instructions), zero
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "adapters.rank", "be at least 1", self.rank)
+        one_of("adapters.start", self.start, ("nearest", "zero"))
+
+
+@dataclass(frozen=True)
 class TinyVLMConfig:
     """The small offline SmolVLM of the embedded profile; deterministic, made on the spot."""
 
@@ -456,7 +468,7 @@ class EngineConfig:
         require(valid, "engine.memory_gb", "be positive, or null", self.memory_gb)
 
 
-MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",)}
+MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",), "adapters": ("own_task",)}
 """Strategy that is nothing but its samples → what `mixture` must say with it."""
 
 
@@ -489,6 +501,7 @@ class RunConfig:
     ewc: EwcConfig | None = None
     distill: DistillConfig | None = None
     merge: MergeConfig | None = None
+    adapters: AdaptersConfig | None = None
     strategy_settings: Json = field(default_factory=dict)  # of a strategy without a section of its own
     passes: dict[str, int] = field(default_factory=dict)  # with all_tasks: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
@@ -543,17 +556,32 @@ class RunConfig:
             rule = f"be so many {clips} that processes={self.processes} divides their number"
             require(samples // depth % self.processes == 0, "training.batch_size", rule, samples)
 
+    def _check_adapters(self) -> None:
+        """They leave nothing to forget, so what keeps earlier tasks otherwise has nothing to do."""
+        require(self.mixture == "own_task", "mixture", "be own_task with adapters", self.mixture)
+        for key in ("ewc", "distill", "merge"):
+            value = getattr(self, key)
+            require(value is None, key, "be null with adapters, which change no weight of an earlier task", value)
+        lora, rule = self.training.lora, "be null with adapters, which are low-rank adapters of single tasks"
+        require(lora is None, "training.lora", rule, lora)
+        kind, compiled = self.policy.get("type"), self.policy.get("compile_model", False)
+        require(kind == "smolvla_memory", "policy.type", "be smolvla_memory with adapters", kind)
+        rule = "be false with adapters: which one takes part differs by row"
+        require(not compiled, "policy.compile_model", rule, compiled)
+
     def _check_strategy(self) -> None:
         joint, allowed = self.strategy == "joint", MIXTURES_OF.get(self.strategy, ("replay", "own_task"))
         rule = f"be {' or '.join(allowed)} with strategy={self.strategy}"
         require(self.mixture in allowed, "mixture", rule, self.mixture)
-        for key in ("ewc", "distill", "merge"):
+        for key in ("ewc", "distill", "merge", "adapters"):
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
             require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
         # Adapters are other parameters in every stage, and their importance would say nothing later.
         lora, rule = self.training.lora, "be null with ewc, which holds weights in place"
         require(self.ewc is None or lora is None, "training.lora", rule, lora)
+        if self.adapters is not None:
+            self._check_adapters()
         if self.distill is not None:
             kind, fast = self.policy.get("type"), self.policy.get("fast_forward", True)
             require(kind == "smolvla_memory", "policy.type", "be smolvla_memory with distill, for its velocities", kind)

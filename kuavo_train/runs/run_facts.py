@@ -59,6 +59,7 @@ def facts_of(
             "ewc": config.ewc and asdict(config.ewc),
             "merge": config.merge and asdict(config.merge),
             **({"distill": asdict(config.distill)} if config.distill else {}),  # runs before it lack it
+            **({"adapters": asdict(config.adapters)} if config.adapters else {}),
             **_replay_settings(config.replay),
         },
         axes=config.axes,

@@ -86,6 +86,7 @@ SHARED = (  # what all stages of a run have in common: one policy, one way of ke
     "mixture",
     "ewc",
     "distill",
+    "adapters",
     "merge",
     "replay",
     "policy",

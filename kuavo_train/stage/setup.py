@@ -241,7 +241,7 @@ class Opening:
     def policy(self, data: OpenedData) -> BuiltPolicy:
         """With the weights it starts from, frozen as the stage wants it."""
         config, findings, weights = self.config, self.findings, self.start.weights
-        is_first = not stages_before(config, self.curriculum)
+        is_first, seen = not stages_before(config, self.curriculum), seen_tasks(config, self.curriculum)
         frozen = config.training.freeze_first_stage if is_first else config.training.freeze
         checkpoint, device = weights.pretrained_model if weights else None, self.accelerator.device
         policy_config = findings.need(
@@ -251,6 +251,7 @@ class Opening:
                 normalization=data.normalization,
                 image_shapes=data.image_shapes,
                 instructions=[text for task in data.tasks for text in task.instructions.texts],
+                learnt=[task.instructions.texts for task in data.tasks if task.name in seen],
                 frozen=frozen,
                 checkpoint=checkpoint,
                 device=device,
