@@ -11,9 +11,12 @@ from kuavo_train.runs.stored_run import read_run_record
 
 
 def validated_tasks(config: RunConfig, tasks: Sequence[Task], stride: int) -> list[Task]:
-    """Those of tasks that the run has on record stay as they are there, whatever later stages would choose."""
-    path = config.run_folder / "run.json"
-    record = read_run_record(path, remedy=ANOTHER_RUN) if path.is_file() else None
+    """Those of tasks that the run has on record stay as they are there, whatever later stages would choose.
+
+    A run without any checkpoint begins anew, perhaps with other settings.
+    """
+    path, begun = config.run_folder / "run.json", any(config.run_folder.glob("stage*_*/checkpoints/[!.]*"))
+    record = read_run_record(path, remedy=ANOTHER_RUN) if begun and path.is_file() else None
     known = {task.name: task.dataset.validated_episodes for task in (record.tasks if record else ())}
     chosen = validated_part(config, tasks, stride)
     return [_validated(task, known.get(task.name, chosen[task.name])) for task in tasks]

@@ -4,11 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import interrupted_in_step
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
+from small_datasets import CAMERAS
 from stages import assert_equal_weights, changed, records, run, weights
 
 from kuavo_train.config import AdaptersConfig, RunConfig
@@ -19,6 +21,7 @@ from kuavo_train.probing.recovery import recovery
 from kuavo_train.probing.validated_run import NothingToProbe
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper
 
 WITH_ADAPTERS = {"strategy": "adapters", "mixture": "own_task", "adapters": AdaptersConfig(rank=4)}
 
@@ -27,9 +30,10 @@ WITH_ADAPTERS = {"strategy": "adapters", "mixture": "own_task", "adapters": Adap
 def trained(
     small_configs_in: Callable[..., list[RunConfig]], tmp_path_factory: pytest.TempPathFactory
 ) -> list[RunConfig]:
-    """A finished run of three tasks, with an average of the weights."""
+    """A finished run of three tasks, with an average of the weights and a gate."""
     words = ("learn=[moving_grasp,weighing,sorting]", "policy.mem_backprop_depth=2")
-    changes = {**WITH_ADAPTERS, "training": {"ema": 0.5, "lr": 1e-2, "warmup_steps": 0}}
+    gate = {"budget": 0.01, "on_exceed": "stop"}
+    changes = {**WITH_ADAPTERS, "forgetting": gate, "training": {"ema": 0.5, "lr": 1e-2, "warmup_steps": 0}}
     configs = small_configs_in(tmp_path_factory.mktemp("adapters"), *words, **changes)
     assert train_all_stages(configs) == 0
     return configs
@@ -44,6 +48,25 @@ def test_a_task_that_was_learnt_keeps_its_losses_to_the_last_digit(trained: list
     assert measured(1, "moving_grasp") == pytest.approx(measured(0, "moving_grasp"), rel=1e-5)  # embeddings are cached
     assert measured(1, "weighing") == measured(2, "weighing")
     assert measured(1, "sorting") != measured(2, "sorting")
+
+
+def test_the_gate_has_nothing_to_stop(trained: list[RunConfig]) -> None:
+    readings = stage_folder(trained[2]).gate.read()
+    assert {reading["task"] for reading in readings} == {"moving_grasp", "weighing"}
+    assert not any(reading["exceeded"] for reading in readings)
+
+
+def test_a_robot_gets_the_same_actions_for_a_learnt_task_from_every_later_checkpoint(trained: list[RunConfig]) -> None:
+    random = np.random.default_rng(0)
+    seen = {f"observation.images.{camera}": random.integers(0, 256, (32, 32, 3), dtype=np.uint8) for camera in CAMERAS}
+    seen["observation.state"] = random.normal(size=16).astype(np.float32)
+
+    def action(place: int, task: str) -> np.ndarray:
+        folder = stage_folder(trained[place]).path / "checkpoints" / "best"
+        return SmolVLAPolicyWrapper.from_pretrained(folder, device="cpu", seed=3).select_action(seen | {"task": task})
+
+    np.testing.assert_array_equal(action(2, "weighing"), action(1, "weighing"))
+    np.testing.assert_array_equal(action(2, "moving_grasp"), action(0, "moving_grasp"))
 
 
 def test_a_later_stage_trains_its_own_adapter_and_changes_nothing_else(trained: list[RunConfig]) -> None:

@@ -11,10 +11,12 @@ from stages import changed, records, run
 from kuavo_train.compose import compose_run
 from kuavo_train.config import CONFIG_FOLDER, RunConfig
 from kuavo_train.curriculum import train_all_stages
+from kuavo_train.data.task import open_task
 from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.reporting.write_report import write_report
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import StoredRun
+from kuavo_train.stage.validated_tasks import validated_tasks
 
 SKILL_NAMES = ("put_in_bin", "put_on_box", "hand_over", "turn_and_put")
 
@@ -93,6 +95,21 @@ def test_a_later_stage_keeps_the_part_that_the_run_has_on_record(eight: list[Run
     assert run(two, 1, training=longer, validation={"every_epochs": 8}) == 0
     for stage, kind in ((0, "start"), (1, "end")):
         assert {len(record["episodes"]) for record in records(stage_folder(two[stage]), kind)} == {2}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_obeys_another_share(
+    eight: list[RunConfig], tmp_path: Path
+) -> None:
+    begun = [changed(config, run="begun", outputs=str(tmp_path)) for config in eight[:2]]
+    begun[0].run_folder.mkdir(parents=True)
+    record = (eight[0].run_folder / "run.json").read_text(encoding="utf-8")
+    (begun[0].run_folder / "run.json").write_text(record, encoding="utf-8")
+    tasks = [open_task(config.stage, config.data) for config in begun]
+    obeying = validated_tasks(changed(begun[0], validation={"share": None}), tasks, 4)
+    assert [task.validated for task in obeying] == [task.held_out_episodes for task in tasks]
+    (stage_folder(begun[0]).path / "checkpoints" / "000001").mkdir(parents=True)
+    kept = validated_tasks(changed(begun[0], validation={"share": None}), tasks, 4)
+    assert {len(task.validated) for task in kept} == {2}
 
 
 def test_the_four_jobs_are_learnt_in_the_opposite_order_with_replay(datasets: Path, tmp_path: Path) -> None:
