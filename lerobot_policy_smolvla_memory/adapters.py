@@ -50,7 +50,7 @@ class TaskAdapters(nn.Module):
         rank: of every adapter.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], instructions: Sequence[Sequence[Tokens]], rank: int):
+    def __init__(self, layers: Mapping[str, nn.Linear], instructions: Sequence[Sequence[Sequence[int]]], rank: int):
         super().__init__()
         self.instructions = [[tuple(tokens) for tokens in task] for task in instructions]
         self.of_task = nn.ModuleList(Adapter(layers, rank) for _ in self.instructions[1:])

@@ -1,7 +1,7 @@
 """Configuration of SmolVLA with a recurrent memory."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from lerobot.configs import PreTrainedConfig
@@ -81,7 +81,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             be planned on from that many steps of the one before, exactly and at no cost. 0 leaves it out.
         adapter_instructions: of each task in the order of learning, its instructions as token ids, without padding.
             Every task but the first has a low-rank adapter on the expert and the projections (adapters.py), which takes
-            part where an instruction is the task's, or most similar to one of its own. Of less than two tasks: none.
+            part where an instruction is the task's, or most similar to one of its own. null, or one task: there is none.
         adapter_rank: of these adapters.
         adapter_start: what the last adapter begins as where the weights lack it: "nearest" (that of the task with the
             most similar instructions) or "zero".
@@ -107,7 +107,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     flow_draws: int = 1
     sampling_temperature: float = 1.0
     rtc_training_delay: int = 0
-    adapter_instructions: list[list[list[int]]] = field(default_factory=list)
+    adapter_instructions: list[list[list[int]]] | None = None
     adapter_rank: int = 16
     adapter_start: str = "nearest"
 

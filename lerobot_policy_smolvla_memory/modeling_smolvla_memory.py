@@ -140,9 +140,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         config.validate_features()
         self.init_rtc_processor()
         self.model = MemoryFlowMatching(config, rtc_processor=self.rtc_processor)
-        if len(config.adapter_instructions) > 1:
-            layers, instructions = self.model.adapted_layers(), config.adapter_instructions
-            self.model.adapters = TaskAdapters(layers, instructions, config.adapter_rank)
+        instructions = config.adapter_instructions or []
+        if len(instructions) > 1:
+            self.model.adapters = TaskAdapters(self.model.adapted_layers(), instructions, config.adapter_rank)
         self.widened: dict[str, tuple[int, int]] = {}  # projection → dimensions it was stored for, and has
         self._stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
         self.settle_precision()

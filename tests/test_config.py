@@ -330,8 +330,6 @@ BAD_VALUES = [  # settings of task 2's configuration, what the message must name
     ("simulation.image_size=4", r"simulation.image_size must be at least 16"),
     ("validation.share=0", r"validation.share must be above 0, or null, got 0"),
     ("replay.share=1.0", r"replay.share must be a share in \(0, 1\), or null, got 1.0"),
-    ("adapters.rank=0", r"adapters.rank must be at least 1, got 0"),
-    ("adapters.start=far", r"adapters.start must be one of nearest, zero, got 'far'"),
     ("validation.result=worst", r"validation.result must be one of best, last, got 'worst'"),
     ("validation.draws=0", r"validation.draws must be at least 1"),
     ("forgetting.well_retained_change=0.5", r"forgetting.well_retained_change must be in \[0, "),
@@ -404,6 +402,8 @@ BAD_OVERRIDES = [  # of a command line, what the message must name: keys, choice
     ("task=tasks/task9_nothing", r"task must be one of tasks/task1_moving_grasp, .*, got 'tasks/task9_nothing'"),
     ("stage.replay={}", r"replay must give the task itself a share, got {}"),
     ("ewc.strength=3", r"ewc must have batches, got nothing"),
+    ("adapters.rank=0", r"adapters.rank must be at least 1, got 0"),
+    ("adapters.start=far", r"adapters.start must be one of nearest, zero, got 'far'"),
     ("training.lora.rank=half", r"training.lora.rank must be a whole number, got 'half'"),
     ("stage.scale={left_claw:0.1}", r"scale must give state.NAME or action.NAME a factor that is not 0"),
 ]
