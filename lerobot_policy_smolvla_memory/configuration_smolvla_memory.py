@@ -81,7 +81,7 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
             be planned on from that many steps of the one before, exactly and at no cost. 0 leaves it out.
         adapter_instructions: of each task in the order of learning, its instructions as token ids, without padding.
             Every task but the first has a low-rank adapter on the expert and the projections (adapters.py), which takes
-            part where an instruction is the task's, or most similar to one of its own. null, or one task: there is none.
+            part where an instruction is the task's, or most similar to one of its own. null, or one task: none.
         adapter_rank: of these adapters.
         adapter_start: what the last adapter begins as where the weights lack it: "nearest" (that of the task with the
             most similar instructions) or "zero".
