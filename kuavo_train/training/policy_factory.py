@@ -325,7 +325,8 @@ def _as_field(name: str, value: JsonValue) -> object:
     """What LeRobot's config holds for a value of YAML."""
     if name == "normalization_mapping":
         return {kind: NormalizationMode(mode) for kind, mode in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    # LeRobot's tuples are of numbers or words; it could not write one of lists.
+    return tuple(value) if isinstance(value, list) and not any(isinstance(each, list) for each in value) else value
 
 
 def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str]) -> dict[str, bool]:
