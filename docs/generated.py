@@ -100,8 +100,8 @@ def policy_fields() -> str:
         for name in names.split(",")
     }
     rows = [
-        (f"`policy.{each.target.id}`", f"`{ast.unparse(each.annotation)}`", f"`{ast.literal_eval(each.value)!r}`",
-         _cell(helps[each.target.id]))
+        (f"`policy.{each.target.id}`", _cell(f"`{ast.unparse(each.annotation)}`"),
+         f"`{ast.literal_eval(each.value)!r}`", _cell(helps[each.target.id]))
         for each in found.body
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and each.value is not None
     ]  # fmt: skip

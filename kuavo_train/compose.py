@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
 from kuavo_train.config_folders import ConfigFolders, TaskFile
 from kuavo_train.data.mixture import dealt_out, learns_all_at_once
+from kuavo_train.data.replay import proportional_shares
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
 from kuavo_train.reading import Json, JsonValue
@@ -109,6 +110,8 @@ def _compose_all(overrides: Sequence[str], current: RunConfig | None, folders: C
             _at_place(by_name[name], place, set(known) - set(learn[:place]))
             for place, name in enumerate(learn, start=1)
         ]
+    names = [config.stage.name for config in configs]
+    configs = [_with_equal_replay(config, names[:place]) for place, config in enumerate(configs)]
     check_curriculum([config.stage for config in configs])
     return configs
 
@@ -117,6 +120,15 @@ def _at_place(config: RunConfig, place: int, not_learnt: Collection[str]) -> Run
     """A task's config in the order that `learn` gives; shares of tasks that come later or never go to the others."""
     replay, dealt = dealt_out(config.stage.replay, not_learnt)
     return replace(config, stage=replace(config.stage, index=place, replay=replay), dealt=dealt)
+
+
+def _with_equal_replay(config: RunConfig, earlier: Sequence[str]) -> RunConfig:
+    """The config; where `replay.share` is set, the tasks learnt before get it, in place of its file's shares."""
+    if config.replay.share is None:
+        return config
+    replayed = config.replay.share if earlier else 0.0
+    parts = dict.fromkeys(earlier, replayed / max(len(earlier), 1)) | {config.stage.name: 1 - replayed}
+    return replace(config, stage=replace(config.stage, replay=proportional_shares(parts)), dealt={})
 
 
 def resolve(composed: DictConfig) -> RunConfig:

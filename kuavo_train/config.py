@@ -272,9 +272,11 @@ class ValidationConfig:
     batch_size: int = 64  # frames at a time
     unseen_tasks: bool = True  # at stage ends; row 0 and forward transfer need them
     result: str = "best"  # what a stage ends in: best (least mean loss over all tasks seen), last
+    share: float | None = 0.1  # queries of a stage's validations per training sample, at most; None: all held-out ones
 
     def __post_init__(self) -> None:
         one_of("validation.result", self.result, ("best", "last"))
+        require(self.share is None or self.share > 0, "validation.share", "be above 0, or null", self.share)
         for item in ("every_epochs", "draws", "batch_size"):
             require(getattr(self, item) >= 1, f"validation.{item}", "be at least 1", getattr(self, item))
 
@@ -306,8 +308,11 @@ class ReplayConfig:
     buffer: float | None = None  # share of its training episodes that is kept; null or 1: all
     unit: str = "episode"  # what is kept: episode (whole ones), frame (single ones; the share is of frames then)
     select: str = "random"  # which are kept: random, phase (balanced over phases of the job), loss (known least)
+    share: float | None = None  # of a stage's samples, all earlier tasks alike; None: the shares in the tasks' files
 
     def __post_init__(self) -> None:
+        share = self.share
+        require(share is None or 0 < share < 1, "replay.share", "be a share in (0, 1), or null", share)
         buffer = self.buffer
         require(buffer is None or 0 < buffer <= 1, "replay.buffer", "be a share in (0, 1], or null", buffer)
         one_of("replay.unit", self.unit, ("episode", "frame"))
@@ -392,6 +397,18 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class AdaptersConfig:
+    """A low-rank adapter for each task but the first, chosen by the instruction; all other weights stay."""
+
+    rank: int = 16  # of the two matrices beside each layer of expert and projections
+    start: str = "nearest"  # what one begins as: nearest (of the task with the most similar instructions), zero
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "adapters.rank", "be at least 1", self.rank)
+        one_of("adapters.start", self.start, ("nearest", "zero"))
+
+
+@dataclass(frozen=True)
 class TinyVLMConfig:
     """The small offline SmolVLM of the embedded profile; deterministic, made on the spot."""
 
@@ -452,7 +469,7 @@ class EngineConfig:
         require(valid, "engine.memory_gb", "be positive, or null", self.memory_gb)
 
 
-MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",)}
+MIXTURES_OF = {"replay": ("replay",), "sequential": ("own_task",), "joint": ("all_tasks",), "adapters": ("own_task",)}
 """Strategy that is nothing but its samples → what `mixture` must say with it."""
 
 
@@ -485,6 +502,7 @@ class RunConfig:
     ewc: EwcConfig | None = None
     distill: DistillConfig | None = None
     merge: MergeConfig | None = None
+    adapters: AdaptersConfig | None = None
     strategy_settings: Json = field(default_factory=dict)  # of a strategy without a section of its own
     passes: dict[str, int] = field(default_factory=dict)  # with all_tasks: task → passes over its training frames
     dealt: dict[str, float] = field(default_factory=dict)  # the stage's replay shares that `learn` leaves to the others
@@ -539,23 +557,40 @@ class RunConfig:
             rule = f"be so many {clips} that processes={self.processes} divides their number"
             require(samples // depth % self.processes == 0, "training.batch_size", rule, samples)
 
+    def _check_adapters(self) -> None:
+        """They leave nothing to forget, so what keeps earlier tasks otherwise has nothing to do."""
+        require(self.mixture == "own_task", "mixture", "be own_task with adapters", self.mixture)
+        for key in ("ewc", "distill", "merge"):
+            value = getattr(self, key)
+            require(value is None, key, "be null with adapters, which change no weight of an earlier task", value)
+        lora, rule = self.training.lora, "be null with adapters, which are low-rank adapters of single tasks"
+        require(lora is None, "training.lora", rule, lora)
+        kind, compiled = self.policy.get("type"), self.policy.get("compile_model", False)
+        require(kind == "smolvla_memory", "policy.type", "be smolvla_memory with adapters", kind)
+        rule = "be false with adapters: which one takes part differs by row"
+        require(not compiled, "policy.compile_model", rule, compiled)
+
     def _check_strategy(self) -> None:
         joint, allowed = self.strategy == "joint", MIXTURES_OF.get(self.strategy, ("replay", "own_task"))
         rule = f"be {' or '.join(allowed)} with strategy={self.strategy}"
         require(self.mixture in allowed, "mixture", rule, self.mixture)
-        for key in ("ewc", "distill", "merge"):
+        for key in ("ewc", "distill", "merge", "adapters"):
             value = getattr(self, key)
             require(not joint or value is None, key, "be null with strategy=joint, which has nothing to keep", value)
             require(self.strategy != key or value is not None, key, f"have settings with strategy={key}", value)
         # Adapters are other parameters in every stage, and their importance would say nothing later.
         lora, rule = self.training.lora, "be null with ewc, which holds weights in place"
         require(self.ewc is None or lora is None, "training.lora", rule, lora)
+        if self.adapters is not None:
+            self._check_adapters()
         if self.distill is not None:
             kind, fast = self.policy.get("type"), self.policy.get("fast_forward", True)
             require(kind == "smolvla_memory", "policy.type", "be smolvla_memory with distill, for its velocities", kind)
             require(fast, "policy.fast_forward", "be true with distill: LeRobot's forward shows no velocities", fast)
         rule = f"be null or 1 where nothing is replayed (strategy={self.strategy}, mixture={self.mixture})"
         require(self.mixture == "replay" or not self.replay.keeps_part, "replay.buffer", rule, self.replay.buffer)
+        rule = f"be null where nothing is replayed (strategy={self.strategy}, mixture={self.mixture})"
+        require(self.mixture == "replay" or self.replay.share is None, "replay.share", rule, self.replay.share)
         if self.forgetting.budget is None:
             return
         episodes = self.data.held_out_episodes  # one gives no interval, and so no lower end that could exceed anything

@@ -8,8 +8,8 @@
     python -m kuavo_train.study engine=slurm engine.partition=gpu   # each a job of the cluster
 
 Any override that holds for all stages may be given, and with commas any setting that can change a result is varied. One
-of ewc.… or distill.… goes to the cells of that strategy, one of merge.… to those of merge and merge_replay, one of
-replay.… to those of replay and merge_replay (with mixture=… to all). The run of a cell is named
+of ewc.…, distill.… or adapters.… goes to the cells of that strategy, one of merge.… to those of merge and
+merge_replay, one of replay.… to those of replay and merge_replay (with mixture=… to all). The run of a cell is named
 <run>-<strategy>-s<seed>, with <key>_<value> of what else is varied before the seed. Finished cells are skipped and an
 interrupted one goes on, so the same command continues what was cut off, and one with more values adds to it. Cells with
 the same first stage train it once.
@@ -46,6 +46,7 @@ OF_STRATEGIES = {
     "ewc": ("ewc",),
     "distill": ("distill",),
     "merge": ("merge", "merge_replay"),
+    "adapters": ("adapters",),
     "replay": ("replay", "merge_replay"),
 }
 """Group of settings → the strategies that alone have it."""

@@ -29,6 +29,7 @@ def image_features_key(camera: str) -> str:
 MEM_INITS = ("normal", "zeros", "embedding")
 MEM_UPDATES = ("overwrite", "gated")
 MEM_FRAME_SAMPLINGS = ("even", "recent")
+ADAPTER_STARTS = ("nearest", "zero")
 
 
 @PreTrainedConfig.register_subclass("smolvla_memory")
@@ -78,6 +79,12 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
         rtc_training_delay: up to how many steps at the beginning of a chunk are given clean in training, a random
             number for each draw, out of the loss (training-time real-time chunking, arXiv 2512.05964). A chunk can then
             be planned on from that many steps of the one before, exactly and at no cost. 0 leaves it out.
+        adapter_instructions: of each task in the order of learning, its instructions as token ids, without padding.
+            Every task but the first has a low-rank adapter on the expert and the projections (adapters.py), which takes
+            part where an instruction is the task's, or most similar to one of its own. null, or one task: none.
+        adapter_rank: of these adapters.
+        adapter_start: what the last adapter begins as where the weights lack it: "nearest" (that of the task with the
+            most similar instructions) or "zero".
         compile_model: (LeRobot's field) run the expert's layers through torch.compile. Needs fast_forward.
         gradient_checkpointing: of every layer that learns, keep only what goes in until the backward pass, which
             computes the rest anew: less memory, a slower step, the same numbers. Needs fast_forward without
@@ -104,6 +111,9 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
     sampling_temperature: float = 1.0
     rtc_training_delay: int = 0
     gradient_checkpointing: bool = False
+    adapter_instructions: list[list[list[int]]] | None = None
+    adapter_rank: int = 16
+    adapter_start: str = "nearest"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +147,12 @@ class SmolVLAMemoryConfig(SmolVLAConfig):
                 "gradient_checkpointing needs fast_forward=true and compile_model=false, "
                 f"got {self.fast_forward} and {self.compile_model}"
             )
+        if self.adapter_rank < 1:
+            raise ValueError(f"adapter_rank must be at least 1, got {self.adapter_rank}")
+        if self.adapter_start not in ADAPTER_STARTS:
+            raise ValueError(f"adapter_start must be one of {', '.join(ADAPTER_STARTS)}, got {self.adapter_start!r}")
+        if self.adapter_instructions and self.compile_model:
+            raise ValueError("adapter_instructions needs compile_model=false: which adapter takes part differs by row")
         for key in ("num_mem_tokens", "mem_frames"):
             if getattr(self, key) > 0 and not (self.mem_at_start or self.mem_at_end):
                 raise ValueError(

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching, create_sinusoidal_pos_embedding
-from torch import Tensor
+from torch import Tensor, nn
 
+from lerobot_policy_smolvla_memory.adapters import TaskAdapters
 from lerobot_policy_smolvla_memory.backbone import ExpertPrefix, FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import SmolVLAMemoryConfig
 from lerobot_policy_smolvla_memory.frames import PastFrames, frame_side
@@ -39,6 +40,9 @@ from lerobot_policy_smolvla_memory.pretrained_weights import (
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
 """What the action expert attends to: of the fast forward, or of LeRobot's."""
+
+
+PROJECTIONS = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
 
 
 class Encoding[P](Protocol):
@@ -86,6 +90,7 @@ class MemoryFlowMatching(VLAFlowMatching):
             if config.fast_forward
             else LeRobotForward(self.vlm_with_expert, prefix_length=config.prefix_length, **layout)
         )
+        self.adapters: TaskAdapters | None = None
         self.memory: RecurrentMemory | None = None
         if not config.has_memory:
             return
@@ -104,6 +109,20 @@ class MemoryFlowMatching(VLAFlowMatching):
             embedding=self.end_of_utterance_embedding(),
         )
         self.train_what_the_memory_awaits()
+
+    def adapted_layers(self) -> dict[str, nn.Linear]:
+        """Name → layer of the action expert and of the projections of state and actions."""
+        parts = ("vlm_with_expert.lm_expert", *PROJECTIONS)
+        return {
+            name: layer
+            for name, layer in self.named_modules()
+            if isinstance(layer, nn.Linear) and any(name == part or name.startswith(f"{part}.") for part in parts)
+        }
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """[V, H] of the language model's tokens."""
+        return self.vlm_with_expert.get_vlm_model().get_input_embeddings().weight
 
     def _past_frames(self, config: SmolVLAMemoryConfig) -> PastFrames:
         vlm, cameras = self.vlm_with_expert.config, len(config.image_features)

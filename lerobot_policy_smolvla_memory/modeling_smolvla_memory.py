@@ -23,6 +23,7 @@ from lerobot.utils.device_utils import resolve_safetensors_device
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lerobot_policy_smolvla_memory.adapters import TaskAdapters
 from lerobot_policy_smolvla_memory.backbone import FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     ACTION_DIM_IS_PAD,
@@ -55,6 +56,7 @@ PARAMETER_GROUPS = {
         "model.action_time_mlp_out",
     ],
     "memory": ["model.memory"],
+    "adapters": ["model.adapters"],
 }
 VLM_GROUPS = ("vision", "connector", "vlm_text")
 OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
@@ -138,6 +140,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         config.validate_features()
         self.init_rtc_processor()
         self.model = MemoryFlowMatching(config, rtc_processor=self.rtc_processor)
+        instructions = config.adapter_instructions or []
+        if len(instructions) > 1:
+            self.model.adapters = TaskAdapters(self.model.adapted_layers(), instructions, config.adapter_rank)
         self.widened: dict[str, tuple[int, int]] = {}  # projection → dimensions it was stored for, and has
         self._stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
         self.settle_precision()
@@ -187,6 +192,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             ValueError: rows that do not divide into clips, or a memory of another number of clips.
         """
         self._let_memory_grow()
+        self._choose_adapters(batch)
         batch = self._prepare_batch(batch)
         if self.config.adapt_to_pi_aloha:
             batch[ACTION] = self._pi_aloha_encode_actions_inv(batch[ACTION])
@@ -235,7 +241,16 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         encoded, memory, _ = self._encode(batch, self._prefix(batch), memory, queries)
         return encoded, memory
 
+    def _choose_adapters(self, batch: dict[str, Tensor]) -> None:
+        """By the instruction of each row: those that the layers compute it with from here on."""
+        if self.model.adapters is None:
+            return
+        ids, mask = (each.cpu() for each in self._language(batch))
+        rows = [tuple(row[valid].tolist()) for row, valid in zip(ids, mask.bool(), strict=True)]
+        self.model.adapters.choose(rows, self.model.word_embeddings)
+
     def _prefix(self, batch: dict[str, Tensor]) -> Prefix:
+        self._choose_adapters(batch)
         prefix = self.model.embed(*self._images(batch), *self._language(batch), self.prepare_state(batch))
         return replace(prefix, encoded=batch.get(ENCODED_CONTEXT))
 
@@ -285,6 +300,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         clean: Tensor | None,
         everywhere: Count,
     ) -> Flow:
+        self._choose_adapters(batch)
         actions, noise = self._actions_and_noise(batch, noise)
         given = self._clean_steps(noise, clean)
         if given is not None:
@@ -421,6 +437,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         **kwargs: Unpack[RealTimeChunking],
     ) -> Tensor:
         """Actions [B, T, A], normalized, of encoded rows; arguments as in `sample_actions_with`."""
+        self._choose_adapters(batch)
         if noise is None:
             shape = (prefix.batch_size, self.config.chunk_size, self.config.max_action_dim)
             noise = self.model.sample_noise(shape, prefix.device)
@@ -608,7 +625,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         groups: dict[str, list[str]] = {group: [] for group in PARAMETER_GROUPS}
         for name, _ in self.named_parameters():
             groups[_group_of(name)].append(name)
-        return groups
+        return {group: names for group, names in groups.items() if names or group != "adapters"}
 
     def settle_precision(self) -> None:
         """Hold every parameter as precision.py says; to be called again once other parts are held fixed than before,
@@ -658,6 +675,13 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
                 stacklevel=2,
             )
 
+    def _new_adapter(self) -> tuple[str, ...]:
+        """What the names of the last task's adapter begin with, where nothing of it is stored yet."""
+        if self.model.adapters is None:
+            return ()
+        newest = f"model.adapters.of_task.{len(self.model.adapters.of_task) - 1}."
+        return () if any(name.startswith(newest) for name in self._stored) else (newest,)
+
     def _tell_of_narrower_weights(self, model_file: str) -> None:
         learns = {name: parameter.dtype for name, parameter in self.named_parameters() if parameter.requires_grad}
         narrower = sorted({_group_of(name) for name, dtype in learns.items() if self._stored.get(name, dtype) != dtype})
@@ -685,8 +709,10 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """
         model._stored = stored_dtypes(model_file)
         model._go_without_what_an_older_memory_lacks()
+        begins = model._new_adapter()
+        may_differ = (MEMORY_HEAD, *begins)
         missing = check_policy_weights(
-            model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY, may_differ=MEMORY_HEAD
+            model, model_file, may_be_new="model.memory.", may_be_older=OLDER_MEMORY, may_differ=may_differ
         )
         make_room(model, model._stored)
         widened = widened_weights(model, model_file)
@@ -696,6 +722,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith(MEMORY_HEAD)}
         model.load_state_dict({**stored, **{key: each.weight for key, each in widened.items()}}, strict=False)
         model.widened = {key.split(".")[1]: (each.before, each.now) for key, each in widened.items()}
+        if begins and model.config.adapter_start == "nearest":
+            assert model.model.adapters is not None
+            model.model.adapters.begin(model.model.word_embeddings)
         model.settle_precision()
         model._tell_of_narrower_weights(model_file)
         if missing <= OLDER_MEMORY.keys():

@@ -29,12 +29,17 @@ class UnfitWeights(ValueError):
 
 
 def check_policy_weights(
-    policy: nn.Module, model_file: str, *, may_be_new: str, may_be_older: Collection[str] = (), may_differ: str
+    policy: nn.Module,
+    model_file: str,
+    *,
+    may_be_new: str,
+    may_be_older: Collection[str] = (),
+    may_differ: tuple[str, ...],
 ) -> set[str]:
     """What the file lacks and may lack: all tensors whose names begin with `may_be_new`, else some of `may_be_older`.
 
-    Those of `WIDENED` may be of fewer dimensions than the policy's. Those whose names begin with `may_differ` are not
-    looked at.
+    Those of `WIDENED` may be of fewer dimensions than the policy's. Those whose names begin with one of `may_differ`
+    are not looked at.
 
     Raises:
         UnfitWeights: keys missing, unexpected or of another shape.

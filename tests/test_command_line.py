@@ -106,7 +106,7 @@ def test_help_and_cfg_are_useful_to_read(here: Here) -> None:
     for word in (
         "task/tasks: task1_moving_grasp, task2",
         "profile: base, embedded, robot, smoke, study",
-        "strategy: distill, ewc, joint, merge, merge_replay, replay, sequential",
+        "strategy: adapters, distill, ewc, joint, merge, merge_replay, replay, sequential",
         "replay",
     ):
         assert word in shown.stdout, word

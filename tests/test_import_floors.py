@@ -123,7 +123,7 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"lerobot", "record"},
 ]
 POLICY = [
-    {"configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule"},
+    {"adapters", "configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule"},
     {"tiny_vlm_words", "vlm_description"},
     {"memory", "pretrained_weights", "processor_smolvla_memory"},
     {"backbone", "lerobot_forward", "tiny_vlm"},

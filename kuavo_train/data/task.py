@@ -45,6 +45,7 @@ class Task:
         cameras: name in the policy → name in the dataset, in the policy's order.
         origin: where on the hub the dataset is from; None where its task names nothing there.
         choosing_episodes: neither trained on nor reported; what a stage makes of its weights is chosen on them.
+        validated_episodes: those held out that the run validates, the same ones throughout; empty: all.
         notes: what is worth a look, but stops nothing.
         cues: what memory must provide, where the dataset says so.
     """
@@ -65,6 +66,7 @@ class Task:
     cameras: dict[str, str]
     origin: HubOrigin | None = None
     choosing_episodes: tuple[int, ...] = ()
+    validated_episodes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     cues: Cues | None = None
 
@@ -125,6 +127,15 @@ class Task:
         if not episodes:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
+
+    @property
+    def validated(self) -> tuple[int, ...]:
+        """The held-out episodes that losses are of."""
+        return self.validated_episodes or self.held_out_episodes
+
+    def judged_on(self, episodes: Sequence[int]) -> "Task":
+        """The task with these episodes validated in place of those held out."""
+        return replace(self, held_out_episodes=tuple(episodes), validated_episodes=())
 
     def with_choosing_episodes(self, count: int, seed: int) -> "Task":
         """So many training episodes set apart to choose by. Raises `ConfigError` where none is left to train on."""

@@ -154,7 +154,7 @@ class Validator:
         """Queries to make: an episode is one walk where memory recurs, every query its own where it does not."""
         task = self.dataset.tasks[place]
         stride = policy.config.n_action_steps
-        episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.held_out_episodes]
+        episodes = [task.rows_of([episode])[::stride].tolist() for episode in task.validated]
         if PolicyTraits.of(policy.config).has_memory:
             return sorted(episodes, key=len, reverse=True)
         return [[row] for rows in episodes for row in rows]
@@ -180,7 +180,7 @@ class Validator:
     def _scores(self, task: Task, measured: Sequence[Measured]) -> HeldOutScores:
         by_episode = {
             episode: [query for each in measured for query in each.by_episode.get(episode, [])]
-            for episode in task.held_out_episodes
+            for episode in task.validated
         }
         columns = self.normalization.space.action_columns(task)
         std = self.normalization.array(ACTION, "std")

@@ -121,8 +121,10 @@ def recovery(run: TrainedRun, *, steps: int = 100) -> Json:
     """Each earlier task's stage in a few steps, alone: from the final policy, and from before the task was learnt.
 
     Raises:
-        NothingToProbe: no task was learnt before the last stage.
+        NothingToProbe: no task was learnt before the last stage, or none could be lost (adapters).
     """
+    if run.settings.adapters is not None:
+        raise NothingToProbe(f"recovery needs weights that later stages change, got strategy=adapters in {run.folder}")
     last, learnt_in = run.stored.finished[-1], run.stored.learnt_in
     earlier = [task for task in run.learnt if learnt_in[task.name] < last.index]
     if not earlier:

@@ -1,6 +1,7 @@
 """Whether runs were validated on the same questions: only then do their losses compare."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 from kuavo_train.errors import RunFolderError
 from kuavo_train.reading import read_yaml
@@ -13,7 +14,8 @@ def check_comparable(runs: Sequence[StoredRun]) -> None:
     """Raises `RunFolderError`, naming both folders and the fix, unless losses of all runs mean the same."""
     first, *others = runs
     for other in others:
-        policy = _policy if first.record.axes == other.record.axes else _predictions
+        shared = {task.name: _validated_by(task.name, (first, other)) for task in first.tasks}
+        policy = _policy if first.record.axes == other.record.axes else partial(_predictions, shared=shared)
         ours, theirs = ({**_questions(run), **policy(run)} for run in (first, other))
         for what, answer in ours.items():
             if answer != theirs[what]:
@@ -39,8 +41,17 @@ def _policy(run: StoredRun) -> dict[str, object]:
     return {"hashes of the policy's configuration": run.record.config_hash}
 
 
-def _predictions(run: StoredRun) -> dict[str, object]:
-    """Of a study that varied the policy too: what is predicted, from which frames, whatever predicts it."""
+def _validated_by(task: str, runs: Sequence[StoredRun]) -> set[int]:
+    """The held-out episodes of a task that all runs validate."""
+    return set.intersection(*({*entry.dataset.validated} for run in runs for entry in run.tasks if entry.name == task))
+
+
+def _predictions(run: StoredRun, *, shared: Mapping[str, Collection[int]]) -> dict[str, object]:
+    """Of a study that varied the policy too: what is predicted, from which frames, whatever predicts it.
+
+    Args:
+        shared: task → the episodes that the runs which are compared have in common.
+    """
     path = run.stages[0].folder / "config.yaml"
     policy = read_yaml(path).get("policy", {}) if path.is_file() else {}
     lines = {task.name: run.stages[0].validation("start", task.name) for task in run.tasks}
@@ -48,7 +59,9 @@ def _predictions(run: StoredRun) -> dict[str, object]:
         "kinds of policy": policy.get("type"),
         "lengths of chunks": policy.get("chunk_size"),
         "numbers of queries in validation": {
-            task: sum(each.frames or 0 for each in line.held_out.episodes) for task, line in lines.items() if line
+            task: sum(each.frames or 0 for each in line.held_out.episodes if each.episode in shared.get(task, ()))
+            for task, line in lines.items()
+            if line
         },
     }
 

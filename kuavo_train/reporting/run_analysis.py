@@ -236,6 +236,18 @@ def _check_joint(run: StoredRun, joint: StoredRun) -> None:
     if not joint.finished:
         raise RunFolderError(f"{joint.folder} has no finished stage: finish it before comparing with it")
     check_comparable([run, joint])
+    for task in run.tasks:
+        parts = {
+            other.folder: len(entry.dataset.validated)
+            for other in (run, joint)
+            for entry in other.tasks
+            if entry.name == task.name
+        }
+        if len(set(parts.values())) > 1:
+            raise RunFolderError(
+                f"{run.folder} and {joint.folder} validate {list(parts.values())} episodes of {task.name}: their "
+                "losses do not compare; train one of them again with the other's validation.share and training.epochs"
+            )
 
 
 def _curves(run: StoredRun) -> list[Json]:
@@ -351,6 +363,7 @@ def _dataset(task: TaskRecord) -> Json:
         "frames": task.dataset.frames,
         "train_episodes": len(task.dataset.train_episodes),
         "held_out_episodes": len(task.dataset.held_out_episodes),
+        "validated_episodes": len(task.dataset.validated),
     }
 
 

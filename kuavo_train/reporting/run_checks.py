@@ -82,7 +82,10 @@ def _same_episodes(run: StoredRun) -> Outcome:
     if not used or all(sets == {()} for sets in used.values()):
         return None, "no validation recorded its episodes"
     guilty = [task for task, sets in used.items() if len(sets) > 1]
-    text = f"they differ for {', '.join(guilty)}" if guilty else f"in {len(used)} tasks, after every stage"
+    parts = {task.name: (len(task.dataset.validated), len(task.dataset.held_out_episodes)) for task in run.tasks}
+    sampled = sorted({f"{part} of {held_out}" for part, held_out in parts.values() if part < held_out})
+    of_those = f", {', '.join(sampled)} held-out episodes a task" if sampled else ""
+    text = f"they differ for {', '.join(guilty)}" if guilty else f"in {len(used)} tasks, after every stage{of_those}"
     return not guilty, text
 
 

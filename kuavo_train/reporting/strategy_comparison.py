@@ -235,7 +235,10 @@ def _strategy_of(run: StoredRun) -> str:
     assert run.record.strategy is not None, "checked"
     settings = run.record.strategy_settings
     beside = ["+ replay"] if settings.get("mixture") == "replay" and run.record.strategy in WITHOUT_REPLAY else []
-    if buffer := settings.get("replay"):
+    replay = settings.get("replay") or {}
+    if "share" in replay:
+        beside.append(f"replay.share={replay['share']:g}")
+    if buffer := {key: value for key, value in replay.items() if key != "share"}:
         others = [buffer[key] for key, default in (("unit", "episode"), ("select", "random")) if buffer[key] != default]
         beside += [f"{buffer['buffer']:g}", *others]
     varied = [f"{axis}={value}" for axis, value in run.record.axes.items() if not axis.startswith("replay.")]
@@ -253,7 +256,7 @@ def _shared_episodes(runs: Sequence[StoredRun], measure: Measure, resamples: int
         if measure in CLOSED_LOOP:
             episodes = _layouts(runs, task.name)
         else:
-            episodes = sorted(task.dataset.held_out_episodes)
+            episodes = _validated(runs, task.name)
             if not episodes:
                 where = f"{runs[0].folder}/run.json"
                 raise RunFolderError(f"{where} names no held-out episodes of {task.name}: train it again")
@@ -262,6 +265,12 @@ def _shared_episodes(runs: Sequence[StoredRun], measure: Measure, resamples: int
             drawn = drawing.integers(0, size, size=(resamples, size))
             shared[task.name] = SharedEpisodes(episodes, np.concatenate([np.arange(size)[None], drawn]))
     return shared
+
+
+def _validated(runs: Sequence[StoredRun], task: str) -> list[int]:
+    """The held-out episodes of a task that all runs validate; runs of other lengths may validate more or fewer."""
+    parts = [set(entry.dataset.validated) for run in runs for entry in run.tasks if entry.name == task]
+    return sorted(set.intersection(*parts))
 
 
 def _layouts(runs: Sequence[StoredRun], task: str) -> list[int]:

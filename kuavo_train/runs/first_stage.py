@@ -21,10 +21,20 @@ from kuavo_train.runs.settings import is_free
 from kuavo_train.training.checkpoint import Checkpoint, link_or_copy
 from kuavo_train.training.manifest import MANIFEST
 
-OURS = ("replay", "sequential", "ewc", "merge")
+OURS = ("replay", "sequential", "ewc", "merge", "adapters")
 """Strategies that train the first stage alike. Joint training has another one, and a user's own may do anything."""
 
-OF_LATER = ("strategy", "mixture", "ewc", "merge", "replay", "forgetting", "training.freeze", "stage.replay")
+OF_LATER = (
+    "strategy",
+    "mixture",
+    "ewc",
+    "merge",
+    "adapters",
+    "replay",
+    "forgetting",
+    "training.freeze",
+    "stage.replay",
+)
 """What they heed in later stages alone, or after the first one's last step."""
 
 COPIED = ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "parameters.json")

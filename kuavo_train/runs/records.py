@@ -380,6 +380,12 @@ class DatasetRecord(_Record):
     train_episodes: tuple[int, ...] = ()
     held_out_episodes: tuple[int, ...] = ()
     choosing_episodes: tuple[int, ...] = ()
+    validated_episodes: tuple[int, ...] = ()
+
+    @property
+    def validated(self) -> tuple[int, ...]:
+        """The held-out episodes that losses are of: all, unless some were chosen."""
+        return self.validated_episodes or self.held_out_episodes
 
     def to_json(self) -> Json:
         return {"from" if key == "origin" else key: value for key, value in asdict(self).items()}
@@ -392,6 +398,7 @@ class DatasetRecord(_Record):
             train_episodes=tuple(content.get("train_episodes") or ()),
             held_out_episodes=tuple(content.get("held_out_episodes") or ()),
             choosing_episodes=tuple(content.get("choosing_episodes") or ()),
+            validated_episodes=tuple(content.get("validated_episodes") or ()),
         )
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
-from kuavo_train.config import RunConfig, StageConfig
+from kuavo_train.config import ReplayConfig, RunConfig, StageConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.task import Task
 from kuavo_train.errors import Problems
@@ -59,7 +59,8 @@ def facts_of(
             "ewc": config.ewc and asdict(config.ewc),
             "merge": config.merge and asdict(config.merge),
             **({"distill": asdict(config.distill)} if config.distill else {}),  # runs before it lack it
-            **({"replay": asdict(config.replay)} if config.replay.keeps_part else {}),  # runs before it lack it
+            **({"adapters": asdict(config.adapters)} if config.adapters else {}),
+            **_replay_settings(config.replay),
         },
         axes=config.axes,
         config_hash=_hash(
@@ -71,6 +72,13 @@ def facts_of(
         tasks=tuple(_task(stage, task) for stage, task in zip(curriculum, tasks, strict=True)),
         normalization=StatisticsRecord(normalization.source, normalization.hash),
     )
+
+
+def _replay_settings(replay: ReplayConfig) -> Json:
+    """What is kept and how much is replayed, where anything is set; runs before these keys lack them."""
+    kept = {key: value for key, value in asdict(replay).items() if key != "share"} if replay.keeps_part else {}
+    share = {} if replay.share is None else {"share": replay.share}
+    return {"replay": kept | share} if kept or share else {}
 
 
 def _task(stage: StageConfig, task: Task) -> TaskRecord:
@@ -92,6 +100,7 @@ def _task(stage: StageConfig, task: Task) -> TaskRecord:
             train_episodes=task.train_episodes,
             held_out_episodes=task.held_out_episodes,
             choosing_episodes=task.choosing_episodes,
+            validated_episodes=task.validated_episodes,
         ),
     )
 

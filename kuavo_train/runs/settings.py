@@ -88,6 +88,7 @@ SHARED = (  # what all stages of a run have in common: one policy, one way of ke
     "mixture",
     "ewc",
     "distill",
+    "adapters",
     "merge",
     "replay",
     "policy",
@@ -96,6 +97,7 @@ SHARED = (  # what all stages of a run have in common: one policy, one way of ke
     "data.image_size",
     "data.normalization",
     "validation.draws",
+    "validation.share",
     "rollout.seed",
     "rollout.max_steps",
 )

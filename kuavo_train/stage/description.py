@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from kuavo_train.data.images.plan import size_text
-from kuavo_train.stage.facts import ClipFacts, StepFacts, TaskFacts
+from kuavo_train.stage.facts import ClipFacts, StepFacts, TaskFacts, ValidationFacts
 from kuavo_train.stage.findings import CHECKPOINTS_AT_ONCE, Findings
 from kuavo_train.training.parameter_groups import GroupCounts
 
@@ -26,6 +26,8 @@ def describe(findings: Findings) -> str:
         parts.append(_disk_text(facts["disk_bytes"]))
     if "images" in facts:
         parts.append(facts["images"])
+    if any(task["validated_episodes"] < task["held_out_episodes"] for task in facts.get("tasks", [])):
+        parts += _groups_of_tasks("validate", facts["tasks"], _validated_text)
     if any(task["choosing_episodes"] for task in facts.get("tasks", [])):
         parts += _groups_of_tasks("merge", facts["tasks"], _choosing_text)
     if any(task["kept"] for task in facts.get("tasks", [])):
@@ -38,6 +40,8 @@ def describe(findings: Findings) -> str:
                 **facts["training"]
             )
         )
+    if "validation" in facts:
+        parts.append(_validation_text(facts["validation"]))
     return "\n".join([*(part for part in parts if part), *(f"  note: {note}" for note in findings.notes)])
 
 
@@ -117,6 +121,25 @@ def _widened_text(widened: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     each = ", ".join(f"{name} {before} → {now}" for name, (before, now) in sorted(widened.items()))
     return [f"  widened: {each} dimensions; the old ones as they were stored, the new ones begin at 0"]
+
+
+def _validated_text(task: TaskFacts) -> str:
+    """Which part of the held-out episodes the losses are of."""
+    if task["validated_episodes"] == task["held_out_episodes"]:
+        return "all held-out episodes"
+    part, all_of_them = task["validated_episodes"], task["held_out_episodes"]
+    return f"{part:,} of {all_of_them:,} held-out episodes, the same ones throughout the run (validation.share)"
+
+
+def _validation_text(validation: ValidationFacts) -> str:
+    """What the stage's validations cost, in numbers that depend on no clock."""
+    share, limit = validation["queries"] / validation["samples"], validation["limit"]
+    above = limit is not None and share > limit
+    beyond = f", more than validation.share={limit:g}: it takes two episodes a task at least" if above else ""
+    return (
+        f"  {validation['times']} validations, {validation['queries']:,} queries beside {validation['samples']:,} "
+        f"training samples ({share:.1%}){beyond}"
+    )
 
 
 def _choosing_text(task: TaskFacts) -> str:

@@ -36,6 +36,7 @@ class TaskFacts(TypedDict):
     instructions: list[str]
     train_episodes: int
     held_out_episodes: int
+    validated_episodes: int
     choosing_episodes: int
     frames: int
     hours: float
@@ -75,6 +76,15 @@ class StepFacts(TypedDict):
     per_sample: int
 
 
+class ValidationFacts(TypedDict):
+    """What the validations of a stage cost: `queries` of them all, beside the `samples` that are trained on."""
+
+    times: int
+    queries: int
+    samples: int
+    limit: float | None
+
+
 class Facts(TypedDict, total=False):
     """As far as they could be found out.
 
@@ -92,3 +102,4 @@ class Facts(TypedDict, total=False):
     images: str
     clip: ClipFacts
     training: TrainingFacts
+    validation: ValidationFacts

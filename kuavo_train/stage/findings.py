@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from kuavo_train.data.recording import recorded_fps
 from kuavo_train.data.replay_file import ExportedTask
 from kuavo_train.data.sampler import Order
 from kuavo_train.data.task import Task
+from kuavo_train.data.validated import queries, validations
 from kuavo_train.errors import ConfigError, Problems
 from kuavo_train.stage.checks import (
     agreement_problems,
@@ -40,6 +41,7 @@ from kuavo_train.stage.checks import (
 )
 from kuavo_train.stage.facts import Facts, KeptFacts, TaskFacts
 from kuavo_train.stage.lineage import samples_of_batch
+from kuavo_train.training.epochs import Timetable
 from kuavo_train.training.lora import adapted_state
 from kuavo_train.training.optimizer import state_bytes
 from kuavo_train.training.parameter_groups import parameter_counts
@@ -171,6 +173,14 @@ class Findings:
             those = ", ".join(f"{name} {share:g}" for name, share in mixture.dealt.items())
             now = ", ".join(f"{name} {share:g}" for name, share in shares.items())
             self.notes.append(f"replay shares of tasks not learnt before ({those}) go to the others: {now}")
+        names = [task["name"] for task in self.facts["tasks"]]
+        earlier = names[: names.index(config.stage.name)] if config.stage.name in names else []
+        unreplayed = [name for name in earlier if not shares.get(name)]
+        if config.mixture == "replay" and unreplayed:
+            self.notes.append(
+                f"not replayed, since the task's file gives them no share: {', '.join(unreplayed)}; replay.share=0.4 "
+                "replays all earlier tasks, in any order of them"
+            )
         self.facts["images"] = images.description
         self.problems += images.problems
         self.facts["training"] = {
@@ -194,6 +204,31 @@ class Findings:
         """How far back gradients reach, where a memory is trained through time."""
         if isinstance(order, ClipOrder):
             self.facts["clip"] = {"queries": order.clip, "steps": order.stride}
+
+    def look_at_validation(
+        self,
+        config: RunConfig,
+        tasks: Sequence[Task],
+        seen: Collection[str],
+        timetable: Timetable,
+        *,
+        stride: int,
+        first: bool,
+    ) -> None:
+        """Which held-out episodes are validated, and what that costs in this stage; the run's first has one more."""
+        validation = config.validation
+        costs = {task.name: queries(task, task.validated, stride) for task in tasks}
+        of_all, of_seen = sum(costs.values()), sum(costs[name] for name in seen)
+        times = validations(timetable.epoch(timetable.steps), validation.every_epochs)
+        at_end = of_all if validation.unseen_tasks else of_seen
+        self.facts["validation"] = {
+            "times": times + first,
+            "queries": first * of_all + (times - 1) * of_seen + at_end,
+            "samples": timetable.steps * samples_of_batch(config) * config.training.gradient_accumulation_steps,
+            "limit": validation.share,
+        }
+        for facts, task in zip(self.facts["tasks"], tasks, strict=True):
+            facts["validated_episodes"] = len(task.validated)
 
     def look_at_kept(self, kept: Mapping[str, KeptFacts]) -> None:
         """What of each task is kept for replay; nothing where all is."""
@@ -223,6 +258,7 @@ def _task_facts(task: Task, image_shapes: Mapping[str, tuple[int, ...]]) -> Task
         "instructions": list(task.instructions.texts),
         "train_episodes": len(task.train_episodes),
         "held_out_episodes": len(task.held_out_episodes),
+        "validated_episodes": len(task.validated),
         "choosing_episodes": len(task.choosing_episodes),
         "frames": frames,
         "hours": frames / fps / 3600,

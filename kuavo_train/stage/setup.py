@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.kept_data import kept_of_all, kept_of_earlier
 from kuavo_train.stage.lineage import Start, processes_of, seen_tasks, stages_before
 from kuavo_train.stage.opened_data import OpenedData, open_data
+from kuavo_train.stage.validated_tasks import validated_tasks
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
 from kuavo_train.training.carried_memory import CarriedMemory, Exchange, NoRecurrence, Recurrence
@@ -209,7 +210,7 @@ class Opening:
     def policy(self, data: OpenedData) -> BuiltPolicy:
         """With the weights it starts from, frozen as the stage wants it."""
         config, findings, weights = self.config, self.findings, self.start.weights
-        is_first = not stages_before(config, self.curriculum)
+        is_first, seen = not stages_before(config, self.curriculum), seen_tasks(config, self.curriculum)
         frozen = config.training.freeze_first_stage if is_first else config.training.freeze
         checkpoint, device = weights.pretrained_model if weights else None, self.accelerator.device
         policy_config = findings.need(
@@ -219,6 +220,7 @@ class Opening:
                 normalization=data.normalization,
                 image_shapes=data.image_shapes,
                 instructions=[text for task in data.tasks for text in task.instructions.texts],
+                learnt=[task.instructions.texts for task in data.tasks if task.name in seen],
                 frozen=frozen,
                 checkpoint=checkpoint,
                 device=device,
@@ -251,6 +253,8 @@ class Opening:
         """Which samples in how many steps, where their pictures come from, and where the policy is rolled out."""
         config, findings, accelerator = self.config, self.findings, self.accelerator
         training = config.training
+        stride = built.policy.config.n_action_steps
+        data = replace(data, tasks=validated_tasks(config, data.tasks, stride))
         order = findings.need(findings.attempt(_order, config, data.tasks, built.policy, strategy, kept))
         timetable = Timetable(
             epochs=training.epochs,
@@ -271,6 +275,8 @@ class Opening:
         )
         findings.look_at_plan(config, order.shares, timetable.steps, images)
         findings.look_at_clips(order)
+        seen, first = seen_tasks(config, self.curriculum), not stages_before(config, self.curriculum)
+        findings.look_at_validation(config, data.tasks, seen, timetable, stride=stride, first=first)
         findings.problems += _room_problems(config, data, built, images)
         environments = findings.attempt(_environments, config, self.curriculum, data, findings)
         augment = findings.attempt(_augmentation, config, accelerator.process_index)
@@ -377,7 +383,7 @@ def _episodes_read(
     return {
         task.name: [
             *trained.get(task.name, ()),
-            *(task.held_out_episodes if task.name in validated else ()),
+            *(task.validated if task.name in validated else ()),
             *(task.choosing_episodes if later and task.name in seen else ()),
         ]
         for task in tasks

@@ -48,14 +48,14 @@ class StageValidation:
 
     def choosing_losses(self) -> dict[str, float]:
         """As `losses`, on the episodes that are set apart to choose by."""
-        learnt = [replace(task, held_out_episodes=task.choosing_episodes) for task in self.opened.learnt]
+        learnt = [task.judged_on(task.choosing_episodes) for task in self.opened.learnt]
         validator = replace(self.validator, dataset=self.opened.dataset(learnt))
         return {scores.task: scores.loss for scores in self._measure(self.opened.seen, validator)}
 
     def losses_of_training(self, task: Task) -> dict[int, float]:
         """Training episode of a task → its loss, measured as that of held-out episodes is; written nowhere."""
-        as_held_out = replace(task, held_out_episodes=task.train_episodes)
-        validator = replace(self.validator, dataset=self.opened.dataset([as_held_out]))
+        dataset = self.opened.dataset([task.judged_on(task.train_episodes)])
+        validator = replace(self.validator, dataset=dataset)
         (scores,) = self.agreement.repeatable(lambda: validator.validate_all_tasks(self.policy, [task.name]))
         return scores.scores("loss")
 

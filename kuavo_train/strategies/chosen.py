@@ -10,6 +10,7 @@ from kuavo_train.config import RunConfig
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.metrics.intervals import Scores
 from kuavo_train.runs.run_folder import StageFolder
+from kuavo_train.strategies.adapters import Adapters
 from kuavo_train.strategies.distill import Distill
 from kuavo_train.strategies.ewc import Ewc
 from kuavo_train.strategies.forgetting_gate import ForgettingGate
@@ -18,7 +19,7 @@ from kuavo_train.strategies.strategy import Action, StageView, Strategy
 from kuavo_train.training.checkpoint import Checkpoint
 from kuavo_train.training.extra_loss import ExtraLoss, ExtraLosses
 
-BESIDE = {"ewc": Ewc, "distill": Distill, "merge": Merge}
+BESIDE = {"ewc": Ewc, "distill": Distill, "merge": Merge, "adapters": Adapters}
 """Section of the configuration → the strategy that it turns on, beside whichever is named."""
 
 

@@ -35,6 +35,7 @@ from kuavo_train.reading import Json, JsonValue
 from kuavo_train.training.ema import check_average
 from kuavo_train.training.lora import ADAPTED_GROUP, add_adapters
 from kuavo_train.training.parameter_groups import check_freezing, freeze
+from kuavo_train.training.task_adapters import adapter_fields, hold_all_but_the_newest
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
@@ -112,6 +113,7 @@ def configure_policy(
     normalization: Normalization,
     image_shapes: Mapping[str, tuple[int, ...]],
     instructions: Sequence[str],
+    learnt: Sequence[Sequence[str]],
     frozen: Sequence[str],
     checkpoint: Path | None,
     device: torch.device,
@@ -121,6 +123,7 @@ def configure_policy(
     Args:
         image_shapes: camera → (3, H, W), in the policy's order.
         instructions: of all tasks; the tiny tokenizer learns its words from them.
+        learnt: of each task by the end of the stage, its instructions.
         frozen: parameter groups this stage holds fixed.
         checkpoint: folder of the stage before; None starts from `policy.pretrained_path`, or from new weights.
 
@@ -147,6 +150,8 @@ def configure_policy(
         # It holds the weights of the parts as well; fetched once more they would only be overwritten.
         values |= {key: nothing for key, nothing in WEIGHTS_OF_PARTS.items() if key in values}
     config_class = policy_config_class(config.policy)
+    if config.adapters is not None:
+        values |= adapter_fields(config.adapters, learnt, values["vlm_model_name"])
     policy_config = _lerobot_config(
         config_class,
         {**values, **_freezing_flags(config_class, frozen), "device": device.type},
@@ -188,6 +193,7 @@ def build_policy(
         policy_config.pretrained_backbone_weights = None  # or whoever opened a checkpoint would fetch them first
     _check_freezing(config, policy)
     freeze(policy, frozen)
+    hold_all_but_the_newest(policy)
     if hasattr(policy, "settle_precision"):
         policy.settle_precision()
     add_adapters(policy, config.training.lora)
@@ -319,7 +325,8 @@ def _as_field(name: str, value: JsonValue) -> object:
     """What LeRobot's config holds for a value of YAML."""
     if name == "normalization_mapping":
         return {kind: NormalizationMode(mode) for kind, mode in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    # LeRobot's tuples are of numbers or words; it could not write one of lists.
+    return tuple(value) if isinstance(value, list) and not any(isinstance(each, list) for each in value) else value
 
 
 def _freezing_flags(config_class: type[PreTrainedConfig], frozen: Sequence[str]) -> dict[str, bool]:

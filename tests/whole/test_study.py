@@ -94,7 +94,7 @@ def test_merge_with_and_without_replay_are_two_cells_that_share_the_settings_of_
     [
         ("outputs=here,there", r"outputs must have one value, since a study varies what can change a result"),
         ("training.lr=1e-3,-1", r"training.lr must be positive, got -1"),
-        ("strategy=replay,dreaming", r"strategy must be one of distill, ewc, .*dreaming"),
+        ("strategy=replay,dreaming", r"strategy must be one of adapters, distill, ewc, .*dreaming"),
         ("seed=0,-1", r"seed must not be negative, got -1"),
         ("stage.epochs=2", r"must hold for every stage, got stage.epochs=2"),
         ("seed=", r"seed"),
