@@ -18,6 +18,7 @@ from kuavo_train.config import DataConfig
 from kuavo_train.data.batch import Batch, Origin
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import GIB, Images, cached_bytes, disk_problems, filling, size_text
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
@@ -59,6 +60,7 @@ def with_contexts(
     episodes: Mapping[str, Sequence[int]],
     encoder: ContextEncoder | None,
     dataset: Callable[[Sequence[Task]], MixedDataset],
+    shard: Shard = WHOLE,
 ) -> Images:
     """`images`, and beside them what the model makes of them, where that takes no more room than it may.
 
@@ -66,6 +68,7 @@ def with_contexts(
         tasks: of the stage; episodes: task → those that it reads.
         encoder: None where the model learns, or what it makes of a frame is not all that the frame decides.
         dataset: tasks → their samples, with `images`.
+        shard: as of `images`.
     """
     if encoder is None or not images.embeddings:
         return images
@@ -78,16 +81,17 @@ def with_contexts(
     def fill_both(**how: Unpack[How]) -> None:
         images.fill(**how)
         for task in tasks:
-            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], **how)
+            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], shard=shard, **how)
 
     return replace(
         images,
         contexts={name: CachedContexts(cache) for name, cache in caches.items()},
         context_key=encoder.key,
         fill=fill_both,
-        description=f"{images.description}\n  keys and values of the frozen model: {filling(caches, episodes)}",
+        description=f"{images.description}\n  keys and values of the frozen model: {filling(caches, episodes, shard)}",
         look=images.look + max(cache.row_bytes for cache in caches.values()),
-        problems=[*images.problems, *disk_problems(config, "data.context_cache_limit_gib=0", caches, episodes)],
+        problems=[*images.problems, *disk_problems(config, "data.context_cache_limit_gib=0", caches, episodes, shard)],
+        caches=[*images.caches, *caches.values()],
     )
 
 

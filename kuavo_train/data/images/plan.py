@@ -17,6 +17,7 @@ from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource, RowSource
 
 GIB = 2**30
@@ -33,6 +34,7 @@ class Images:
         description: what was chosen and why, what it takes on the disk and how much of that is there.
         look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
+        caches: all that is read from the disk; none where frames are decoded anew.
         embeddings: task → the cache of its embeddings, where it is embeddings that are given.
         contexts, context_key: task → what the vision-language model makes of its rows, and the name of that in a batch;
             see contexts.py.
@@ -44,6 +46,7 @@ class Images:
     description: str
     look: int
     problems: Sequence[str] = ()
+    caches: Sequence[EpisodeCache] = ()
     embeddings: Mapping[str, EpisodeCache] = field(default_factory=dict)
     contexts: Mapping[str, RowSource] = field(default_factory=dict)
     context_key: str = ""
@@ -54,6 +57,7 @@ def plan_images(
     decoded: Mapping[str, DecodedFrames],
     episodes: Mapping[str, Sequence[int]],
     encoder: Encoder | None,
+    shard: Shard = WHOLE,
 ) -> Images:
     """Choose, and measure what it takes. Nothing is computed yet and nothing written.
 
@@ -61,26 +65,28 @@ def plan_images(
         decoded: task → its frames.
         episodes: task → the episodes that the stage reads.
         encoder: of the policy, frozen in this stage; None where it learns.
+        shard: of the episodes that are to be computed here; what is chosen does not depend on it.
     """
     if encoder is None:
-        return _frames(config, decoded, episodes, "the image encoder is trained")
+        return _frames(config, decoded, episodes, shard, "the image encoder is trained")
     if config.augmentation is not None:
-        return _frames(config, decoded, episodes, "data.augmentation changes the pictures")
+        return _frames(config, decoded, episodes, shard, "data.augmentation changes the pictures")
     if not config.feature_cache:
-        return _frames(config, decoded, episodes, "data.feature_cache=false")
+        return _frames(config, decoded, episodes, shard, "data.feature_cache=false")
     caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
     size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
         over = (
             f"they would take {size_text(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
         )
-        return _frames(config, decoded, episodes, over)
+        return _frames(config, decoded, episodes, shard, over)
 
     def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
             frames = frame_cache(decoded[name], config.cache_folder)
-            there = not frames.missing(cache.missing(episodes[name]))
-            fill_features(cache, encoder, CachedFrames(frames) if there else decoded[name], episodes[name], **how)
+            there = not frames.missing(cache.missing(shard.of(episodes[name])))
+            source = CachedFrames(frames) if there else decoded[name]
+            fill_features(cache, encoder, source, episodes[name], shard=shard, **how)
 
     tokens, width = next(shape for cache in caches.values() for shape in cache.shapes.values())
     what = f"embeddings by the frozen encoder, {tokens} × {width} bfloat16 per camera"
@@ -88,9 +94,10 @@ def plan_images(
         {name: CachedFeatures(cache) for name, cache in caches.items()},
         encoder.image_key,
         fill,
-        _description(what, caches, episodes),
+        _description(what, caches, episodes, shard),
         _look(caches),
-        disk_problems(config, "data.feature_cache=false", caches, episodes),
+        disk_problems(config, "data.feature_cache=false", caches, episodes, shard),
+        list(caches.values()),
         caches,
     )
 
@@ -99,6 +106,7 @@ def _frames(
     config: DataConfig,
     decoded: Mapping[str, DecodedFrames],
     episodes: Mapping[str, Sequence[int]],
+    shard: Shard,
     why_not_embeddings: str,
 ) -> Images:
     because = f"(no embeddings: {why_not_embeddings})"
@@ -109,47 +117,55 @@ def _frames(
 
     def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
-            fill_frames(cache, decoded[name], episodes[name], **how)
+            fill_frames(cache, decoded[name], episodes[name], shard=shard, **how)
 
     return Images(
         {name: CachedFrames(cache) for name, cache in caches.items()},
         str,
         fill,
-        _description(f"frames {because}", caches, episodes),
+        _description(f"frames {because}", caches, episodes, shard),
         _look(caches),
-        disk_problems(config, "data.frame_cache=false", caches, episodes),
+        disk_problems(config, "data.frame_cache=false", caches, episodes, shard),
+        list(caches.values()),
     )
 
 
-def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
-    lines = [f"  images: {what}; {filling(caches, episodes)}"]
+def _description(
+    what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard
+) -> str:
+    lines = [f"  images: {what}; {filling(caches, episodes, shard)}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
         lines.append(
             f"  beside them {size_text(sum(others.values()))} of other weights or settings, to be deleted if no other "
-            f"run needs them: {names}"
+            f"run needs them (python -m kuavo_train.cache prune=list): {names}"
         )
     return "\n".join(lines)
 
 
-def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
-    """What they take on the disk, and how much of that is there."""
-    missing = _missing_bytes(caches, episodes)
+def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard = WHOLE) -> str:
+    """What they take on the disk, and how much of that, or of the shard's part of it, is there."""
+    missing = _missing_bytes(caches, episodes, shard)
     folder = next(iter(caches.values())).path.parent
-    there = f"{size_text(missing)} of it to be computed now" if missing else "all of it there"
+    it = "it" if shard == WHOLE else f"shard {shard}"
+    there = f"{size_text(missing)} of {it} to be computed now" if missing else f"all of {it} there"
     return f"{size_text(cached_bytes(caches, episodes))} in {folder}, {there}"
 
 
 def disk_problems(
-    config: DataConfig, off: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]
+    config: DataConfig,
+    off: str,
+    caches: Mapping[str, EpisodeCache],
+    episodes: Mapping[str, Sequence[int]],
+    shard: Shard = WHOLE,
 ) -> list[str]:
     """What the disk lacks for them.
 
     Args:
         off: the setting that does without.
     """
-    needed = _missing_bytes(caches, episodes)
+    needed = _missing_bytes(caches, episodes, shard)
     folder = config.cache_folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if needed <= free:
@@ -169,8 +185,8 @@ def cached_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequ
     return sum(cache.size(episodes[name]) for name, cache in caches.items())
 
 
-def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
-    return sum(cache.size(cache.missing(episodes[name])) for name, cache in caches.items())
+def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard) -> int:
+    return sum(cache.size(cache.missing(shard.of(episodes[name]))) for name, cache in caches.items())
 
 
 def size_text(count: int) -> str:
