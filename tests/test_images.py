@@ -19,6 +19,7 @@ from kuavo_train.config import DataConfig, RunConfig
 from kuavo_train.data.images import frames as frames_module
 from kuavo_train.data.images import part, plan
 from kuavo_train.data.images.features import CachedFeatures, Encoder
+from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import Images, plan_images
@@ -109,6 +110,36 @@ def test_features_are_the_encoders_output_as_bfloat16(config: DataConfig, decode
         assert images.image_key(camera) == f"features of {camera}"
         expected = embed(decoded(camera, rows).float() / 255).bfloat16()
         assert torch.equal(images.sources["weighing"](camera, rows), expected)
+
+
+def test_features_of_int8_take_half_the_room_and_are_as_near_as_a_scale_per_token_allows(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    embed, exact = Counted(), planned(config, decoded, encoder(Counted()))
+    images = planned(replace(config, feature_dtype="int8"), decoded, encoder(embed))
+    assert "4 × 8 int8 with a scale per token per camera" in images.description
+    assert images.look == exact.look == 3 * 4 * 8 * 2  # as handed over: bfloat16
+    for each in (exact, images):
+        each.fill(progress=False)
+    assert images.embeddings["weighing"].row_bytes == 3 * 4 * (8 + 4)
+    assert images.embeddings["weighing"].path != exact.embeddings["weighing"].path
+    rows = np.array([30, 2, 30, 69])
+    for camera in decoded.task.cameras:
+        given = images.sources["weighing"](camera, rows)
+        expected = embed(decoded(camera, rows).float() / 255)
+        assert given.dtype == torch.bfloat16
+        largest = expected.abs().amax(dim=-1, keepdim=True)
+        assert ((given.float() - expected).abs() <= largest * (0.5 / 127 + 2**-8) + 1e-9).all()
+        assert torch.equal(exact.sources["weighing"](camera, rows), expected.bfloat16())
+
+
+def test_a_token_of_zeros_stays_so_and_one_that_is_not_finite_is_not_hidden() -> None:
+    embeddings = torch.tensor([[[0.0, 0.0], [float("nan"), 1.0], [1e-30, -1e-30], [3.0, -5.0]]])
+    zeros, broken, least, plain = FORMS["int8"].load(FORMS["int8"].store(embeddings)).float()[0]
+    assert torch.equal(zeros, torch.zeros(2))
+    assert broken.isnan().all()
+    assert least == pytest.approx([1e-30, -1e-30], rel=0.01)
+    assert plain == pytest.approx([3.0, -5.0], rel=0.01)
 
 
 def test_a_cut_off_computation_keeps_what_is_done_and_goes_on_with_the_rest(
@@ -231,7 +262,8 @@ def test_other_weights_are_another_cache_and_the_old_one_is_named_with_its_size(
     assert len(changed.asked) == 15
     (old,) = (source.cache.path for source in first.sources.values())
     assert old.is_dir()
-    assert f"of other weights or settings, to be deleted if no other run needs them: {old.name}" in second.description
+    assert "of other weights or settings, to be deleted if no other run needs them" in second.description
+    assert f"(python -m kuavo_train.cache prune=list): {old.name}" in second.description
 
 
 def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) -> None:

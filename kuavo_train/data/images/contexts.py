@@ -18,6 +18,7 @@ from kuavo_train.config import DataConfig
 from kuavo_train.data.batch import Batch, Origin
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
+from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import GIB, Images, cached_bytes, disk_problems, filling, size_text
 from kuavo_train.data.sampler import Draw
@@ -99,12 +100,13 @@ def _cache(
     task: Task, images: Images, config: DataConfig, encoder: ContextEncoder, dataset: MixedDataset
 ) -> EpisodeCache:
     embeddings, texts = images.embeddings[task.name], task.instructions.texts
+    width = FORMS[config.feature_dtype].width
     said = hashlib.sha256("\n".join(texts).encode() + task.instructions.of_row.tobytes()).hexdigest()
     key = {**embeddings.key, "context": {**encoder.settings, "instructions": said}}
     blank = {
         **{
-            images.image_key(camera): torch.zeros((len(texts), *shape), dtype=torch.bfloat16)
-            for camera, shape in embeddings.shapes.items()
+            images.image_key(camera): torch.zeros((len(texts), tokens, width(stored)), dtype=torch.bfloat16)
+            for camera, (tokens, stored) in embeddings.shapes.items()
         },
         OBS_STATE: torch.from_numpy(np.tile(dataset.fill_state, (len(texts), 1))),
     }

@@ -16,11 +16,13 @@ from typing import Unpack
 from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
+from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource, RowSource
 
 GIB = 2**30
+BYTES_OF_BFLOAT16 = 2
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def plan_images(
         return _frames(config, decoded, episodes, shard, "data.augmentation changes the pictures")
     if not config.feature_cache:
         return _frames(config, decoded, episodes, shard, "data.feature_cache=false")
-    caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
+    form = FORMS[config.feature_dtype]
+    caches = {name: feature_cache(frames, encoder, config.cache_folder, form) for name, frames in decoded.items()}
     size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
         over = (
@@ -86,16 +89,17 @@ def plan_images(
             frames = frame_cache(decoded[name], config.cache_folder)
             there = not frames.missing(cache.missing(shard.of(episodes[name])))
             source = CachedFrames(frames) if there else decoded[name]
-            fill_features(cache, encoder, source, episodes[name], shard=shard, **how)
+            fill_features(cache, encoder, source, episodes[name], form, shard=shard, **how)
 
-    tokens, width = next(shape for cache in caches.values() for shape in cache.shapes.values())
-    what = f"embeddings by the frozen encoder, {tokens} × {width} bfloat16 per camera"
+    tokens, stored = next(shape for cache in caches.values() for shape in cache.shapes.values())
+    width = form.width(stored)
+    what = f"embeddings by the frozen encoder, {tokens} × {width} {form.text} per camera"
     return Images(
-        {name: CachedFeatures(cache) for name, cache in caches.items()},
+        {name: CachedFeatures(cache, form) for name, cache in caches.items()},
         encoder.image_key,
         fill,
         _description(what, caches, episodes, shard),
-        _look(caches),
+        max(len(frames.shapes) for frames in decoded.values()) * tokens * width * BYTES_OF_BFLOAT16,
         disk_problems(config, "data.feature_cache=false", caches, episodes, shard),
         list(caches.values()),
         caches,
