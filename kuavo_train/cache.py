@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from kuavo_train.command_line import hydra_entry
 from kuavo_train.compose import check_overrides, compose_run, compose_stage_of_run
 from kuavo_train.config import RunConfig
-from kuavo_train.errors import one_of, require
+from kuavo_train.errors import Problems, one_of, require
 
 OWN = ("shard", "prune")
 """Keys beside those of the configuration."""
@@ -47,6 +47,7 @@ def _fill(composed: DictConfig, overrides: list[str], shard_text: str) -> int:
 
     record_missing_data(config, [each.stage for each in configs])
     images = plan_caches(config, configs, shard)
+    Problems(images.problems).raise_all()
     require(bool(images.caches), "data.frame_cache", "be true for anything to be kept", config.data.frame_cache)
     which = "" if shard == WHOLE else f", shard {shard}"
     print(f"stage {config.stage.index} ({config.stage.name}){which}\n{images.description}", flush=True)

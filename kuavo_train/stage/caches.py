@@ -8,11 +8,11 @@ from lerobot.datasets.utils import INFO_PATH
 
 from kuavo_train.compose import stages_to_run
 from kuavo_train.config import RunConfig
+from kuavo_train.data.content_hash import content_hash
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import Images
 from kuavo_train.data.images.stored import StoredCache, stored_caches
-from kuavo_train.data.task import content_hash
-from kuavo_train.errors import Problems, require
+from kuavo_train.errors import require
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.lineage import Start, result_before, stages_before
@@ -27,8 +27,7 @@ def plan_caches(config: RunConfig, configs: Sequence[RunConfig], shard: Shard = 
         configs: of all tasks, in the order of learning.
 
     Raises:
-        ConfigError: data or policy cannot be opened, the disk has no room for the shard, or the encoder's weights are
-            still to be learnt.
+        ConfigError: data or policy cannot be opened, or the encoder's weights are still to be learnt.
     """
     findings, curriculum = Findings(), [each.stage for each in configs]
     start = Start() if encoder_is_the_bases(config, configs) else Start(before=result_before(config, curriculum))
@@ -37,9 +36,7 @@ def plan_caches(config: RunConfig, configs: Sequence[RunConfig], shard: Shard = 
     findings.raise_problems()
     built = opening.policy(data)
     order = opening.order(data, built, strategy, findings.need(opening.kept(data)))
-    images = opening.images(data, built, order, shard)
-    Problems(images.problems).raise_all()
-    return images
+    return opening.images(data, built, order, shard)
 
 
 def encoder_is_the_bases(config: RunConfig, configs: Sequence[RunConfig]) -> bool:
