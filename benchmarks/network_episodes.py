@@ -189,19 +189,13 @@ def robot_python(given: str | None) -> Iterator[tuple[str | Path, str]]:
         yield environment(python, Path(folder) / "env", *CLIENT_NEEDS), version
 
 
-def checkpoint_in(folder: Path) -> Path:
-    """The checkpoint, or the best of a run folder's last stage."""
-    of_stages = sorted(folder.glob("stage*/checkpoints/best")) if (folder / "run.json").is_file() else []
-    return of_stages[-1] if of_stages else folder
-
-
 def compare(options: Options) -> int:
     """Plays, writes the JSON and prints the table; the exit status.
 
     Raises:
         ConfigError, RunError: what is not there, or fails.
     """
-    contestant = Contestant.open("served", str(checkpoint_in(options.checkpoint)))
+    contestant = Contestant.open("served", str(options.checkpoint))
     asked = EvaluateOptions(
         {"served": str(contestant.folder)}, seed=options.seed, device=options.device, max_steps=options.max_steps
     )

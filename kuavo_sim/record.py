@@ -26,8 +26,8 @@ import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -49,6 +49,8 @@ from kuavo_sim.sheet import contact_sheet
 from kuavo_sim.tasks import TASKS
 
 if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 _SEEDS_PER_RECORDING = 100_000
@@ -93,6 +95,72 @@ class RecordSettings:
         for key, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{key} must {rule}, got {getattr(self, key)!r}")
+
+
+def ensure_all_recorded(wanted: Mapping[Path, RecordSettings], *, workers: int | None = None) -> list[Path]:
+    """Record the datasets that are not there already; the folders of those.
+
+    What is written to one dataset keeps one core busy. So several are recorded side by side, in processes of their own
+    that share `workers`, by default the number of CPUs.
+
+    Raises:
+        ValueError, FileExistsError: as `ensure_recorded`; a dataset that is there is looked at before any is recorded.
+        RuntimeError: the expert fails in more than half of the episodes.
+    """
+    for root, settings in wanted.items():
+        if root.exists():
+            ensure_recorded(settings, root)
+    missing = {root: settings for root, settings in wanted.items() if not root.exists()}
+    workers = workers or usable_cpus()
+    at_once = min(len(missing), workers)
+    if at_once < 2:
+        return [root for root, settings in missing.items() if ensure_recorded(settings, root, workers=workers)]
+    context = multiprocessing.get_context("spawn")
+    count = context.Value("q", 0)  # of the episodes of all; −1: stop
+    with born_deaf():
+        pool = ProcessPoolExecutor(at_once, mp_context=context, initializer=_count_in, initargs=(count,))
+    names = ", ".join(settings.task for settings in missing.values())
+    try:
+        with born_deaf():  # submitting is what starts them
+            pending = {
+                pool.submit(_ensure_recorded_and_counted, settings, root, workers // at_once)
+                for root, settings in missing.items()
+            }
+        episodes = sum(settings.episodes for settings in missing.values())
+        with tqdm(total=episodes, desc=f"recording {names}", unit="episode") as bar:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                bar.update(count.value - bar.n)
+                for each in done:
+                    each.result()
+    finally:
+        count.value = _STOP
+        pool.shutdown(wait=True, cancel_futures=True)
+    return list(missing)
+
+
+_STOP = -1
+_count: "Synchronized[int] | None" = None
+
+
+def _count_in(count: "Synchronized[int]") -> None:
+    """In a process of `ensure_all_recorded`."""
+    global _count
+    _count = count
+    follow_parent()
+
+
+def _ensure_recorded_and_counted(settings: RecordSettings, root: Path, workers: int) -> bool:
+    return ensure_recorded(settings, root, workers=workers, progress=False)
+
+
+def _advance() -> None:
+    """Raises KeyboardInterrupt when the recordings side by side are to stop."""
+    if _count is not None:
+        with _count.get_lock():
+            if _count.value == _STOP:
+                raise KeyboardInterrupt
+            _count.value += 1
 
 
 def ensure_recorded(settings: RecordSettings, root: Path, *, workers: int | None = None, progress: bool = True) -> bool:
@@ -180,6 +248,7 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
         encoder_threads=1,  # what x264 writes depends on its number of threads
         video_backend="pyav",
     )
+    dataset.meta.update_chunk_settings(video_files_size_in_mb=_video_megabytes(settings))
     try:
         side_data, sheet = _write_episodes(settings, dataset, workers=workers, progress=progress)
     except BaseException:
@@ -192,6 +261,12 @@ def _write_dataset(settings: RecordSettings, folder: Path, *, workers: int | Non
     (folder / _STATISTICS).write_text(json.dumps(statistics, indent=4, sort_keys=True))
     (folder / _EPISODES).write_text("".join(json.dumps(line) + "\n" for line in side_data))
     sheet.save(folder / _SHEET, optimize=True)
+
+
+def _video_megabytes(settings: RecordSettings) -> int:
+    """Of a file at most. LeRobot copies a file for every episode that it appends: some thirty are to share one."""
+    height, width = height_and_width(settings.image_size)
+    return max(1, height * width // 64**2)
 
 
 def _write_episodes(
@@ -215,6 +290,7 @@ def _write_episodes(
                 sheet = contact_sheet(task, demonstration)
             side_data.append({"episode_index": len(side_data), **_side_data(demonstration)})
             bar.update()
+            _advance()
     return side_data, sheet
 
 
@@ -363,10 +439,11 @@ def main(words: list[str]) -> int:
         root, workers, task = arguments.pop("root"), arguments.pop("workers", None), arguments.pop("task")
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        for name in TASKS if task == "all" else [task]:
-            settings = RecordSettings(task=name, **arguments)
-            new = ensure_recorded(settings, root / name, workers=workers)
-            print(f"{root / name}: {settings.episodes} episodes, {'recorded' if new else 'there already'}")
+        names = list(TASKS) if task == "all" else [task]
+        wanted = {root / name: RecordSettings(task=name, **arguments) for name in names}
+        new = ensure_all_recorded(wanted, workers=workers)
+        for folder, settings in wanted.items():
+            print(f"{folder}: {settings.episodes} episodes, {'recorded' if folder in new else 'there already'}")
     except (ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Compare checkpoints: success rate, speed, and how much language, memory and each camera contribute.
 
+    python -m kuavo_train.evaluate final=outputs/embedded                         # a run's last stage
     python -m kuavo_train.evaluate baseline=<checkpoint> memory=<checkpoint>      # all tasks that both have learnt
     python -m kuavo_train.evaluate … tasks=weighing,sorting n_episodes=100 seed=1  # other layouts
     python -m kuavo_train.evaluate … ablate=language,memory,cameras               # a row each, without it
@@ -10,11 +11,11 @@
     python -m kuavo_train.evaluate … tasks=weighing environment=my_module:my/Env-v0    # another gymnasium environment
     python -m kuavo_train.evaluate … data=outputs/data                            # demonstrations, no simulator
 
-A checkpoint is NAME=PATH: a folder `checkpoints/best`, its `pretrained_model`, or a hub id. Every one plays the same
-layouts, which no demonstration shows. The others are compared with the first, and the rows of ablate, n_action_steps
-and sampling_temperature (of the noise that actions are denoised from) with their own checkpoint as it is. With data=, a
-LeRobot dataset or a folder of them by task, the policies are walked through demonstrations instead, those that their
-run held out where it was trained on them: how far off are they?
+A checkpoint is NAME=PATH: a run, for the best of its last stage, a stage, a folder `checkpoints/best`, its
+`pretrained_model`, or a hub id. Every one plays the same layouts, which no demonstration shows. The others are compared
+with the first, and the rows of ablate, n_action_steps and sampling_temperature (of the noise that actions are denoised
+from) with their own checkpoint as it is. With data=, a LeRobot dataset or a folder of them by task, the policies are
+walked through demonstrations instead, those that their run held out where it was trained on them: how far off are they?
 
 Other options: seed, output=evaluation_results.json, parallel (robots at a time), workers (processes), device. Writes
 the JSON; beside it, under the same name, a page, its figures and the videos.

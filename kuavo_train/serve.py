@@ -1,6 +1,6 @@
 """Serve a policy to robots over the network, each with an episode and a memory of its own.
 
-    python -m kuavo_train.serve checkpoint=outputs/<run>/stage4_sorting/checkpoints/best
+    python -m kuavo_train.serve checkpoint=outputs/<run>                      # the best of its last stage
     python -m kuavo_train.serve checkpoint=<checkpoint> port=0                       # a free port, which is printed
     KUAVO_API_KEY=… python -m kuavo_train.serve checkpoint=<checkpoint> host=0.0.0.0 tls_cert=… tls_key=…
 
@@ -32,7 +32,7 @@ KEY_VARIABLE = "KUAVO_API_KEY"
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str = option("a folder, or a hub id")
+    checkpoint: str = option("a run, for the best of its last stage; a checkpoint; or a hub id")
     host: str = option("where to listen", "127.0.0.1")
     port: int = option("where to listen; 0 takes a free one", 8000)
     device: str | None = option("cpu, cuda or mps; none: a GPU where there is one", None)

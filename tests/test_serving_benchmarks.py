@@ -78,8 +78,10 @@ def test_many_robots_are_answered_rightly_among_garbage_and_broken_connections(
     assert serving_load.main([f"checkpoint={small_checkpoint}", "robots=3", "seconds=1.5"]) == 0
     shown = capsys.readouterr().out
     answers, wrong, garbage, broken = (int(count) for count in re.findall(r"\d+", shown.splitlines()[0]))
-    assert answers > 0 and wrong == 0
-    assert garbage > 0 and broken > 0
+    assert answers > 0
+    assert wrong == 0
+    assert garbage > 0
+    assert broken > 0
     assert "gave up" not in shown
     assert "p99" in shown
 

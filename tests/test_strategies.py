@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from kuavo_train.config import MergeConfig, RunConfig
+from kuavo_train.strategies.alphas import choose_alphas, module_of_parameters, set_merged_weights
 from kuavo_train.strategies.ewc import ElasticPenalty
 from kuavo_train.strategies.importance import Importance, measure_importance
-from kuavo_train.strategies.merge import choose_alphas, module_of_parameters, set_merged_weights
 
 
 class Toy(nn.Module):

@@ -314,6 +314,16 @@ def test_another_batch_size_needs_a_reset(wrapper: SmolVLAPolicyWrapper) -> None
     assert wrapper.select_action(look(robots=3)).shape == (3, 16)
 
 
+def test_a_run_stands_for_the_best_of_its_last_stage_that_has_one(tmp_path: Path) -> None:
+    for stage in ("stage2_b", "stage10_j"):
+        best = tmp_path / stage / "checkpoints" / "best" / "pretrained_model"
+        best.mkdir(parents=True)
+        (best / "config.json").touch()
+    (tmp_path / "stage11_k" / "checkpoints").mkdir(parents=True)  # begun
+    assert folder_of(tmp_path) == tmp_path / "stage10_j" / "checkpoints" / "best" / "pretrained_model"
+    assert folder_of(tmp_path / "stage2_b") == tmp_path / "stage2_b" / "checkpoints" / "best" / "pretrained_model"
+
+
 def test_what_is_no_checkpoint_of_ours_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must be a checkpoint's folder"):
         SmolVLAPolicyWrapper.from_pretrained(tmp_path / "nothing" / "there")

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 
-from kuavo_sim.record import RecordSettings, ensure_recorded
+from kuavo_sim.record import RecordSettings, ensure_all_recorded
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.checkpoint_tasks import KnownTasks, trained_space
 from kuavo_train.data.clip_sampler import ClipOrder
@@ -112,21 +112,22 @@ def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) ->
     """
     if config.simulation is None:
         return
-    for stage in curriculum:
-        if stage.simulation_task is None:
-            continue
-        settings = RecordSettings(task=stage.simulation_task, **asdict(config.simulation))
-        root = Path(stage.root)
+    wanted = {
+        Path(stage.root): RecordSettings(task=stage.simulation_task, **asdict(config.simulation))
+        for stage in curriculum
+        if stage.simulation_task is not None
+    }
+    for root, settings in wanted.items():
         if not root.exists():
-            print(f"recording {settings.episodes} demonstrations of {stage.name} into {root}", flush=True)
-        try:
-            ensure_recorded(settings, root, workers=config.data.record_workers)
-        except FileExistsError as error:
-            raise ConfigError(
-                f"{error}; to train on a dataset of your own there, set simulation=null rollout.episodes=0"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+            print(f"recording {settings.episodes} demonstrations of {settings.task} into {root}", flush=True)
+    try:
+        ensure_all_recorded(wanted, workers=config.data.record_workers)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{error}; to train on a dataset of your own there, set simulation=null rollout.episodes=0"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 LONGEST_WAIT = timedelta(days=1)

@@ -11,7 +11,15 @@ import pytest
 import kuavo_sim.record as record_module
 from kuavo_sim import EVALUATION_SEED_START
 from kuavo_sim.expert import demonstrate
-from kuavo_sim.record import RecordSettings, content_hash, demonstration_of, ensure_recorded, main, record
+from kuavo_sim.record import (
+    RecordSettings,
+    content_hash,
+    demonstration_of,
+    ensure_all_recorded,
+    ensure_recorded,
+    main,
+    record,
+)
 
 SETTINGS = RecordSettings(task="sorting", episodes=2, image_size=32)
 
@@ -81,6 +89,39 @@ def test_side_data_tells_seed_cue_and_frames(dataset):
 def test_a_recording_does_not_depend_on_the_number_of_workers(dataset, tmp_path):
     parallel = record(SETTINGS, tmp_path / "sorting", workers=2, progress=False)
     assert content_hash(parallel) == content_hash(dataset)
+
+
+def test_datasets_recorded_side_by_side_are_those_recorded_alone(dataset, tmp_path):
+    wanted = {
+        tmp_path / "weighing": RecordSettings("weighing", episodes=1, image_size=16),
+        tmp_path / "sorting": SETTINGS,
+    }
+    assert ensure_all_recorded(wanted, workers=2) == list(wanted)
+    assert content_hash(tmp_path / "sorting") == content_hash(dataset)
+    assert ensure_all_recorded(wanted, workers=2) == []
+
+
+def test_a_dataset_that_is_another_is_refused_before_any_is_recorded(dataset, tmp_path):
+    wanted = {tmp_path / "sorting": SETTINGS, dataset: dataclasses.replace(SETTINGS, seed=3)}
+    with pytest.raises(ValueError, match="recorded with seed=0, wanted is 3"):
+        ensure_all_recorded(wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stops_one_of_several_recordings_stops_all_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    wanted = {
+        tmp_path / "sorting": dataclasses.replace(SETTINGS, episodes=1000),
+        tmp_path / "file" / "sorting": SETTINGS,
+    }
+    with pytest.raises(FileExistsError):
+        ensure_all_recorded(wanted, workers=2)
+    assert {path.name for path in tmp_path.iterdir()} <= {".sorting.lock", "file"}
+
+
+def test_appending_an_episode_copies_no_more_than_a_short_video(dataset):
+    info = json.loads((dataset / "meta" / "info.json").read_text())
+    assert info["video_files_size_in_mb"] == 1
 
 
 def test_statistics_do_not_depend_on_the_interpreters_hash_seed(dataset):

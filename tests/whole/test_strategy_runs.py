@@ -26,8 +26,8 @@ from kuavo_train.reporting.run_analysis import analyse
 from kuavo_train.runs.run_folder import stage_folder
 from kuavo_train.runs.stored_run import StoredRun
 from kuavo_train.runs.trained_run import TrainedRun, load_policy
+from kuavo_train.strategies.alphas import ONE_MODULE
 from kuavo_train.strategies.importance import Importance
-from kuavo_train.strategies.merge import ONE_MODULE
 
 Overrides = Callable[..., list[str]]
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ Threads: one call at a time; a lock holds the others back. The memory is that of
 order, so processes or threads that drive different robots each need a wrapper of their own.
 """
 
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -138,7 +139,8 @@ class SmolVLAPolicyWrapper:
     ) -> "SmolVLAPolicyWrapper":
         """
         Args:
-            path: a checkpoint (`checkpoints/best`), its `pretrained_model`, or a hub id.
+            path: a run (for the best of its last stage), a stage, a checkpoint (`checkpoints/best`), its
+                `pretrained_model`, or a hub id.
             device: cpu, cuda or mps; None takes a GPU where there is one.
             dtype: of SmolVLA's vision-language model and action expert, float32 or bfloat16; None leaves them as they
                 are stored. bfloat16 takes half the room and, where the processor has it, time; what it changes of the
@@ -556,11 +558,18 @@ def _array(value: ArrayLike | torch.Tensor) -> np.ndarray:
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder with config.json: of a checkpoint, of its pretrained_model, or downloaded from the hub."""
-    for folder in (Path(path), Path(path) / "pretrained_model"):
+    """The folder with config.json: of a checkpoint, of its pretrained_model, or downloaded from the hub.
+
+    Of a stage it is the best checkpoint's, of a run that of the last stage that has one.
+    """
+    place, best = Path(path), Path("checkpoints", "best", "pretrained_model")
+    stages = sorted(place.glob("stage*_*"), key=lambda stage: int(re.findall(r"\d+", stage.name + " 0")[0]))
+    for folder in (place, place / "pretrained_model", place / best, *(stage / best for stage in reversed(stages))):
         if (folder / "config.json").is_file():
             return folder
-    is_hub_id = len(Path(path).parts) == 2 and not Path(path).exists() and not str(path).startswith((".", "/", "~"))
+    is_hub_id = len(place.parts) == 2 and not place.exists() and not str(path).startswith((".", "/", "~"))
     if not is_hub_id:
-        raise FileNotFoundError(f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model")
+        raise FileNotFoundError(
+            f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model, or a run with one"
+        )
     return Path(snapshot_download(str(path)))
