@@ -82,7 +82,7 @@ def with_contexts(
     def fill_both(**how: Unpack[How]) -> None:
         images.fill(**how)
         for task in tasks:
-            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], shard=shard, **how)
+            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], shard, **how)
 
     return replace(
         images,
@@ -116,7 +116,12 @@ def _cache(
 
 
 def _fill(
-    cache: EpisodeCache, encoder: ContextEncoder, dataset: MixedDataset, episodes: Sequence[int], **how: Unpack[How]
+    cache: EpisodeCache,
+    encoder: ContextEncoder,
+    dataset: MixedDataset,
+    episodes: Sequence[int],
+    shard: Shard,
+    **how: Unpack[How],
 ) -> None:
     length = cache.shapes[FILE][2]
 
@@ -129,4 +134,4 @@ def _fill(
         assert camera == FILE
         return torch.from_numpy(rows)
 
-    fill(cache, episodes, same, convert=bits, description=f"encode {cache.task.name}", **how)
+    fill(cache, episodes, same, convert=bits, description=f"encode {cache.task.name}", shard=shard, **how)

@@ -120,7 +120,6 @@ def disk_bytes(path: Path) -> int:
 class How(TypedDict, total=False):
     """Which share of the episodes is filled, and whether a bar shows it: as `fill` takes them."""
 
-    shard: Shard
     process: int
     processes: int
     progress: bool

@@ -15,6 +15,7 @@ import torch
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
 from kuavo_train.data.images.forms import FORMS, Form
 from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource
 from kuavo_train.reading import Json
 
@@ -68,11 +69,12 @@ def fill_features(
     frames: ImageSource,
     episodes: Sequence[int],
     form: Form = FORMS["bfloat16"],
+    shard: Shard = WHOLE,
     **how: Unpack[How],
 ) -> None:
-    """Embed the episodes that are missing; `form` as of the cache, `how` as `How` says."""
+    """Embed the episodes that are missing; `form` as of the cache, `shard` as `fill` takes it, `how` as `How` says."""
 
     def stored(pictures: torch.Tensor) -> np.ndarray:
         return encoder.stored(pictures, form)
 
-    fill(cache, episodes, frames, convert=stored, description=f"embed {cache.task.name}", **how)
+    fill(cache, episodes, frames, convert=stored, description=f"embed {cache.task.name}", shard=shard, **how)

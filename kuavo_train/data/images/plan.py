@@ -89,7 +89,7 @@ def plan_images(
             frames = frame_cache(decoded[name], config.cache_folder)
             there = not frames.missing(cache.missing(shard.of(episodes[name])))
             source = CachedFrames(frames) if there else decoded[name]
-            fill_features(cache, encoder, source, episodes[name], form, shard=shard, **how)
+            fill_features(cache, encoder, source, episodes[name], form, shard, **how)
 
     tokens, stored = next(shape for cache in caches.values() for shape in cache.shapes.values())
     width = form.width(stored)
@@ -121,7 +121,7 @@ def _frames(
 
     def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
-            fill_frames(cache, decoded[name], episodes[name], shard=shard, **how)
+            fill_frames(cache, decoded[name], episodes[name], shard, **how)
 
     return Images(
         {name: CachedFrames(cache) for name, cache in caches.items()},
