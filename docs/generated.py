@@ -33,6 +33,7 @@ COMMANDS = (
     "kuavo_train/preflight.py",
     "kuavo_train/export_replay.py",
     "kuavo_train/inspect_data.py",
+    "kuavo_train/cache.py",
     "kuavo_train/report.py",
     "kuavo_train/evaluate.py",
     "kuavo_train/serve.py",

@@ -223,6 +223,12 @@ def without_data(stage: StageConfig) -> StageConfig:
 
 def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[StageConfig]]:
     """The stage that a command line names, and the curriculum it belongs to. Raises `ConfigError`."""
+    config, configs = compose_stage_of_run(composed, overrides)
+    return config, [other.stage for other in configs]
+
+
+def compose_stage_of_run(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[RunConfig]]:
+    """The stage that a command line names, and the configs of all tasks. Raises `ConfigError`."""
     check_no_study(overrides)
     config = resolve(composed)
     for_all = overrides_for_all_tasks(overrides)
@@ -235,7 +241,7 @@ def compose_stage(composed: DictConfig, overrides: Sequence[str]) -> tuple[RunCo
     else:
         configs = compose_run(for_all, current=config)
         config = next(each for each in configs if each.stage.name == config.stage.name)  # at its place in `learn`
-    return config, [other.stage for other in configs]
+    return config, configs
 
 
 def overrides_for_all_tasks(overrides: Sequence[str]) -> list[str]:

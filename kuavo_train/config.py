@@ -173,6 +173,7 @@ class DataConfig:
     frame_cache: bool = True
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
+    feature_dtype: str = "bfloat16"
     context_cache_limit_gib: float = 4.0
     replay_file: str | None = None  # of export_replay: earlier tasks are read from it in place of their datasets
     cache_root: str | None = None  # None: .cache in `root`
@@ -188,6 +189,7 @@ class DataConfig:
         require(self.num_workers >= 0, "data.num_workers", "not be negative", self.num_workers)
         for key in ("feature_cache_limit_gib", "context_cache_limit_gib"):
             require(getattr(self, key) >= 0, f"data.{key}", "not be negative", getattr(self, key))
+        one_of("data.feature_dtype", self.feature_dtype, ("bfloat16", "int8"))
         one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
         if self.claw_limits is not None:
             valid = len(self.claw_limits) == 2 and self.claw_limits[0] < self.claw_limits[1]

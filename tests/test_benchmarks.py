@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import arithmetic, data_path, end_to_end, latency, memory_cost, memory_joins, precision, scaling
+from benchmarks import (
+    arithmetic,
+    data_path,
+    end_to_end,
+    latency,
+    memory_cost,
+    memory_joins,
+    precision,
+    scaling,
+    start_up,
+)
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
 from benchmarks.models import SIZES
@@ -106,6 +116,14 @@ def test_memory_grows_with_frames_whatever_the_number_of_tasks() -> None:
     (table,) = scaling.run(scaling.Settings(frames=(400, 4000), tasks=(1, 2), batch_size=8, rounds=1))
     assert [(row["tasks"], row["frames"]) for row in table.rows] == [(1, 400), (1, 4000), (2, 400), (2, 4000)]
     assert table.rows[1]["MiB"] > table.rows[0]["MiB"]
+
+
+def test_a_start_is_measured_on_the_stage_that_is_opened(tmp_path: Path) -> None:
+    for name in start_up.TASKS:
+        start_up.write_tables(tmp_path / "data" / name, frames=500, base=name == "sorting")
+    found = start_up.start(tmp_path)
+    assert list(found) == ["hash s", "open s", "first batch s", "all s", "MiB"]
+    assert found["all s"] == pytest.approx(found["open s"] + found["hash s"] + found["first batch s"])
 
 
 def test_a_new_result_takes_the_place_of_the_old_one_and_of_no_other(tmp_path: Path) -> None:

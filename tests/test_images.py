@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,10 +16,12 @@ import torch
 from small_datasets import write_dataset
 
 from kuavo_train.config import DataConfig, RunConfig
-from kuavo_train.data.images import episode_cache, plan
 from kuavo_train.data.images import frames as frames_module
+from kuavo_train.data.images import part, plan
 from kuavo_train.data.images.features import CachedFeatures, Encoder
+from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError
@@ -58,9 +61,15 @@ def encoder(embed: Callable[..., torch.Tensor], weights: str = "first") -> Encod
     return Encoder(embed, {"weights": weights}, lambda camera: f"features of {camera}", torch.device("cpu"))
 
 
-def planned(config: DataConfig, decoded: DecodedFrames, chosen: Encoder | None, episodes: Sequence[int] = ()) -> Images:
+def planned(
+    config: DataConfig,
+    decoded: DecodedFrames,
+    chosen: Encoder | None,
+    episodes: Sequence[int] = (),
+    shard: Shard = WHOLE,
+) -> Images:
     name = decoded.task.name
-    return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen)
+    return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen, shard)
 
 
 @pytest.mark.parametrize("videos", [True, False], ids=["video", "images"])
@@ -101,6 +110,36 @@ def test_features_are_the_encoders_output_as_bfloat16(config: DataConfig, decode
         assert images.image_key(camera) == f"features of {camera}"
         expected = embed(decoded(camera, rows).float() / 255).bfloat16()
         assert torch.equal(images.sources["weighing"](camera, rows), expected)
+
+
+def test_features_of_int8_take_half_the_room_and_are_as_near_as_a_scale_per_token_allows(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    embed, exact = Counted(), planned(config, decoded, encoder(Counted()))
+    images = planned(replace(config, feature_dtype="int8"), decoded, encoder(embed))
+    assert "4 × 8 int8 with a scale per token per camera" in images.description
+    assert images.look == exact.look == 3 * 4 * 8 * 2  # as handed over: bfloat16
+    for each in (exact, images):
+        each.fill(progress=False)
+    assert images.embeddings["weighing"].row_bytes == 3 * 4 * (8 + 4)
+    assert images.embeddings["weighing"].path != exact.embeddings["weighing"].path
+    rows = np.array([30, 2, 30, 69])
+    for camera in decoded.task.cameras:
+        given = images.sources["weighing"](camera, rows)
+        expected = embed(decoded(camera, rows).float() / 255)
+        assert given.dtype == torch.bfloat16
+        largest = expected.abs().amax(dim=-1, keepdim=True)
+        assert ((given.float() - expected).abs() <= largest * (0.5 / 127 + 2**-8) + 1e-9).all()
+        assert torch.equal(exact.sources["weighing"](camera, rows), expected.bfloat16())
+
+
+def test_a_token_of_zeros_stays_so_and_one_that_is_not_finite_is_not_hidden() -> None:
+    embeddings = torch.tensor([[[0.0, 0.0], [float("nan"), 1.0], [1e-30, -1e-30], [3.0, -5.0]]])
+    zeros, broken, least, plain = FORMS["int8"].load(FORMS["int8"].store(embeddings)).float()[0]
+    assert torch.equal(zeros, torch.zeros(2))
+    assert broken.isnan().all()
+    assert least == pytest.approx([1e-30, -1e-30], rel=0.01)
+    assert plain == pytest.approx([3.0, -5.0], rel=0.01)
 
 
 def test_a_cut_off_computation_keeps_what_is_done_and_goes_on_with_the_rest(
@@ -146,6 +185,62 @@ def test_processes_share_the_work_and_fill_one_cache(
     assert [path.name for path in (config.cache_folder / "features").iterdir() if path.name.startswith(".")] == []
 
 
+def filled_apart(config: DataConfig, decoded: DecodedFrames, shard: str) -> list[Any]:
+    """Fill a shard on a machine with a disk of its own, and copy it here; what its encoder was given."""
+    apart, embed = replace(config, cache_root=f"{config.cache_root}/{shard.replace('/', '-')}"), Counted()
+    images = planned(apart, decoded, encoder(embed), shard=Shard.parse(shard))
+    embed.asked.clear()
+    images.fill(progress=False)
+    shutil.copytree(apart.cache_folder, config.cache_folder, dirs_exist_ok=True)
+    return embed.asked
+
+
+def test_shards_of_machines_that_overlap_or_lack_one_are_read_together_and_the_rest_is_computed(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    done = [len(filled_apart(config, decoded, shard)) for shard in ("1/3", "1/2", "3/3")]  # 0 and 3; 0, 2 and 4; 2
+    assert done == [2 * 3, 3 * 3, 1 * 3]
+    embed = Counted()
+    images = planned(config, decoded, encoder(embed))
+    embed.asked.clear()
+    images.fill(progress=False)
+    assert len(embed.asked) == 3  # episode 1
+    alone = planned(replace(config, cache_root=f"{config.cache_root}/alone"), decoded, encoder(Counted()))
+    alone.fill(progress=False)
+    for camera in decoded.task.cameras:
+        rows = np.random.default_rng(0).permutation(len(decoded.task.state))
+        assert torch.equal(images.sources["weighing"](camera, rows), alone.sources["weighing"](camera, rows))
+
+
+def test_a_shard_holds_the_rows_of_its_episodes_alone_and_is_not_computed_twice(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    filled_apart(config, decoded, "2/2")
+    (folder,) = (config.cache_folder / "features").iterdir()
+    assert folder.name.endswith(".2-of-2")
+    assert {np.load(file, mmap_mode="r").shape for file in folder.glob("*.npy")} == {(2 * 14, 4, 8)}
+    embed = Counted()
+    images = planned(config, decoded, encoder(embed), shard=Shard(2, 2))
+    assert "all of shard 2/2 there" in images.description
+    embed.asked.clear()
+    images.fill(progress=False)
+    assert embed.asked == []
+
+
+def test_a_part_that_was_not_copied_to_its_end_is_named(config: DataConfig, decoded: DecodedFrames) -> None:
+    filled_apart(config, decoded, "1/2")
+    file = next((config.cache_folder / "features").rglob("*.npy"))
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(ConfigError, match=r"features/weighing-.*1-of-2 must be whole, got .*; copy it again"):
+        planned(config, decoded, encoder(Counted()))
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "1/0", "a/b"])
+def test_a_shard_is_one_of_so_many(text: str) -> None:
+    with pytest.raises(ConfigError, match="shard must be i/n with 1 <= i <= n, such as 2/8"):
+        Shard.parse(text)
+
+
 def test_only_episodes_that_are_read_are_computed(config: DataConfig, decoded: DecodedFrames) -> None:
     few, all_of_them = Counted(), Counted()
     planned(config, decoded, encoder(few), episodes=[3]).fill(progress=False)
@@ -167,7 +262,8 @@ def test_other_weights_are_another_cache_and_the_old_one_is_named_with_its_size(
     assert len(changed.asked) == 15
     (old,) = (source.cache.path for source in first.sources.values())
     assert old.is_dir()
-    assert f"of other weights or settings, to be deleted if no other run needs them: {old.name}" in second.description
+    assert "of other weights or settings, to be deleted if no other run needs them" in second.description
+    assert f"(python -m kuavo_train.cache prune=list): {old.name}" in second.description
 
 
 def test_whatever_decides_a_picture_is_in_the_key(task: Task, datasets: Path) -> None:
@@ -254,7 +350,7 @@ def test_a_disk_that_fills_up_is_an_error_with_words_and_loses_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     images = planned(config, decoded, encoder(Counted()))
-    monkeypatch.setattr(episode_cache.os, "fsync", full)
+    monkeypatch.setattr(part.os, "fsync", full)
     with pytest.raises(ConfigError, match=r"data.cache_root must be a folder that can be written.*No space left"):
         images.fill(progress=False)
     monkeypatch.undo()

@@ -24,7 +24,7 @@ FLOORS = [  # of kuavo_train, from the ground up; those of one floor do not impo
     {"evaluation"},
     {"stage"},
     {"probing"},
-    {"__main__", "evaluate", "export_replay", "inspect_data", "memory_report", "preflight", "report", "serve"},
+    {"__main__", "cache", "evaluate", "export_replay", "inspect_data", "memory_report", "preflight", "report", "serve"},
     {"curriculum", "probes"},
     {"base", "study"},
 ]

@@ -4,7 +4,6 @@ Tables (state, action, episode bounds) are held in memory; frames come from cach
 own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from kuavo_train.config import DataConfig, StageConfig
+from kuavo_train.data.content_hash import content_hash
 from kuavo_train.data.cues import Cues, read_cues
 from kuavo_train.data.hub import HubOrigin, fetch, origin_of
 from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
@@ -147,18 +147,6 @@ class Task:
     @cached_property
     def content_hash(self) -> str:
         return content_hash(self.root)
-
-
-def content_hash(root: Path) -> str:
-    """sha256 of a dataset's metadata and tables, and of its videos' names and sizes."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
-        relative = path.relative_to(root).as_posix()
-        if relative.startswith(("meta/", "data/")):
-            digest.update(relative.encode() + path.read_bytes())
-        elif relative.startswith(("videos/", "images/")):
-            digest.update(f"{relative}:{path.stat().st_size}".encode())
-    return digest.hexdigest()
 
 
 def open_task(stage: StageConfig, config: DataConfig) -> Task:

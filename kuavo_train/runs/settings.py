@@ -95,6 +95,7 @@ SHARED = (  # what all stages of a run have in common: one policy, one way of ke
     "tiny_vlm",
     "data.cameras",
     "data.image_size",
+    "data.feature_dtype",
     "data.normalization",
     "validation.draws",
     "validation.share",

@@ -20,6 +20,7 @@ from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset, frames_of_sample
 from kuavo_train.data.images.augmentation import Augmentation, ClipAugmentation, no_augmentation
 from kuavo_train.data.images.contexts import with_contexts
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
@@ -37,6 +38,7 @@ from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.kept_data import kept_of_all, kept_of_earlier
 from kuavo_train.stage.lineage import Start, processes_of, seen_tasks, stages_before
 from kuavo_train.stage.opened_data import OpenedData, open_data
+from kuavo_train.stage.samples import dataset_of, episodes_read
 from kuavo_train.stage.validated_tasks import validated_tasks
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
@@ -100,19 +102,7 @@ class OpenedStage:
         return self.built.preprocessor, self.built.postprocessor
 
     def dataset(self, tasks: Sequence[Task]) -> MixedDataset:
-        return _dataset(self.images, self.normalization, self.built, tasks)
-
-
-def _dataset(images: Images, normalization: Normalization, built: BuiltPolicy, tasks: Sequence[Task]) -> MixedDataset:
-    return MixedDataset(
-        tasks,
-        [images.sources[task.name] for task in tasks],
-        normalization,
-        **frames_of_sample(built.policy.config),
-        image_key=images.image_key,
-        contexts=[images.contexts[task.name] for task in tasks if images.contexts],
-        context_key=images.context_key,
-    )
+        return dataset_of(self.images, self.normalization, self.built, tasks)
 
 
 def record_missing_data(config: RunConfig, curriculum: Sequence[StageConfig]) -> None:
@@ -249,30 +239,43 @@ class Opening:
         self.findings.look_at_kept(shown or {})
         return kept
 
-    def plan(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy, kept: Mapping[str, Kept]) -> OpenedStage:
-        """Which samples in how many steps, where their pictures come from, and where the policy is rolled out."""
-        config, findings, accelerator = self.config, self.findings, self.accelerator
-        training = config.training
-        stride = built.policy.config.n_action_steps
-        data = replace(data, tasks=validated_tasks(config, data.tasks, stride))
-        order = findings.need(findings.attempt(_order, config, data.tasks, built.policy, strategy, kept))
-        timetable = Timetable(
-            epochs=training.epochs,
-            steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
-            max_steps=training.max_steps,
-        )
-        how = {"precision": training.mixed_precision, "autocast": accelerator.autocast}
-        read = _episodes_read(config, self.curriculum, data.tasks, order)
-        encoder = frozen_encoder(built.policy, **how)
-        images = findings.need(findings.attempt(plan_images, config.data, data.frames, read, encoder, data.exported))
-        images = with_contexts(
+    def with_validated(self, data: OpenedData, built: BuiltPolicy) -> OpenedData:
+        """Of the held-out episodes, those that the run validates."""
+        return replace(data, tasks=validated_tasks(self.config, data.tasks, built.policy.config.n_action_steps))
+
+    def order(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy, kept: Mapping[str, Kept]) -> Order:
+        attempted = self.findings.attempt(_order, self.config, data.tasks, built.policy, strategy, kept)
+        return self.findings.need(attempted)
+
+    def images(self, data: OpenedData, built: BuiltPolicy, order: Order, shard: Shard = WHOLE) -> Images:
+        """Where the pictures of the episodes that the stage reads come from; `shard` as `plan_images` takes it."""
+        config, findings = self.config, self.findings
+        how = {"precision": config.training.mixed_precision, "autocast": self.accelerator.autocast}
+        read, encoder = episodes_read(config, self.curriculum, data.tasks, order), frozen_encoder(built.policy, **how)
+        planned = findings.attempt(plan_images, config.data, data.frames, read, encoder, data.exported, shard)
+        images = findings.need(planned)
+        return with_contexts(
             images,
             config.data,
             data.tasks,
             read,
             frozen_context(built.policy, built.preprocessor, **how),
-            partial(_dataset, images, data.normalization, built),
+            partial(dataset_of, images, data.normalization, built),
+            shard,
         )
+
+    def plan(self, data: OpenedData, built: BuiltPolicy, strategy: Strategy, kept: Mapping[str, Kept]) -> OpenedStage:
+        """Which samples in how many steps, where their pictures come from, and where the policy is rolled out."""
+        config, findings, accelerator = self.config, self.findings, self.accelerator
+        training, stride = config.training, built.policy.config.n_action_steps
+        data = self.with_validated(data, built)
+        order = self.order(data, built, strategy, kept)
+        timetable = Timetable(
+            epochs=training.epochs,
+            steps_per_epoch=order.steps_per_epoch(mixture_of(config).leading, training.gradient_accumulation_steps),
+            max_steps=training.max_steps,
+        )
+        images = self.images(data, built, order)
         findings.look_at_plan(config, order.shares, timetable.steps, images)
         findings.look_at_clips(order)
         seen, first = seen_tasks(config, self.curriculum), not stages_before(config, self.curriculum)
@@ -371,23 +374,6 @@ def fresh_memory(order: Order, policy: PreTrainedPolicy, exchange: Exchange = di
     if not isinstance(order, ClipOrder):
         return NoRecurrence()
     return CarriedMemory(policy.model.memory.initial(order.stream_count), exchange=exchange)
-
-
-def _episodes_read(
-    config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
-) -> dict[str, list[int]]:
-    """Task → the episodes the stage trains on, validates or chooses by."""
-    trained = {task.name: order.episodes[place] for place, task in enumerate(order.tasks)}
-    seen, later = seen_tasks(config, curriculum), bool(stages_before(config, curriculum))
-    validated = seen if later and not config.validation.unseen_tasks else [task.name for task in tasks]
-    return {
-        task.name: [
-            *trained.get(task.name, ()),
-            *(task.validated if task.name in validated else ()),
-            *(task.choosing_episodes if later and task.name in seen else ()),
-        ]
-        for task in tasks
-    }
 
 
 def _augmentation(config: RunConfig, process: int) -> Augmentation:

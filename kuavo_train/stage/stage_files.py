@@ -34,7 +34,8 @@ def open_folder(opened: OpenedStage) -> None:
         "epochs": config.training.epochs,
         "result": config.validation.result,
     }
-    folder.write(**stage, total_steps=opened.timetable.steps, status="running", reason=None, **began)
+    caches = [cache.name for cache in opened.images.caches]
+    folder.write(**stage, caches=caches, total_steps=opened.timetable.steps, status="running", reason=None, **began)
     folder.answer_for(config)
     (folder.path / "checkpoints").mkdir(exist_ok=True)
 

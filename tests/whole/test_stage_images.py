@@ -307,6 +307,18 @@ def test_training_from_keys_and_values_never_shows_the_model_a_picture_again(
     assert losses(one) != losses(other)
 
 
+def test_embeddings_kept_as_int8_cost_less_than_a_thousandth_of_the_held_out_loss(
+    embedded_in: Embedded, tmp_path: Path
+) -> None:
+    found = []
+    for dtype in ("bfloat16", "int8"):
+        configs = embedded_in(tmp_path / dtype, training=FROZEN, data={"feature_dtype": dtype})
+        run(configs, 0)
+        found.append([record["loss"] for record in stage_folder(configs[0]).validations.read()])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[1] != found[0]
+
+
 def test_keys_and_values_are_of_these_weights_and_these_words(embedded: Embedded) -> None:
     stage = opened(embedded(training=FROZEN))
 

@@ -18,6 +18,8 @@ from kuavo_train.config import DataConfig
 from kuavo_train.data.batch import Batch, Origin
 from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
+from kuavo_train.data.images.forms import FORMS
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import GIB, Images, cached_bytes, disk_problems, filling, size_text
 from kuavo_train.data.sampler import Draw
 from kuavo_train.data.task import Task
@@ -59,6 +61,7 @@ def with_contexts(
     episodes: Mapping[str, Sequence[int]],
     encoder: ContextEncoder | None,
     dataset: Callable[[Sequence[Task]], MixedDataset],
+    shard: Shard = WHOLE,
 ) -> Images:
     """`images`, and beside them what the model makes of them, where that takes no more room than it may.
 
@@ -66,6 +69,7 @@ def with_contexts(
         tasks: of the stage; episodes: task → those that it reads.
         encoder: None where the model learns, or what it makes of a frame is not all that the frame decides.
         dataset: tasks → their samples, with `images`.
+        shard: as of `images`.
     """
     if encoder is None or not images.embeddings:
         return images
@@ -81,16 +85,17 @@ def with_contexts(
     def fill_both(**how: Unpack[How]) -> None:
         images.fill(**how)
         for task in tasks:
-            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], **how)
+            _fill(caches[task.name], encoder, dataset([task]), episodes[task.name], shard, **how)
 
     return replace(
         images,
         contexts={name: CachedContexts(cache) for name, cache in caches.items()},
         context_key=encoder.key,
         fill=fill_both,
-        description=f"{images.description}\n  keys and values of the frozen model: {filling(caches, episodes)}",
+        description=f"{images.description}\n  keys and values of the frozen model: {filling(caches, episodes, shard)}",
         look=images.look + max(cache.row_bytes for cache in caches.values()),
-        problems=[*images.problems, *disk_problems(config, "data.context_cache_limit_gib=0", caches, episodes)],
+        problems=[*images.problems, *disk_problems(config, "data.context_cache_limit_gib=0", caches, episodes, shard)],
+        caches=[*images.caches, *caches.values()],
     )
 
 
@@ -98,12 +103,13 @@ def _cache(
     task: Task, images: Images, config: DataConfig, encoder: ContextEncoder, dataset: MixedDataset
 ) -> EpisodeCache:
     embeddings, texts = images.embeddings[task.name], task.instructions.texts
+    width = FORMS[config.feature_dtype].width
     said = hashlib.sha256("\n".join(texts).encode() + task.instructions.of_row.tobytes()).hexdigest()
     key = {**embeddings.key, "context": {**encoder.settings, "instructions": said}}
     blank = {
         **{
-            images.image_key(camera): torch.zeros((len(texts), *shape), dtype=torch.bfloat16)
-            for camera, shape in embeddings.shapes.items()
+            images.image_key(camera): torch.zeros((len(texts), tokens, width(stored)), dtype=torch.bfloat16)
+            for camera, (tokens, stored) in embeddings.shapes.items()
         },
         OBS_STATE: torch.from_numpy(np.tile(dataset.fill_state, (len(texts), 1))),
     }
@@ -113,7 +119,12 @@ def _cache(
 
 
 def _fill(
-    cache: EpisodeCache, encoder: ContextEncoder, dataset: MixedDataset, episodes: Sequence[int], **how: Unpack[How]
+    cache: EpisodeCache,
+    encoder: ContextEncoder,
+    dataset: MixedDataset,
+    episodes: Sequence[int],
+    shard: Shard,
+    **how: Unpack[How],
 ) -> None:
     length = cache.shapes[FILE][2]
 
@@ -126,4 +137,4 @@ def _fill(
         assert camera == FILE
         return torch.from_numpy(rows)
 
-    fill(cache, episodes, same, convert=bits, description=f"encode {cache.task.name}", **how)
+    fill(cache, episodes, same, convert=bits, description=f"encode {cache.task.name}", shard=shard, **how)

@@ -1,38 +1,36 @@
 """A memory map per camera, filled episode by episode: what is computed from pictures once and read many times.
 
-    <folder>/<task>-<hash of the key>/
-        key.json         everything that decides the content
-        <camera>.npy     [N, …], a row per frame of the dataset; takes no disk where episodes are missing
-        filled           a byte per episode, 1 once all its rows are on the disk
-
-Processes may fill one cache at the same time, each its own episodes. After a kill the episodes done are kept and
-the others are filled by the next who needs them. Reading rows of an episode that was never filled is an error.
+Files are those of part.py. Processes may fill one cache at the same time, each its own episodes, and machines parts of
+their own, which are read as they lie. After a kill the episodes done are kept and the others are filled by the next who
+needs them. Reading rows of an episode that was never filled is an error.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
-from uuid import uuid4
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from kuavo_sim.cpus import usable_cpus
+from kuavo_train.data.images.part import WHOLE, Part, Shard
 from kuavo_train.data.images.source import ImageSource
 from kuavo_train.data.task import Task
-from kuavo_train.errors import ConfigError
 from kuavo_train.reading import Json
 
 PIECE = 64  # frames held in memory at once, per thread that decodes
+DIGITS = 16  # of the key's hash, in the name of a cache
+
+
+def digest_of(key: Json) -> str:
+    """What names the cache of a key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 class EpisodeCache:
@@ -47,8 +45,13 @@ class EpisodeCache:
 
     def __init__(self, folder: Path, task: Task, key: Json, shapes: Mapping[str, tuple[int, ...]], dtype: type):
         self.task, self.key, self.shapes, self.dtype = task, dict(key), dict(shapes), np.dtype(dtype)
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.path = folder / f"{task.name}-{digest[:16]}"
+        self.path = folder / f"{task.name}-{digest_of(self.key)}"
+        self._opened: list[Part] = []
+
+    @property
+    def name(self) -> str:
+        """Below `data.cache_root`."""
+        return f"{self.path.parent.name}/{self.path.name}"
 
     def size(self, episodes: Iterable[int]) -> int:
         """Bytes that these episodes take."""
@@ -60,78 +63,58 @@ class EpisodeCache:
         """Of one frame, all cameras together."""
         return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
+    def part(self, shard: Shard = WHOLE) -> Part:
+        """That of a machine, or what is computed without `shard`; it need not be there."""
+        return Part(self.path.with_name(self.path.name + shard.suffix), self.task, self.shapes, self.dtype)
+
+    def parts(self) -> list[Part]:
+        """Those that are there. Raises `ConfigError` for one that is not whole."""
+        paths = [self.path, *sorted(self.path.parent.glob(f"{self.path.name}.*-of-*"))]
+        found = [Part(path, self.task, self.shapes, self.dtype) for path in paths if path.is_dir()]
+        for part in found:
+            part.check_whole()
+        return found
+
     def missing(self, episodes: Iterable[int]) -> list[int]:
-        if not self.path.is_dir():
-            return list(episodes)
-        filled = np.fromfile(self.path / "filled", np.uint8)
+        """Those that no part holds. Raises `ConfigError` as `parts`."""
+        filled = np.zeros(len(self.task.bounds), bool)
+        for part in self.parts():
+            filled |= part.filled == 1
         return [episode for episode in episodes if not filled[episode]]
 
     def others(self) -> dict[Path, int]:
         """Caches of the same task with another key, and the bytes of disk that each takes."""
-        found = (path for path in self.path.parent.glob(f"{self.task.name}-{'?' * 16}") if path != self.path)
-        return {path: sum(file.stat().st_blocks * 512 for file in path.iterdir()) for path in sorted(found)}
+        found = self.path.parent.glob(f"{self.task.name}-{'?' * DIGITS}*")
+        return {path: disk_bytes(path) for path in sorted(found) if not path.name.startswith(self.path.name)}
 
     def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
         """[len(rows), …] Raises `RuntimeError` for rows whose episode is not filled."""
         episodes = self.task.episode[rows]
-        absent = episodes[self._filled[episodes] == 0]
-        if len(absent):
-            raise RuntimeError(f"{self.path} must hold episode {absent[0]} before it is read; it was not filled")
-        return self._maps[camera][rows]
+        holders = self._holders(episodes)
+        found = np.unique(holders)
+        if len(found) == 1:
+            return self._opened[found[0]].read(camera, rows)
+        values = np.empty((len(rows), *self.shapes[camera]), self.dtype)
+        for holder in found:
+            here = holders == holder
+            values[here] = self._opened[holder].read(camera, rows[here])
+        return values
 
-    def create(self) -> None:
-        """Lay the files out, unless they are there; who comes first wins.
+    def _holders(self, episodes: np.ndarray) -> np.ndarray:
+        """[n] the opened part that holds each episode; they are opened, and again where others have come since."""
+        for look_again in (False, True):
+            if look_again or not self._opened:
+                self._opened = self.parts()
+            filled = np.array([part.filled[episodes] for part in self._opened]).reshape(-1, len(episodes))
+            absent = episodes[~filled.any(axis=0)]
+            if not len(absent):
+                return filled.argmax(axis=0)
+        raise RuntimeError(f"{self.path} must hold episode {absent[0]} before it is read; it was not filled")
 
-        Raises:
-            ConfigError: the folder cannot be written.
-        """
-        if self.path.is_dir():
-            return
-        partial = self.path.with_name(f".{self.path.name}-{uuid4().hex}")
-        try:
-            partial.mkdir(parents=True)
-            (partial / "key.json").write_text(json.dumps(self.key, indent=1))
-            for camera, shape in self.shapes.items():
-                np.lib.format.open_memmap(partial / f"{camera}.npy", "w+", self.dtype, (len(self.task.state), *shape))
-            (partial / "filled").write_bytes(bytes(len(self.task.bounds)))
-            partial.rename(self.path)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not self.path.is_dir():
-                raise self._unwritable(error) from error
 
-    def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
-        """Store values [n, …] of consecutive rows. Raises `ConfigError` when the disk is full."""
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        array = self._maps[camera]
-        assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
-        # Through the file: on a full disk, writing to a memory map would kill the process.
-        self._write_at(f"{camera}.npy", array.offset + first_row * array[:1].nbytes, values.data)
-
-    def mark_filled(self, episode: int) -> None:
-        self._write_at("filled", episode, b"\1")
-
-    def _write_at(self, name: str, offset: int, content: bytes | memoryview) -> None:
-        """On the disk when it returns, so that an episode is never marked before its rows are there."""
-        try:
-            with open(self.path / name, "r+b") as file:
-                file.seek(offset)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"data.cache_root must be a folder that can be written, got {self.path}: {error}")
-
-    @cached_property
-    def _maps(self) -> dict[str, np.memmap]:
-        return {camera: np.load(self.path / f"{camera}.npy", mmap_mode="r") for camera in self.shapes}
-
-    @cached_property
-    def _filled(self) -> np.memmap:
-        return np.memmap(self.path / "filled", np.uint8, "r")
+def disk_bytes(path: Path) -> int:
+    """That a cache's folder takes, where files have holes."""
+    return sum(file.stat().st_blocks * 512 for file in path.iterdir())
 
 
 class How(TypedDict, total=False):
@@ -149,6 +132,7 @@ def fill(
     *,
     convert: Callable[[torch.Tensor], np.ndarray],
     description: str,
+    shard: Shard = WHOLE,
     process: int = 0,
     processes: int = 1,
     progress: bool = True,
@@ -156,17 +140,20 @@ def fill(
     """Fill what is missing of this process's share of `episodes`.
 
     Args:
+        shard: of the machine, which has a part of its own.
         source: read at most `PIECE` rows at a time, by several threads.
         convert: from what the source gives to what is stored; called by this thread alone.
 
     Raises:
         ConfigError: a video does not decode, or the disk does not take what is written.
     """
-    share = episodes[process::processes]  # of all, not of what is missing: others are filling theirs meanwhile
+    # Of all, not of what is missing: others are filling theirs meanwhile.
+    share = shard.of(episodes)[process::processes]
     missing = cache.missing(share)
     if not missing:
         return
-    cache.create()
+    part = cache.part(shard)
+    part.create(cache.key)
     pieces = {episode: list(_pieces(cache, *cache.task.bounds[episode].tolist())) for episode in missing}
     cores = usable_cpus()
     with (
@@ -183,8 +170,8 @@ def fill(
         read = _ahead(pool, source, (piece for of_episode in pieces.values() for piece in of_episode), cores)
         for episode, of_episode in pieces.items():
             for camera, rows in of_episode:
-                cache.write(camera, int(rows[0]), convert(next(read)))
-            cache.mark_filled(episode)
+                part.write(camera, int(rows[0]), convert(next(read)))
+            part.mark_filled(episode)
             bar.update()
 
 

@@ -1,7 +1,7 @@
 """Image embeddings of a task, computed once by an encoder that does not learn, and read from then on.
 
 While vision encoder and connector are frozen and pictures are not augmented, every epoch would compute the same
-embeddings again, at most of the cost of a step. They are stored as bfloat16 (numpy has none: as its 16 bits).
+embeddings again, at most of the cost of a step. How they are stored, forms.py says.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
+from kuavo_train.data.images.forms import FORMS, Form
 from kuavo_train.data.images.frames import DecodedFrames
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource
 from kuavo_train.reading import Json
 
@@ -34,34 +36,45 @@ class Encoder:
     image_key: Callable[[str], str]
     device: torch.device
 
-    def bits(self, frames: torch.Tensor) -> np.ndarray:
-        """Frames [B, 3, H, W] uint8 → embeddings [B, N, H] as the bits of bfloat16."""
-        embeddings = self.embed(frames.to(self.device).float() / 255)
-        return embeddings.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
+    def stored(self, frames: torch.Tensor, form: Form) -> np.ndarray:
+        """Frames [B, 3, H, W] uint8 → embeddings [B, N, …] in that form."""
+        return form.store(self.embed(frames.to(self.device).float() / 255))
 
 
 class CachedFeatures:
     """Embeddings [n, N, H] bfloat16, read from a memory map."""
 
-    def __init__(self, cache: EpisodeCache):
-        self.cache = cache
+    def __init__(self, cache: EpisodeCache, form: Form = FORMS["bfloat16"]):
+        self.cache, self.form = cache, form
 
     def __call__(self, camera: str, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.cache.read(camera, rows)).view(torch.bfloat16)
+        return self.form.load(self.cache.read(camera, rows))
 
 
-def feature_cache(decoded: DecodedFrames, encoder: Encoder, folder: Path) -> EpisodeCache:
+def feature_cache(
+    decoded: DecodedFrames, encoder: Encoder, folder: Path, form: Form = FORMS["bfloat16"]
+) -> EpisodeCache:
     """The cache of a task's embeddings below `folder`; nothing is written yet."""
     shapes = {
-        camera: encoder.bits(torch.zeros((1, *shape), dtype=torch.uint8)).shape[1:]
+        camera: encoder.stored(torch.zeros((1, *shape), dtype=torch.uint8), form).shape[1:]
         for camera, shape in decoded.shapes.items()
     }
-    key = {**decoded.key, "encoder": dict(encoder.settings)}
-    return EpisodeCache(folder / "features", decoded.task, key, shapes, np.uint16)
+    key = {**decoded.key, "encoder": dict(encoder.settings), **form.key}
+    return EpisodeCache(folder / "features", decoded.task, key, shapes, form.dtype)
 
 
 def fill_features(
-    cache: EpisodeCache, encoder: Encoder, frames: ImageSource, episodes: Sequence[int], **how: Unpack[How]
+    cache: EpisodeCache,
+    encoder: Encoder,
+    frames: ImageSource,
+    episodes: Sequence[int],
+    form: Form = FORMS["bfloat16"],
+    shard: Shard = WHOLE,
+    **how: Unpack[How],
 ) -> None:
-    """Embed the episodes that are missing; `how` as `How` says."""
-    fill(cache, episodes, frames, convert=encoder.bits, description=f"embed {cache.task.name}", **how)
+    """Embed the episodes that are missing; `form` as of the cache, `shard` as `fill` takes it, `how` as `How` says."""
+
+    def stored(pictures: torch.Tensor) -> np.ndarray:
+        return encoder.stored(pictures, form)
+
+    fill(cache, episodes, frames, convert=stored, description=f"embed {cache.task.name}", shard=shard, **how)

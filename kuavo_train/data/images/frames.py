@@ -18,6 +18,7 @@ from PIL import Image
 
 from kuavo_train.config import DataConfig, said
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError
 from kuavo_train.reading import Json
@@ -136,9 +137,12 @@ def frame_cache(decoded: DecodedFrames, folder: Path) -> EpisodeCache:
     return EpisodeCache(folder / "frames", decoded.task, decoded.key, decoded.shapes, np.uint8)
 
 
-def fill_frames(cache: EpisodeCache, decoded: DecodedFrames, episodes: Sequence[int], **how: Unpack[How]) -> None:
-    """Decode the episodes that are missing; `how` as `How` says."""
-    fill(cache, episodes, decoded, convert=torch.Tensor.numpy, description=f"decode {decoded.task.name}", **how)
+def fill_frames(
+    cache: EpisodeCache, decoded: DecodedFrames, episodes: Sequence[int], shard: Shard = WHOLE, **how: Unpack[How]
+) -> None:
+    """Decode the episodes that are missing; `shard` as `fill` takes it, `how` as `How` says."""
+    what = f"decode {decoded.task.name}"
+    fill(cache, episodes, decoded, convert=torch.Tensor.numpy, description=what, shard=shard, **how)
 
 
 def open_frames(task: Task, config: DataConfig, *, progress: bool = True) -> DecodedFrames | CachedFrames:

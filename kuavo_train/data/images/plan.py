@@ -20,13 +20,16 @@ from typing import Protocol, Unpack
 from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
+from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
+from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource, RowSource
 from kuavo_train.data.replay_file import KEY, ExportedTask
 from kuavo_train.errors import ConfigError
 from kuavo_train.reading import Json
 
 GIB = 2**30
+BYTES_OF_BFLOAT16 = 2
 FOR_EMBEDDINGS = (
     "hold vision and connector fixed (training.freeze), and leave data.augmentation, data.feature_cache and "
     "data.feature_cache_limit_gib as they are"
@@ -55,6 +58,7 @@ class Images:
         description: what was chosen and why, what it takes on the disk and how much of that is there.
         look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
+        caches: all that is read from the disk; none where frames are decoded anew.
         embeddings: task → what there is of its embeddings, where it is embeddings that are given.
         why_not_embeddings: where it is not.
         embed: `embed(task, episodes, **how)` computes what is missing of one task's embeddings; `how` as of `fill`.
@@ -69,6 +73,7 @@ class Images:
     description: str
     look: int
     problems: Sequence[str] = ()
+    caches: Sequence[EpisodeCache] = ()
     embeddings: Mapping[str, Embedded] = field(default_factory=dict)
     why_not_embeddings: str = ""
     embed: Callable[..., None] = lambda *_, **__: None
@@ -83,6 +88,7 @@ def plan_images(
     episodes: Mapping[str, Sequence[int]],
     encoder: Encoder | None,
     exported: Mapping[str, ExportedTask] = MappingProxyType({}),
+    shard: Shard = WHOLE,
 ) -> Images:
     """Choose, and measure what it takes. Nothing is computed yet and nothing written.
 
@@ -91,47 +97,53 @@ def plan_images(
         episodes: task → the episodes that the stage reads.
         encoder: of the policy, frozen in this stage; None where it learns.
         exported: task → what a file holds of it, of tasks that have no frames.
+        shard: of the episodes that are to be computed here; what is chosen does not depend on it.
 
     Raises:
         ConfigError: a task is exported, and the stage would take pictures, or embeddings by another encoder.
     """
     if encoder is None:
-        return _frames(config, decoded, episodes, exported, "the image encoder is trained")
+        return _frames(config, decoded, episodes, exported, shard, "the image encoder is trained")
     if config.augmentation is not None:
-        return _frames(config, decoded, episodes, exported, "data.augmentation changes the pictures")
+        return _frames(config, decoded, episodes, exported, shard, "data.augmentation changes the pictures")
     if not config.feature_cache:
-        return _frames(config, decoded, episodes, exported, "data.feature_cache=false")
-    caches = {name: feature_cache(frames, encoder, config.cache_folder) for name, frames in decoded.items()}
+        return _frames(config, decoded, episodes, exported, shard, "data.feature_cache=false")
+    form = FORMS[config.feature_dtype]
+    caches = {name: feature_cache(frames, encoder, config.cache_folder, form) for name, frames in decoded.items()}
     size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
         over = (
             f"they would take {size_text(size)}, over data.feature_cache_limit_gib={config.feature_cache_limit_gib:g}"
         )
-        return _frames(config, decoded, episodes, exported, over)
+        return _frames(config, decoded, episodes, exported, shard, over)
     for task in exported.values():
         _check_encoder(task, encoder)
 
     def embed(name: str, of_task: Sequence[int], **how: Unpack[How]) -> None:
         if name in caches:
             cache, frames = caches[name], frame_cache(decoded[name], config.cache_folder)
-            there = not frames.missing(cache.missing(of_task))
-            fill_features(cache, encoder, CachedFrames(frames) if there else decoded[name], of_task, **how)
+            there = not frames.missing(cache.missing(shard.of(of_task)))
+            source = CachedFrames(frames) if there else decoded[name]
+            fill_features(cache, encoder, source, of_task, form, shard, **how)
 
     def fill(**how: Unpack[How]) -> None:
         for name in caches:
             embed(name, episodes[name], **how)
 
-    tokens, width = next(shape for cache in caches.values() for shape in cache.shapes.values())
-    what = f"embeddings by the frozen encoder, {tokens} × {width} bfloat16 per camera"
+    tokens, stored = next(shape for cache in caches.values() for shape in cache.shapes.values())
+    width = form.width(stored)
+    what = f"embeddings by the frozen encoder, {tokens} × {width} {form.text} per camera"
     read = {name: task.embeddings for name, task in exported.items()}
     lines = [_exported_text(task, encoder) for task in exported.values()]
+    looks = [len(frames.shapes) * tokens * width * BYTES_OF_BFLOAT16 for frames in decoded.values()]
     return Images(
-        {**{name: CachedFeatures(cache) for name, cache in caches.items()}, **read},
+        {**{name: CachedFeatures(cache, form) for name, cache in caches.items()}, **read},
         encoder.image_key,
         fill,
-        "\n".join([_description(what, caches, episodes), *lines]),
-        max([_look(caches), *(each.row_bytes for each in read.values())]),
-        disk_problems(config, "data.feature_cache=false", caches, episodes),
+        "\n".join([_description(what, caches, episodes, shard), *lines]),
+        max([*looks, *(each.row_bytes for each in read.values())]),
+        disk_problems(config, "data.feature_cache=false", caches, episodes, shard),
+        list(caches.values()),
         {**caches, **read},
         embed=embed,
         in_part=[name for name, each in read.items() if not each.whole],
@@ -166,6 +178,7 @@ def _frames(
     decoded: Mapping[str, DecodedFrames],
     episodes: Mapping[str, Sequence[int]],
     exported: Mapping[str, ExportedTask],
+    shard: Shard,
     why_not_embeddings: str,
 ) -> Images:
     for task in exported.values():
@@ -181,48 +194,56 @@ def _frames(
 
     def fill(**how: Unpack[How]) -> None:
         for name, cache in caches.items():
-            fill_frames(cache, decoded[name], episodes[name], **how)
+            fill_frames(cache, decoded[name], episodes[name], shard, **how)
 
     return Images(
         {name: CachedFrames(cache) for name, cache in caches.items()},
         str,
         fill,
-        _description(f"frames {because}", caches, episodes),
+        _description(f"frames {because}", caches, episodes, shard),
         _look(caches),
-        disk_problems(config, "data.frame_cache=false", caches, episodes),
+        disk_problems(config, "data.frame_cache=false", caches, episodes, shard),
+        list(caches.values()),
         why_not_embeddings=why_not_embeddings,
     )
 
 
-def _description(what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
-    lines = [f"  images: {what}; {filling(caches, episodes)}"]
+def _description(
+    what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard
+) -> str:
+    lines = [f"  images: {what}; {filling(caches, episodes, shard)}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
         lines.append(
             f"  beside them {size_text(sum(others.values()))} of other weights or settings, to be deleted if no other "
-            f"run needs them: {names}"
+            f"run needs them (python -m kuavo_train.cache prune=list): {names}"
         )
     return "\n".join(lines)
 
 
-def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> str:
-    """What they take on the disk, and how much of that is there."""
-    missing = _missing_bytes(caches, episodes)
+def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard = WHOLE) -> str:
+    """What they take on the disk, and how much of that, or of the shard's part of it, is there."""
+    missing = _missing_bytes(caches, episodes, shard)
     folder = next(iter(caches.values())).path.parent
-    there = f"{size_text(missing)} of it to be computed now" if missing else "all of it there"
+    it = "it" if shard == WHOLE else f"shard {shard}"
+    there = f"{size_text(missing)} of {it} to be computed now" if missing else f"all of {it} there"
     return f"{size_text(cached_bytes(caches, episodes))} in {folder}, {there}"
 
 
 def disk_problems(
-    config: DataConfig, off: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]
+    config: DataConfig,
+    off: str,
+    caches: Mapping[str, EpisodeCache],
+    episodes: Mapping[str, Sequence[int]],
+    shard: Shard = WHOLE,
 ) -> list[str]:
     """What the disk lacks for them.
 
     Args:
         off: the setting that does without.
     """
-    needed = _missing_bytes(caches, episodes)
+    needed = _missing_bytes(caches, episodes, shard)
     folder = config.cache_folder.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if needed <= free:
@@ -242,8 +263,8 @@ def cached_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequ
     return sum(cache.size(episodes[name]) for name, cache in caches.items())
 
 
-def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]]) -> int:
-    return sum(cache.size(cache.missing(episodes[name])) for name, cache in caches.items())
+def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard) -> int:
+    return sum(cache.size(cache.missing(shard.of(episodes[name]))) for name, cache in caches.items())
 
 
 def size_text(count: int) -> str:

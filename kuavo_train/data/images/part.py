@@ -1,0 +1,155 @@
+"""The files of a cache, or of the part of it that one machine computes ahead of time.
+
+<task>-<hash of the key>/             the cache itself
+<task>-<hash of the key>.2-of-8/      the second of eight parts, to be copied beside it
+    key.json         everything that decides the content
+    dataset.json     where the dataset lay
+    <camera>.npy     [N, …], a row per frame of its episodes; takes no disk where episodes are missing
+    filled           a byte per episode of the dataset, 1 once all its rows are on the disk
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from kuavo_train.data.task import Task
+from kuavo_train.errors import ConfigError, require
+from kuavo_train.reading import Json
+
+KEY, DATASET, FILLED = "key.json", "dataset.json", "filled"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` machines: it computes every `count`-th episode of a dataset, from the `number`-th on."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/8`. Raises `ConfigError`."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        valid = found is not None and 1 <= int(found[1]) <= int(found[2])
+        require(valid, "shard", "be i/n with 1 <= i <= n, such as 2/8 on the second of eight machines", text)
+        assert found is not None
+        return cls(int(found[1]), int(found[2]))
+
+    def of(self, episodes: Sequence[int]) -> list[int]:
+        """Those that are this machine's, whichever others a stage reads."""
+        return [episode for episode in episodes if episode % self.count == self.number - 1]
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.count == 1 else f".{self.number}-of-{self.count}"
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+WHOLE = Shard()
+
+
+class Part:
+    """Rows of a task's episodes, all of them or a shard's.
+
+    Args:
+        path: of its folder; the shard is read off its name.
+        shapes: camera → shape of a row.
+        dtype: of the arrays.
+    """
+
+    def __init__(self, path: Path, task: Task, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+        self.path, self.task, self.shapes, self.dtype = path, task, shapes, dtype
+        numbers = path.suffix.removeprefix(".").split("-of-")
+        shard = Shard(*map(int, numbers)) if path.suffix else WHOLE
+        lengths = np.diff(task.bounds, axis=1)[:, 0]
+        here = np.isin(np.arange(len(lengths)), shard.of(range(len(lengths))))
+        ends = np.cumsum(np.where(here, lengths, 0))
+        self.rows = int(ends[-1])
+        self._offsets = ends - lengths - task.bounds[:, 0]
+
+    @property
+    def is_there(self) -> bool:
+        return self.path.is_dir()
+
+    @cached_property
+    def filled(self) -> np.memmap:
+        """[E] 1 for each episode whose rows are there."""
+        return np.memmap(self.path / FILLED, np.uint8, "r")
+
+    def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), …] of rows of the task."""
+        return self._maps[camera][rows + self._offsets[self.task.episode[rows]]]
+
+    def check_whole(self) -> None:
+        """Raises `ConfigError` for one that was not copied to its end."""
+        try:
+            assert (self.path / KEY).is_file(), f"no {KEY}"
+            assert len(self.filled) == len(self.task.bounds), f"{FILLED} of {len(self.filled)} episodes"
+            for camera, array in self._maps.items():
+                assert array.shape == (self.rows, *self.shapes[camera]), f"{camera}.npy of shape {array.shape}"
+        except (OSError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"{self.path} must be whole, got {error}; copy it again from where it was computed, or delete it"
+            ) from error
+
+    def create(self, key: Json) -> None:
+        """Lay the files out, unless they are there; who comes first wins.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        if self.is_there:
+            return
+        partial = self.path.with_name(f".{self.path.name}-{uuid4().hex}")
+        try:
+            partial.mkdir(parents=True)
+            (partial / KEY).write_text(json.dumps(key, indent=1))
+            (partial / DATASET).write_text(json.dumps({"root": str(self.task.root.absolute())}))
+            for camera, shape in self.shapes.items():
+                np.lib.format.open_memmap(partial / f"{camera}.npy", "w+", self.dtype, (self.rows, *shape))
+            (partial / FILLED).write_bytes(bytes(len(self.task.bounds)))
+            partial.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not self.is_there:
+                raise self._unwritable(error) from error
+
+    def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
+        """Store values [n, …] of consecutive rows of an episode. Raises `ConfigError` when the disk is full."""
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        array = self._maps[camera]
+        assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
+        place = first_row + int(self._offsets[self.task.episode[first_row]])
+        # Through the file: on a full disk, writing to a memory map would kill the process.
+        self._write_at(f"{camera}.npy", array.offset + place * array[:1].nbytes, values.data)
+
+    def mark_filled(self, episode: int) -> None:
+        self._write_at(FILLED, episode, b"\1")
+
+    def _write_at(self, name: str, offset: int, content: bytes | memoryview) -> None:
+        """On the disk when it returns, so that an episode is never marked before its rows are there."""
+        try:
+            with open(self.path / name, "r+b") as file:
+                file.seek(offset)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"data.cache_root must be a folder that can be written, got {self.path}: {error}")
+
+    @cached_property
+    def _maps(self) -> dict[str, np.memmap]:
+        return {camera: np.load(self.path / f"{camera}.npy", mmap_mode="r") for camera in self.shapes}
