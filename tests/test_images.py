@@ -69,7 +69,7 @@ def planned(
     shard: Shard = WHOLE,
 ) -> Images:
     name = decoded.task.name
-    return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen, shard)
+    return plan_images(config, {name: decoded}, {name: list(episodes) or [0, 1, 2, 3, 4]}, chosen, shard=shard)
 
 
 @pytest.mark.parametrize("videos", [True, False], ids=["video", "images"])
