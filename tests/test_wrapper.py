@@ -327,6 +327,8 @@ def test_a_run_stands_for_the_best_of_its_last_stage_that_has_one(tmp_path: Path
 def test_what_is_no_checkpoint_of_ours_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must be a checkpoint's folder"):
         SmolVLAPolicyWrapper.from_pretrained(tmp_path / "nothing" / "there")
+    with pytest.raises(FileNotFoundError, match=r"outputs/misspelt must be a checkpoint's folder, .* of the hub: "):
+        SmolVLAPolicyWrapper.from_pretrained("outputs/misspelt")  # might be a repository of a user `outputs`
     shutil.copytree(checkpoint, tmp_path / "best")
     (tmp_path / "best" / "pretrained_model" / "tasks.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tasks.json must be there"):

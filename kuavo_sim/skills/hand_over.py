@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kuavo_sim.motions import GRASPING, HOVERS, Command, Script
+from kuavo_sim.motions import GRASPING, Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import TABLE_TOP, World, object_xml, rotation, table_xml
 from kuavo_sim.skills.skill import Skill
@@ -61,7 +61,7 @@ class HandOver(Skill):
         outwards = 1 if giver == "left" else -1
         level = _LEVEL[taker]
         upper = self.thing.half_height - 0.012
-        yield from script.pick(giver, (0.40, outwards * 0.15, 1.10), grip=(0, 0, upper), above=0.13, beside=HOVERS)
+        yield from script.pick(giver, (0.40, outwards * 0.15, 1.10), grip=(0, 0, upper), above=0.13)
         yield from script.carry(giver, self._meeting, np.eye(3), noise=0.5)
         for _ in range(3):
             grip = world.object_position() - np.array([0, 0, 0.03])

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kuavo_sim.motions import GRASPING, HOVERS, Command, Script
+from kuavo_sim.motions import GRASPING, Command, Script
 from kuavo_sim.robot import HeadCamera
 from kuavo_sim.scene import TABLE_TOP, Belt, World, belt_xml, object_xml, table_xml
 from kuavo_sim.skills.skill import Skill
@@ -41,8 +41,8 @@ class _Put(Skill):
 
     def demonstrate(self, script: Script) -> Iterator[Command]:
         grip = (0, 0, max(0.0, self.thing.half_height - 0.035))
-        yield from script.pick(self.side, self.halfway(), grip=grip, beside=HOVERS)
-        yield from script.put(self.side, self.goal_place(), beside=HOVERS)
+        yield from script.pick(self.side, self.halfway(), grip=grip)
+        yield from script.put(self.side, self.goal_place())
         yield from script.wait(5)
 
 
@@ -101,10 +101,10 @@ class TakeFromBelt(Skill):
         world, side = self.world, self.side
         x, _, z = world.object_position()
         if self._stops:
-            yield from script.reach(side, (x, self._meeting, z + 0.11), script.top_grasp(), beside=HOVERS)
+            yield from script.reach(side, (x, self._meeting, z + 0.11), script.top_grasp())
             yield from script.wait_until(lambda: world.object_speed() < 0.01)
         else:
-            yield from script.reach(side, (x, self._meeting, z + 0.11), noise=0.7, beside=HOVERS)
+            yield from script.reach(side, (x, self._meeting, z + 0.11), noise=0.7)
             yield from script.wait_until(lambda: world.object_position()[1] > self._meeting - 0.05, noise=0.5)
             yield from script.reach(side, (x, self._meeting, z), speed=1.6, noise=GRASPING)
             yield from script.claw(side, 1.0, noise=GRASPING)
@@ -115,6 +115,6 @@ class TakeFromBelt(Skill):
         if world.holds(side):
             yield from script.reach(side, self.halfway(), noise=0.5)
         else:
-            yield from script.pick(side, self.halfway(), beside=HOVERS)
-        yield from script.put(side, self.goal_place(), beside=HOVERS)
+            yield from script.pick(side, self.halfway())
+        yield from script.put(side, self.goal_place())
         yield from script.wait(5)

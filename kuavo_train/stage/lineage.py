@@ -149,9 +149,9 @@ def result_before(config: RunConfig, curriculum: Sequence[StageConfig]) -> Check
         resume = " resume=true" if before.status != "absent" else ""
         raise ConfigError(
             f"stage {stage.index} ({stage.name}) must follow a finished stage {previous.index} ({previous.name}), got "
-            f"{before.status} in {before.path}; run: python -m kuavo_train "
-            f"{' '.join([f'task={folders.choice_of(previous.name)}', f'run={config.run}', *folders.words])}"
-            f"{_learn_word(config)}{resume}"
+            f"{before.status} in {before.path}; run, with whatever else you set here: python -m kuavo_train "
+            f"{' '.join([f'task={folders.choice_of(previous.name)}', f'run={config.run}', *folders.words])} "
+            f"profile={config.profile}{_learn_word(config)}{resume}"
         )
     return _checked(before.checkpoints.at("best"), config)
 

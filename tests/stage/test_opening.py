@@ -56,7 +56,8 @@ def test_a_started_folder_is_refused_without_resume_and_a_finished_one_always(
 
 def test_a_stage_without_the_one_before_names_the_command_to_run(small_configs: Configs) -> None:
     configs = small_configs()
-    message = r"must follow a finished stage 1 \(moving_grasp\), got absent .*task=tasks/task1_moving_grasp run=smoke"
+    command = "task=tasks/task1_moving_grasp run=smoke profile=smoke"
+    message = rf"must follow a finished stage 1 \(moving_grasp\), got absent .*{command}"
     with pytest.raises(ConfigError, match=message):
         run(configs, 1)
 

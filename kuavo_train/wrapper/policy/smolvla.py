@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -38,6 +39,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
 from numpy.typing import ArrayLike
 
+from kuavo_train.config import said
 from kuavo_train.data.batch import Prepared
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
 from kuavo_train.data.images.frames import resized
@@ -567,9 +569,10 @@ def folder_of(path: str | Path) -> Path:
     for folder in (place, place / "pretrained_model", place / best, *(stage / best for stage in reversed(stages))):
         if (folder / "config.json").is_file():
             return folder
-    is_hub_id = len(place.parts) == 2 and not place.exists() and not str(path).startswith((".", "/", "~"))
-    if not is_hub_id:
-        raise FileNotFoundError(
-            f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model, or a run with one"
-        )
-    return Path(snapshot_download(str(path)))
+    rule = f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model, or a run with one"
+    if len(place.parts) != 2 or place.exists() or str(path).startswith((".", "/", "~")):
+        raise FileNotFoundError(rule)
+    try:
+        return Path(snapshot_download(str(path)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"{rule}, or a repository of the hub: {said(error)}") from error
