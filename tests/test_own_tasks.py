@@ -98,7 +98,7 @@ def test_a_study_takes_own_tasks_too() -> None:
 
 def test_the_command_for_the_stage_before_names_the_own_folder_and_file() -> None:
     configs = compose_run(["tasks_dir=my tasks", "config_dir=more", "learn=[pick,weigh]"])
-    message = "task=tasks/a_pick run=embedded 'tasks_dir=my tasks' config_dir=more 'learn="
+    message = "task=tasks/a_pick run=embedded 'tasks_dir=my tasks' config_dir=more profile=embedded 'learn="
     with pytest.raises(ConfigError, match=message):
         result_before(configs[1], [config.stage for config in configs])
 

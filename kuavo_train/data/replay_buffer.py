@@ -81,7 +81,7 @@ class Kept:
 
 def chosen_by(config: ReplayConfig, seed: int) -> Json:
     """All that a choice depends on beside the data, by key."""
-    return {**{f"replay.{key}": value for key, value in asdict(config).items()}, "seed": seed}
+    return {**{f"replay.{key}": getattr(config, key) for key in ("buffer", "unit", "select")}, "seed": seed}
 
 
 def choose(task: Task, config: ReplayConfig, seed: int, losses: Mapping[int, float] = MappingProxyType({})) -> Kept:

@@ -67,6 +67,9 @@ def step_memory(
         sample: a batch of one row, as it comes out of the preprocessor; its values do not matter.
         autocast: the context of a training step.
     """
+    # A process's first backward pass starts a thread per device, after which nothing that is forked may learn; and fake
+    # tensors pretend that there is a GPU. So that pass is now.
+    torch.zeros(1, requires_grad=True).sum().backward()
     uncompiled = torch.compiler.set_stance("force_eager")  # compiling looks at values
     with torch.random.fork_rng(), uncompiled, _as_it_was(policy), _vision_without_values(policy):
         drawn = policy.draw_training(1, next(iter(sample.values())).device)
