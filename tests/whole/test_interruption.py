@@ -15,7 +15,7 @@ from forked import Forked, send, when
 
 from kuavo_sim import record
 from kuavo_sim.children import STOP_SIGNALS
-from kuavo_train.data.images.episode_cache import EpisodeCache
+from kuavo_train.data.images.part import Part
 from kuavo_train.errors import Interrupted
 from kuavo_train.evaluation import validation
 from kuavo_train.evaluation.environment_pool import Robots
@@ -31,7 +31,7 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="w
 
 PHASES: list[tuple[str, Callable[[], None], int, str, int | None]] = [
     # phase, what sends the signal, its number, the status it leaves and the step of the last checkpoint
-    ("filling", lambda: when(EpisodeCache, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
+    ("filling", lambda: when(Part, "mark_filled", send(signal.SIGUSR1), call=2), 10, "absent", None),
     ("first validation", lambda: when(validation, "query_of", send(signal.SIGINT)), 2, "interrupted", None),
     ("training", lambda: when(Learner, "learn", send(signal.SIGTERM), call=2), 15, "interrupted", 2),
     ("dying", lambda: when(Learner, "learn", die), 9, "killed", 2),

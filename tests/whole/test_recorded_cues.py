@@ -25,7 +25,7 @@ from kuavo_train.probing.memory_interventions import loss_sentences
 from kuavo_train.probing.memory_walk import MemoryProbe
 from kuavo_train.probing.recorded_cues import RecordedCues, moments
 from kuavo_train.probing.run_probes import run_probe
-from kuavo_train.reading import Json
+from kuavo_train.reading import Json, read_json
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
 
@@ -101,9 +101,12 @@ def test_without_a_cue_the_report_says_what_memory_does_to_the_loss(
         assert lowered["estimate"] == pytest.approx(each.mean(), abs=1e-9)
         assert lowered["low"] < lowered["estimate"] < lowered["high"]
         assert lowered["n"] == 4
-    line = (trained / "stage2_weighing" / "validation.jsonl").read_text().splitlines()[-1]
-    assert json.loads(line)["task"] == "weighing"
-    assert held_out["loss"]["on"] == pytest.approx(json.loads(line)["loss"], rel=1e-5)
+    line = json.loads((trained / "stage2_weighing" / "validation.jsonl").read_text().splitlines()[-1])
+    assert line["task"] == "weighing"
+    (about,) = (task for task in read_json(trained / "run.json")["tasks"] if task["name"] == "weighing")
+    losses = dict(zip(about["dataset"]["held_out_episodes"], held_out["loss_by_episode"]["on"], strict=True))
+    for validated in line["episodes"]:
+        assert losses[validated["episode"]] == pytest.approx(validated["loss"], rel=1e-5)
     shown = capsys.readouterr().out
     assert "no cue in this task's data: nothing to decide from memory" in shown
     for sentence in loss_sentences(held_out):
