@@ -46,10 +46,14 @@ def main(_composed: DictConfig, overrides: list[str]) -> int:
     status = train_all_stages(configs)
     if status or os.environ.get("RANK", "0") != "0":  # of several processes, the first one hands out
         return status
-    usual = configs[0].profile == configs[0].run == PROFILE
-    into = FOLDER if usual else configs[0].run_folder / FOLDER.name
+    into = folder_of(configs[0])
     print(f"base: {into}, sha256 of its weights {hand_out(stages_to_run(configs)[0], into)}")
     return 0
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run's base is written: one tried out does not replace the one that simulated runs start from."""
+    return FOLDER if config.profile == config.run == PROFILE else config.run_folder / FOLDER.name
 
 
 def hand_out(stage: RunConfig, into: Path) -> str:
