@@ -65,7 +65,7 @@ def hand_out(stage: RunConfig, into: Path) -> str:
 
 
 def with_settled(words: Sequence[str]) -> list[str]:
-    """A command line's words after what makes the run a base's. Its name says profile and policy where they are others."""
+    """A command line's words after what makes the run a base's; its name says profile and policy if they are others."""
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
     profile = [] if "profile" in given else [f"profile={PROFILE}"]
     of = ((given.get("profile"), PROFILE), (given.get("policy"), POLICY))
