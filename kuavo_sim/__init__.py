@@ -8,7 +8,7 @@ import gymnasium
 # Raise it with every change that makes the same seed give another episode: datasets of another version are refused.
 __version__ = "1.3"
 
-__all__ = ["ENVIRONMENT_IDS", "EVALUATION_SEED_START", "JOBS", "SKILLS"]
+__all__ = ["CUE_SKILLS", "ENVIRONMENT_IDS", "EVALUATION_SEED_START", "JOBS", "SKILLS"]
 
 # The keys of kuavo_sim.tasks.TASKS, in the order of learning.
 JOBS = ("moving_grasp", "weighing", "placement", "sorting")
@@ -24,11 +24,14 @@ SKILLS = (
     "turn_and_put",
 )
 
+# The keys of kuavo_sim.skills.CUE_SKILLS: beside them for a small base that meets a memory.
+CUE_SKILLS = ("put_where_shown", "put_in_shown_colour")
+
 # Demonstrations use seeds below this, so evaluations that start here never meet a layout that was trained on.
 EVALUATION_SEED_START = 1_000_000_000
 
 # job or skill → gymnasium id, as in {"moving_grasp": "kuavo_sim/MovingGrasp-v0"}
-ENVIRONMENT_IDS = {name: f"kuavo_sim/{name.title().replace('_', '')}-v0" for name in (*JOBS, *SKILLS)}
+ENVIRONMENT_IDS = {name: f"kuavo_sim/{name.title().replace('_', '')}-v0" for name in (*JOBS, *SKILLS, *CUE_SKILLS)}
 
 for _job, _id in ENVIRONMENT_IDS.items():
     gymnasium.register(_id, entry_point="kuavo_sim.env:KuavoEnv", kwargs={"task": _job})

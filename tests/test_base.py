@@ -11,11 +11,11 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from safetensors.torch import save_file
 
-from kuavo_sim import SKILLS
+from kuavo_sim import CUE_SKILLS, SKILLS
 from kuavo_sim.tasks import TASKS
-from kuavo_train.base import FOLDER, SETTLED, with_settled
+from kuavo_train.base import FOLDER, SETTLED, folder_of, with_settled
 from kuavo_train.compose import compose_run
-from kuavo_train.config import MODELS_FOLDER
+from kuavo_train.config import CONFIG_FOLDER, MODELS_FOLDER
 from kuavo_train.data.checkpoint_tasks import KnownTasks
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.normalization import normalization_from_checkpoint
@@ -37,6 +37,30 @@ def test_a_base_is_an_ordinary_run_of_the_skills_without_memory_and_with_words_o
     assert (first.seed, first.policy["num_mem_tokens"]) == (3, 0)
     assert first.tiny_vlm is not None
     assert first.tiny_vlm.corpus == "words"
+
+
+def test_a_base_meets_a_memory_by_choosing_the_policy_and_learns_skills_with_cues_from_a_folder_beside() -> None:
+    words = ["policy=smolvla_memory", f"config_dir={CONFIG_FOLDER / 'cue_skills'}"]
+    configs = compose_run(with_settled(words))
+    assert [config.stage.name for config in configs] == [*SKILLS, *CUE_SKILLS]
+    later = compose_run([])[0].policy
+    for key in ("num_mem_tokens", "mem_backprop_depth", "mem_at_end", "mem_update"):
+        assert {config.policy[key] for config in configs} == {later[key]}  # as the runs that start from it
+    assert {config.strategy for config in configs} == {"joint"}
+
+
+def test_only_the_run_named_base_replaces_the_base_that_comes_along() -> None:
+    assert folder_of(compose_run(with_settled([]))[0]) == FOLDER
+    memory = ["policy=smolvla_memory"]
+    for words, run in (
+        (memory, "base-smolvla_memory"),
+        (["profile=smoke", *memory], "base-smoke-smolvla_memory"),
+        (["run=longer"], "longer"),
+        (["profile=smoke", "run=base"], "base"),
+    ):
+        config = compose_run(with_settled(words))[0]
+        assert config.run == run
+        assert folder_of(config) == Path("outputs") / run / FOLDER.name
 
 
 @pytest.mark.parametrize("profile", ["embedded", "study"])

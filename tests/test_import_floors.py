@@ -114,7 +114,7 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"skills.words", "tasks"},
     {"skills.things"},
     {"skills.skill"},
-    {"skills.drive", "skills.hand_over", "skills.put"},
+    {"skills.drive", "skills.hand_over", "skills.put", "skills.shown"},
     {"skills"},
     {"repertoire"},
     {"env"},

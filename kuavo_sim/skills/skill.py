@@ -17,7 +17,7 @@ class Skill(Task):
     Attributes:
         side: of the arm that begins.
         thing: the object.
-        goals: the one that is meant, then perhaps another.
+        goals: the one that is meant, then perhaps another; with a cue, one for each cue.
         centre: [2] of the goal that is meant, in the world's frame.
     """
 
@@ -45,9 +45,13 @@ class Skill(Task):
 
     def put_down(self) -> bool:
         """Whether it stands where it is meant to, and the hands are clear of it."""
+        return self.stands_on(self.goals[0], self.centre)
+
+    def stands_on(self, goal: Goal, centre: np.ndarray) -> bool:
+        """Whether it stands on that goal, [2] in the world's frame, and the hands are clear of it."""
         place = self.world.object_position()
         clear = all(np.linalg.norm(self.world.tool_position(side) - place) > CLEAR for side in SIDES)
-        return self.lasts("put_down", clear and self.goals[0].holds(self.world, self.centre))
+        return self.lasts(goal.name, clear and goal.holds(self.world, centre))
 
     def halfway(self) -> np.ndarray:
         """[3] of the tool point above the middle between object and goal: what can be seen decides the path."""

@@ -157,7 +157,12 @@ def draw_goals(
     if not goals:
         raise ValueError(f"there must be room for a goal between {low} and {high} beside {len(taken)} places")
     called = goals[0].colour[0] if len(goals) > 1 or rng.random() < 0.5 else None
-    return goals, f"{_ONTO[kind]} {named(one_of(rng, _GOAL_NOUNS[kind]), called)}"
+    return goals, onto(rng, kind, called)
+
+
+def onto(rng: np.random.Generator, kind: str, colour: str | None) -> str:
+    """Words for where a goal of that kind takes an object, as in "on the green tile"."""
+    return f"{_ONTO[kind]} {named(one_of(rng, _GOAL_NOUNS[kind]), colour)}"
 
 
 def free_place(

@@ -17,7 +17,7 @@ from kuavo_sim.robot import CAMERAS
 from kuavo_sim.scene import DARK
 
 TASKS = kuavo_sim.JOBS
-WITH_CUE = ("moving_grasp", "weighing", "sorting")
+WITH_CUE = ("moving_grasp", "weighing", "sorting", *kuavo_sim.CUE_SKILLS)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -30,7 +30,8 @@ def test_an_environment_passes_gymnasiums_check(task):
 def test_the_ids_are_those_of_the_documentation():
     assert list(kuavo_sim.JOBS) == list(kuavo_sim.tasks.TASKS)
     assert list(kuavo_sim.SKILLS) == list(kuavo_sim.skills.SKILLS)
-    assert list(kuavo_sim.ENVIRONMENT_IDS) == [*kuavo_sim.JOBS, *kuavo_sim.SKILLS]
+    assert list(kuavo_sim.CUE_SKILLS) == list(kuavo_sim.skills.CUE_SKILLS)
+    assert list(kuavo_sim.ENVIRONMENT_IDS) == [*kuavo_sim.JOBS, *kuavo_sim.SKILLS, *kuavo_sim.CUE_SKILLS]
     assert [kuavo_sim.ENVIRONMENT_IDS[job] for job in kuavo_sim.JOBS] == [
         "kuavo_sim/MovingGrasp-v0",
         "kuavo_sim/Weighing-v0",

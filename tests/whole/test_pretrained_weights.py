@@ -61,6 +61,24 @@ def test_plain_smolvla_is_taken_over_whole_and_only_the_memory_is_new(
     assert "widened" not in describe(stage.findings)
 
 
+def test_a_memory_that_the_base_has_met_goes_on_as_it_is_and_at_full_weight(
+    small_run: Overrides, tmp_path: Path
+) -> None:
+    stage, problems = open_first_stage(small_run("policy.num_mem_tokens=2"))
+    assert stage is not None, problems
+    stage.built.policy.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    begun = (f"policy.pretrained_path={tmp_path / 'base'}", "seed=1", "policy.mem_weight=0.1")
+    stage, problems = open_first_stage(small_run(*begun, "policy.num_mem_tokens=2"))
+    assert stage is not None, problems
+    weights = stage.built.policy.state_dict()
+    assert any(name.startswith("model.memory.") for name in stored)
+    assert all(torch.equal(weights[name], value) for name, value in stored.items())
+    assert weights["model.memory.key_bias"] == 0  # and nothing grows in anew
+    _, problems = open_first_stage(small_run(*begun, "policy.num_mem_tokens=0"))
+    assert "model.memory.mem_tokens is not part of this policy" in problems
+
+
 def test_a_base_of_32_dimensions_takes_more_and_the_table_says_so(small_run: Overrides, plain_smolvla: Path) -> None:
     wider = (f"policy.pretrained_path={plain_smolvla}", "policy.max_action_dim=40", "policy.max_state_dim=36")
     stage, problems = open_first_stage(small_run(*wider))
