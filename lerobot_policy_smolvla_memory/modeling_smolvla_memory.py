@@ -4,8 +4,8 @@ How a query is computed is flow_model.py's. Letters as in prefix.py.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
 
@@ -27,64 +27,27 @@ from lerobot_policy_smolvla_memory.adapters import TaskAdapters
 from lerobot_policy_smolvla_memory.backbone import FastForward
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     ACTION_DIM_IS_PAD,
-    ACTION_IS_PAD,
     ENCODED_CONTEXT,
     MEMORY_RESET,
     QUERY_IS_PAD,
     SmolVLAMemoryConfig,
     image_features_key,
 )
+from lerobot_policy_smolvla_memory.flow import Count, Flow, TrainingDraws, at_least_one, mean_of_valid
 from lerobot_policy_smolvla_memory.flow_model import EncodedPrefix, MemoryFlowMatching
 from lerobot_policy_smolvla_memory.memory import MemoryState
+from lerobot_policy_smolvla_memory.parameter_groups import PARAMETER_GROUPS, VLM_GROUPS, group_of
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, make_room, settle, stored_dtypes
 from lerobot_policy_smolvla_memory.prefix import Prefix
 from lerobot_policy_smolvla_memory.pretrained_weights import check_policy_weights, widened_weights
 from lerobot_policy_smolvla_memory.query_schedule import QuerySchedule
 from lerobot_policy_smolvla_memory.vlm_description import save_vlm_description, vlm_described_in
 
-# Which part of the model a parameter belongs to, by the path of its module.
-PARAMETER_GROUPS = {
-    "vision": ["model.vlm_with_expert.vlm.model.vision_model"],
-    "connector": ["model.vlm_with_expert.vlm.model.connector"],
-    "vlm_text": ["model.vlm_with_expert.vlm.model.text_model", "model.vlm_with_expert.vlm.lm_head"],
-    "expert": ["model.vlm_with_expert.lm_expert"],
-    "state_proj": ["model.state_proj"],
-    "action_proj": [
-        "model.action_in_proj",
-        "model.action_out_proj",
-        "model.action_time_mlp_in",
-        "model.action_time_mlp_out",
-    ],
-    "memory": ["model.memory"],
-    "adapters": ["model.adapters"],
-}
-VLM_GROUPS = ("vision", "connector", "vlm_text")
 OLDER_MEMORY = {"model.memory.key_bias": 0, "model.memory.first_position": 0}
 """What a memory that was stored without these had in their place."""
 MEMORY_HEAD = "model.memory.head."
 """Of use in training alone: where it is lacking, or of other actions, it begins anew."""
 HUB_ARGUMENTS = ("force_download", "token", "cache_dir", "local_files_only", "revision")
-
-
-@dataclass(frozen=True)
-class Flow:
-    """What a policy answers at noisy actions, and what it was to answer. D draws of a row, A padded dimensions.
-
-    Attributes:
-        noisy: actions [B × D, T, A]. time: [B × D], or [B × D, T] where the steps of a chunk are not all as noisy.
-        target, velocity: [B × D, T, A]; the velocity carries gradients.
-        reduce: losses [B × D, T, A] → their mean over valid entries.
-    """
-
-    noisy: Tensor
-    time: Tensor
-    target: Tensor
-    velocity: Tensor
-    reduce: Callable[[Tensor], Tensor]
-
-    def loss(self, velocity: Tensor) -> Tensor:
-        """Mean squared distance of the policy's velocity from another one, over what its own loss is a mean of."""
-        return self.reduce(F.mse_loss(velocity, self.velocity, reduction="none"))
 
 
 class StepOutputs(TypedDict):
@@ -94,22 +57,6 @@ class StepOutputs(TypedDict):
     memory: MemoryState | None
     memory_loss: NotRequired[Tensor]
     flow: NotRequired[Flow]
-
-
-class TrainingDraws(TypedDict):
-    """What a training step draws at random, as `SmolVLAMemoryPolicy.forward` takes it: [B × D, …] each."""
-
-    noise: Tensor
-    time: Tensor
-    clean: NotRequired[Tensor]
-
-
-Count = Callable[[Tensor], Tensor]
-
-
-def at_least_one(count: Tensor) -> Tensor:
-    """Of valid entries: a mean over none of them is 0."""
-    return count.clamp_min(1)
 
 
 class RealTimeChunking(TypedDict, total=False):
@@ -207,7 +154,9 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             # Bit for bit LeRobot's training step: prefix and actions in one pass.
             observation = *self._images(batch), *self._language(batch), self.prepare_state(batch)
             losses = self.model.forward(*observation, *self._actions_and_noise(batch, noise), time)
-            loss = _reduce(losses[:, :, : self.config.action_feature.shape[0]], batch, reduction, everywhere=everywhere)
+            loss = mean_of_valid(
+                losses[:, :, : self.config.action_feature.shape[0]], batch, reduction, everywhere=everywhere
+            )
             return loss, {"loss": loss.detach().mean(), "memory": None}
         prefix = self._prefix(batch)
         encoded, memory, tokens = self._encode(batch, prefix, memory, queries)
@@ -272,7 +221,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         if absent is not None:
             actions = actions.masked_fill(absent, 0.0)
         actions = actions[:, :, : predicted.shape[2]]
-        return _reduce(F.mse_loss(predicted, actions, reduction="none"), batch, reduction, everywhere=everywhere)
+        return mean_of_valid(F.mse_loss(predicted, actions, reduction="none"), batch, reduction, everywhere=everywhere)
 
     def flow_loss(
         self,
@@ -310,7 +259,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
         def reduce(losses: Tensor) -> Tensor:
             real = losses[:, :, : self.config.action_feature.shape[0]]
-            return _reduce(real, batch, reduction, given, everywhere=everywhere)
+            return mean_of_valid(real, batch, reduction, given, everywhere=everywhere)
 
         return Flow(noisy, time, noise - actions, self.velocity(prefix, noisy, time), reduce)
 
@@ -624,7 +573,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """
         groups: dict[str, list[str]] = {group: [] for group in PARAMETER_GROUPS}
         for name, _ in self.named_parameters():
-            groups[_group_of(name)].append(name)
+            groups[group_of(name)].append(name)
         return {group: names for group, names in groups.items() if names or group != "adapters"}
 
     def settle_precision(self) -> None:
@@ -684,7 +633,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
 
     def _tell_of_narrower_weights(self, model_file: str) -> None:
         learns = {name: parameter.dtype for name, parameter in self.named_parameters() if parameter.requires_grad}
-        narrower = sorted({_group_of(name) for name, dtype in learns.items() if self._stored.get(name, dtype) != dtype})
+        narrower = sorted({group_of(name) for name, dtype in learns.items() if self._stored.get(name, dtype) != dtype})
         if narrower:
             warnings.warn(
                 f"{', '.join(narrower)} of {model_file} were stored in less than float32, which rounds the steps of "
@@ -737,51 +686,5 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         return model
 
 
-def _reduce(
-    losses: Tensor,
-    batch: dict[str, Tensor],
-    reduction: str,
-    given: Tensor | None = None,
-    *,
-    everywhere: Count = at_least_one,
-) -> Tensor:
-    """losses [B × D, T, A] → the mean of the valid ones, over all ("mean") or per row of the batch ("none": [B]).
-
-    Args:
-        given: [B × D, T] true for steps that were no question.
-        everywhere: as in `forward`, for the mean over all.
-    """
-    rows = len(batch[ACTION])
-    entries = {"mean": (0, 1, 2), "none": (1, 2)}[reduction]
-    padding = [
-        batch[key].view(shape)
-        for key, shape in (
-            (ACTION_IS_PAD, (rows, losses.shape[1], 1)),
-            (ACTION_DIM_IS_PAD, (rows, 1, -1)),
-            (QUERY_IS_PAD, (-1, 1, 1)),
-        )
-        if key in batch
-    ]
-    if not padding and given is None:
-        reduced = losses.mean(entries)
-    else:
-        valid = torch.ones(rows, *losses.shape[1:], dtype=torch.bool, device=losses.device)
-        for padded in padding:
-            valid &= ~padded
-        valid = valid.repeat_interleave(len(losses) // rows, dim=0)
-        if given is not None:
-            valid &= ~given[:, :, None]
-        count = everywhere if reduction == "mean" else at_least_one
-        reduced = (losses * valid).sum(entries) / count(valid.sum(entries))
-    return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
-
-
 def _is_batched(value: object, batch_size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
-
-
-def _group_of(parameter: str) -> str:
-    for group, modules in PARAMETER_GROUPS.items():
-        if any(parameter.startswith(f"{module}.") for module in modules):
-            return group
-    raise ValueError(f"parameter {parameter} belongs to none of the groups {', '.join(PARAMETER_GROUPS)}")

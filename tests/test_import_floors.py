@@ -123,9 +123,9 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
     {"lerobot", "record"},
 ]
 POLICY = [
-    {"adapters", "configuration_smolvla_memory", "frames", "precision", "prefix", "query_schedule"},
+    {"adapters", "configuration_smolvla_memory", "frames", "parameter_groups", "precision", "prefix", "query_schedule"},
     {"tiny_vlm_words", "vlm_description"},
-    {"memory", "pretrained_weights", "processor_smolvla_memory"},
+    {"flow", "memory", "pretrained_weights", "processor_smolvla_memory"},
     {"backbone", "lerobot_forward", "tiny_vlm"},
     {"flow_model"},
     {"modeling_smolvla_memory"},

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import Count
+from lerobot_policy_smolvla_memory.flow import Count
 
 
 class StepArguments(TypedDict, total=False):

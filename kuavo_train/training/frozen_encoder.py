@@ -13,9 +13,7 @@ from kuavo_train.data.images.contexts import ContextEncoder
 from kuavo_train.data.images.features import Encoder
 from kuavo_train.training.parameter_groups import fingerprint, parameter_groups
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import ENCODED_CONTEXT, image_features_key
-
-ENCODER_GROUPS = ("vision", "connector")
-VLM_GROUPS = (*ENCODER_GROUPS, "vlm_text")
+from lerobot_policy_smolvla_memory.parameter_groups import ENCODER_GROUPS, VLM_GROUPS
 
 
 def frozen_encoder(

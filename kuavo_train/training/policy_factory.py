@@ -36,7 +36,7 @@ from kuavo_train.training.ema import check_average
 from kuavo_train.training.lora import ADAPTED_GROUP, add_adapters
 from kuavo_train.training.parameter_groups import check_freezing, freeze
 from kuavo_train.training.task_adapters import adapter_fields, hold_all_but_the_newest
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import VLM_GROUPS  # its package registers the policy
+from lerobot_policy_smolvla_memory.parameter_groups import VLM_GROUPS  # its package registers the policy
 from lerobot_policy_smolvla_memory.precision import StoredNarrower, stored_dtypes
 from lerobot_policy_smolvla_memory.pretrained_weights import UnfitWeights
 from lerobot_policy_smolvla_memory.tiny_vlm import make_tiny_vlm
