@@ -44,6 +44,7 @@ class Task:
         bounds: [E, 2] first row and one past the last row of each episode.
         cameras: name in the policy → name in the dataset, in the policy's order.
         origin: where on the hub the dataset is from; None where its task names nothing there.
+        feature_stride: n; samples are of the n-th frames of each episode alone, from its first on.
         choosing_episodes: neither trained on nor reported; what a stage makes of its weights is chosen on them.
         validated_episodes: those held out that the run validates, the same ones throughout; empty: all.
         notes: what is worth a look, but stops nothing.
@@ -65,6 +66,7 @@ class Task:
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
     origin: HubOrigin | None = None
+    feature_stride: int = 1
     choosing_episodes: tuple[int, ...] = ()
     validated_episodes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,6 +111,12 @@ class Task:
         """Of the training episodes."""
         return len(self.train_rows)
 
+    @property
+    def train_queries(self) -> int:
+        """Frames of the training episodes that samples may be of."""
+        lengths = self.recording.lengths[list(self.train_episodes)]
+        return int((-(-lengths // self.feature_stride)).sum())
+
     @cached_property
     def mean_action(self) -> np.ndarray:
         """[A] over the training frames, in robot units."""
@@ -127,6 +135,11 @@ class Task:
         if not episodes:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
+
+    def queries_of(self, episodes: Sequence[int]) -> np.ndarray:
+        """Of their rows those that samples may be of: `feature_stride` frames apart, from each episode's first on."""
+        rows = self.rows_of(episodes)
+        return rows[self.frame[rows] % self.feature_stride == 0]
 
     @property
     def validated(self) -> tuple[int, ...]:
@@ -229,6 +242,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         held_out_episodes=split[1],
         cameras=cameras,
         origin=origin,
+        feature_stride=config.feature_stride,
         notes=(
             *clock_notes(recording, rows, used),
             *unknown_task_notes(recording, rows.get("task_index"), episode, used),

@@ -6,6 +6,7 @@ once. Decoding stays the source of truth.
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Unpack
@@ -146,11 +147,12 @@ def fill_frames(
 
 
 def open_frames(task: Task, config: DataConfig, *, progress: bool = True) -> DecodedFrames | CachedFrames:
-    """A task's frames for reading at once: all its episodes, decoded first if need be.
+    """A task's frames for reading at once: all of all its episodes, decoded first if need be.
 
     Raises:
         ConfigError: a video does not decode, or the disk cannot hold the cache.
     """
+    task = replace(task, feature_stride=1)
     decoded = DecodedFrames(task, image_size=config.image_size, video_backend=config.video_backend)
     if not config.frame_cache:
         return decoded
