@@ -22,6 +22,7 @@ from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_reco
 from kuavo_train.data.split import split_episodes, split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
+    check_cameras,
     check_claws,
     check_clock,
     check_finite,
@@ -29,6 +30,7 @@ from kuavo_train.data.task_checks import (
     check_segments,
     clock_notes,
     segment_notes,
+    unfit,
 )
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.reading import JsonValue
@@ -329,9 +331,9 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
         require(policy in cameras, f"{where}: cameras", f"map to data.cameras ({', '.join(cameras)})", policy)
     in_policy = {policy: dataset for dataset, policy in stage.cameras.items()}
     mapped = {camera: in_policy.get(camera, camera) for camera in cameras}
-    missing = {camera: name for camera, name in mapped.items() if name not in recording.camera_keys}
+    missing = {camera: name for camera, name in mapped.items() if name not in recording.features}
     if missing:
-        spare = [key for key in recording.camera_keys if key not in mapped.values()]
+        spare = [key for key in recording.camera_keys if key not in mapped.values() and not unfit(recording, key)]
         spare.sort(key=lambda key: not key.startswith(OBS_IMAGES))  # rather a picture than depth
         fix = ", ".join(
             f"{name}: {camera}" for name, camera in zip(spare or ["NAME IN THE DATASET"], missing, strict=False)
@@ -341,14 +343,5 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
             f"{', '.join(recording.camera_keys)}; name the one it is in the dataset, as cameras: {{{fix}}} in the "
             "task's file, or leave it out of data.cameras"
         )
-    for name in mapped.values():
-        shape = recording.features[name].get("shape")
-        valid = isinstance(shape, list) and len(shape) == 3
-        require(valid, f"{where}: shape of {name} in meta/info.json", "be [height, width, channels]", shape)
-    depth = [name for name in mapped.values() if name in recording.depth_keys]
-    if depth:
-        raise ConfigError(
-            f"{where}: cameras must be pictures of three channels, got the depth map {', '.join(depth)}; leave it out, "
-            "or convert it to 8-bit pictures"
-        )
+    check_cameras(recording, list(mapped.values()), where)
     return mapped

@@ -112,13 +112,19 @@ class DecodedFrames:
     def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
         pictures = []
         for row, content in zip(rows, self.task.recording.pictures(key, rows), strict=True):
+            place = f"frame {int(self.task.frame[row])} of episode {int(self.task.episode[row])}"
             try:
-                picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+                stored = Image.open(io.BytesIO(content))
+                picture = np.array(stored.convert("RGB"))
             except OSError as error:
-                place = f"frame {int(self.task.frame[row])} of episode {int(self.task.episode[row])}"
                 raise ConfigError(
                     f"{self.task.name}: picture {key} must decode, got an error at {place}: {said(error)}"
                 ) from error
+            if stored.mode.startswith(("I", "F")):  # depth: conversion would cut it off at 255
+                raise ConfigError(
+                    f"{self.task.name}: pictures of {key} in {self.task.root} must have 8 bits, got {stored.mode} at "
+                    f"{place}; leave it out of data.cameras, or convert it to 8-bit pictures of three channels"
+                )
             pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         return torch.stack(pictures)
 
