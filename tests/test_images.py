@@ -137,8 +137,11 @@ def test_caches_of_another_feature_stride_are_others_and_that_of_every_frame_is_
     config: DataConfig, decoded: DecodedFrames
 ) -> None:
     plans = [
-        planned(config, DecodedFrames(replace(decoded.task, feature_stride=n), image_size=None, video_backend="pyav"),
-                encoder(Counted()))
+        planned(
+            config,
+            DecodedFrames(replace(decoded.task, feature_stride=n), image_size=None, video_backend="pyav"),
+            encoder(Counted()),
+        )
         for n in (1, 2, 3)
     ]
     caches = [images.embeddings["weighing"] for images in plans]

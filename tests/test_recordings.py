@@ -143,7 +143,9 @@ def test_a_depth_map_among_the_cameras_is_refused_and_left_out_it_hinders_nothin
         ("observation.images.depth_h", rf"a depth map, shape \[32, 32, 1\]{bits}"),
         ("action", "numbers of dtype float32"),
     ):
-        said = rf"stage 1 .*dataset {root}: cameras must be pictures of three channels .*, got {key}: {reason}; leave it"
+        said = (
+            rf"stage 1 .*dataset {root}: cameras must be 8-bit pictures of three channels .*, got {key}: {reason}; leave it"
+        )
         with pytest.raises(ConfigError, match=said):
             open_task(stage, replace(data, cameras=[*data.cameras, key]))
     task = open_task(stage, data)
@@ -161,7 +163,9 @@ def test_depth_in_pictures_that_are_said_to_have_three_channels_is_refused_when_
     edit_info(root, features=features)
     data = replace(configs[0].data, held_out_episodes=1, cameras=["observation.images.depth_h"])
     task = open_task(replace(configs[0].stage, root=str(root)), data)
-    with pytest.raises(ConfigError, match=r"depth_h in .* must have 8 bits, got I;16 at frame 0 of episode 0; leave it"):
+    with pytest.raises(
+        ConfigError, match=r"depth_h in .* must have 8 bits, got I;16 at frame 0 of episode 0; leave it"
+    ):
         DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
 
 
@@ -169,7 +173,8 @@ def test_wrist_cameras_of_another_rate_than_the_dataset_are_named_together_and_m
     configs: list[RunConfig], tmp_path: Path
 ) -> None:
     root, faster = (
-        write_dataset(tmp_path / name, episodes=3, length=4, fps=fps) for name, fps in (("moving_grasp", 10), ("faster", 15))
+        write_dataset(tmp_path / name, episodes=3, length=4, fps=fps)
+        for name, fps in (("moving_grasp", 10), ("faster", 15))
     )
     wrists = ["observation.images.wrist_cam_l", "observation.images.wrist_cam_r"]
     features, others = (

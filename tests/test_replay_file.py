@@ -201,10 +201,11 @@ def test_with_a_feature_stride_the_file_holds_embeddings_of_every_nth_frame_and_
     with_data = placed(configs, shutil.copytree(tmp_path, tmp_path.parent / "strided", symlinks=True))
     assert run(with_data, 1) == 0
     forget(tmp_path, "moving_grasp")
-    with pytest.raises(ConfigError, match="data.feature_stride must be 2, by which moving_grasp was exported .*, got 1"):
-        exported_tasks(
-            replace(changed(configs[1], **from_file(tmp_path)).data, feature_stride=1), stages(configs), ["moving_grasp"]
-        )
+    every = replace(changed(configs[1], **from_file(tmp_path)).data, feature_stride=1)
+    with pytest.raises(
+        ConfigError, match=r"data.feature_stride must be 2, by which moving_grasp was exported .*, got 1"
+    ):
+        exported_tasks(every, stages(configs), ["moving_grasp"])
     assert run(configs, 1, **from_file(tmp_path)) == 0
     assert_equal_weights(*(weights(stage_folder(each[1])) for each in (with_data, configs)))
 

@@ -122,10 +122,11 @@ def check_cameras(recording: Recording, keys: Sequence[str], where: str) -> None
     wrong = {key: reasons for key in keys if (reasons := unfit(recording, key))}
     if wrong:
         found = "; ".join(f"{key}: {', '.join(reasons)}" for key, reasons in wrong.items())
+        them, rate = "it" if len(wrong) == 1 else "them", f"{recording.fps:g} fps"
         raise ConfigError(
-            f"{where}: cameras must be pictures of three channels of 8 bits at the dataset's {recording.fps:g} "
-            f"fps, by meta/info.json, got {found}; leave {'it' if len(wrong) == 1 else 'them'} out of data.cameras, or convert "
-            f"the recording again, depth as 8-bit pictures of three channels, every camera at {recording.fps:g} fps"
+            f"{where}: cameras must be 8-bit pictures of three channels at the dataset's {rate}, by meta/info.json, "
+            f"got {found}; leave {them} out of data.cameras, or convert the recording again, depth as 8-bit pictures "
+            f"of three channels, every camera at {rate}"
         )
 
 

@@ -40,7 +40,7 @@ def write_dataset(
     Args:
         size: of the pictures, or (height, width).
         depth: also columns observation.depth_h (a video of 8 bits) and observation.depth_l (numbers, in mm).
-        depth_camera: also a camera observation.images.depth_h of depth in mm, as LeRobot keeps it: 12 bits in one channel.
+        depth_camera: also a camera observation.images.depth_h, of depth in mm in one channel, as LeRobot has it.
         claw_scale: what the action's claws are recorded times.
         tasks: what the dataset says of its episodes, in turn; None: the folder's name.
         cues: of its episodes, in turn, as columns `cue`, `cue_visible` (the first two frames) and `decision` (from the

@@ -134,7 +134,7 @@ class Part:
                 raise self._unwritable(error) from error
 
     def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
-        """Store values [n, …] of an episode's rows that follow each other here. Raises `ConfigError` when the disk is full."""
+        """Store values [n, …] of rows that are stored one after another. Raises `ConfigError` when the disk is full."""
         values = np.ascontiguousarray(values, dtype=self.dtype)
         array = self._maps[camera]
         assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
