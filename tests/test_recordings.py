@@ -143,9 +143,7 @@ def test_a_depth_map_among_the_cameras_is_refused_and_left_out_it_hinders_nothin
         ("observation.images.depth_h", rf"a depth map, shape \[32, 32, 1\]{bits}"),
         ("action", "numbers of dtype float32"),
     ):
-        said = (
-            rf"stage 1 .*dataset {root}: cameras must be 8-bit pictures .*, got {key}: {reason}; leave it"
-        )
+        said = rf"stage 1 .*dataset {root}: cameras must be 8-bit pictures .*, got {key}: {reason}; leave it"
         with pytest.raises(ConfigError, match=said):
             open_task(stage, replace(data, cameras=[*data.cameras, key]))
     task = open_task(stage, data)
