@@ -174,6 +174,7 @@ class DataConfig:
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
     feature_dtype: str = "bfloat16"
+    feature_stride: int = 1  # frames from one that samples are of to the next; only those are cached
     context_cache_limit_gib: float = 4.0
     replay_file: str | None = None  # of export_replay: earlier tasks are read from it in place of their datasets
     cache_root: str | None = None  # None: .cache in `root`
@@ -187,6 +188,7 @@ class DataConfig:
         require(len(set(self.cameras)) == len(self.cameras), "data.cameras", "not repeat a camera", self.cameras)
         require(self.held_out_episodes >= 1, "data.held_out_episodes", "be at least 1", self.held_out_episodes)
         require(self.num_workers >= 0, "data.num_workers", "not be negative", self.num_workers)
+        require(self.feature_stride >= 1, "data.feature_stride", "be at least 1", self.feature_stride)
         for key in ("feature_cache_limit_gib", "context_cache_limit_gib"):
             require(getattr(self, key) >= 0, f"data.{key}", "not be negative", getattr(self, key))
         one_of("data.feature_dtype", self.feature_dtype, ("bfloat16", "int8"))

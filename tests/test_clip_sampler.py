@@ -23,11 +23,16 @@ class Episodes(SimpleNamespace):
     def rows_of(self, episodes: Sequence[int]) -> np.ndarray:
         return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
 
+    def queries_of(self, episodes: Sequence[int]) -> np.ndarray:
+        rows = self.rows_of(episodes)
+        return rows[(rows - self.bounds[self.episode[rows], 0]) % self.feature_stride == 0]
 
-def task(name: str, lengths: Sequence[int], held_out: int = 1) -> Episodes:
+
+def task(name: str, lengths: Sequence[int], held_out: int = 1, feature_stride: int = 1) -> Episodes:
     ends = np.cumsum(lengths)
     bounds = np.stack([ends - lengths, ends], axis=1)
     made = Episodes(name=name, bounds=bounds, episode=np.repeat(np.arange(len(lengths)), lengths))
+    made.feature_stride = feature_stride
     made.train_episodes = tuple(range(len(lengths) - held_out))
     made.held_out_episodes = tuple(range(len(lengths) - held_out, len(lengths)))
     made.train_rows = made.rows_of(made.train_episodes)
@@ -100,6 +105,26 @@ def test_every_frame_comes_once_in_as_many_passes_as_the_stride() -> None:
     while len(rows) < len(TASKS[0].train_rows):
         rows += next(walks)
     assert sorted(rows) == list(TASKS[0].train_rows)
+
+
+@pytest.mark.parametrize("jitter", [0, 2])
+def test_where_every_second_frame_is_cached_walks_keep_the_query_stride_and_no_other_frame_is_drawn(
+    jitter: int,
+) -> None:
+    thinned = [task("a", [13, 9, 22, 17, 11], feature_stride=2), task("b", [30, 8, 12], feature_stride=2)]
+    how = {"tasks": thinned, "shares": {"a": 0.5, "b": 0.5}, "stride": 8, "jitter": jitter}
+    order = order_of_clips(**how)
+    kept = thinned[0].queries_of(thinned[0].train_episodes)
+    walks, rows = order.walks(0), []
+    while len(rows) < len(kept):
+        walk = next(walks)
+        apart = set(np.diff(walk))
+        assert apart <= ({8} if not jitter else {4, 6, 8, 10, 12})
+        rows += walk
+    assert set(rows) <= set(kept)
+    if not jitter:
+        assert sorted(rows) == list(kept)  # each once in 8 / 2 passes
+    assert order.steps_per_epoch("a", 1) == -(-len(kept) // 12)
 
 
 def test_held_out_episodes_are_never_walked() -> None:

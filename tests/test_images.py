@@ -112,6 +112,43 @@ def test_features_are_the_encoders_output_as_bfloat16(config: DataConfig, decode
         assert torch.equal(images.sources["weighing"](camera, rows), expected)
 
 
+def test_with_a_feature_stride_only_every_nth_frame_of_an_episode_is_embedded_and_read(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    thinned = DecodedFrames(replace(decoded.task, feature_stride=3), image_size=None, video_backend="pyav")
+    whole, embed = planned(config, decoded, encoder(Counted())), Counted()
+    images = planned(config, thinned, encoder(embed))
+    assert "4 × 8 bfloat16 per camera, of one frame in 3 (data.feature_stride); " in images.description
+    cache, of_all = images.embeddings["weighing"], whole.embeddings["weighing"]
+    assert (cache.size([0, 1]), of_all.size([0, 1])) == (2 * 5 * cache.row_bytes, 2 * 14 * cache.row_bytes)
+    embed.asked.clear()
+    for each in (images, whole):
+        each.fill(progress=False)
+    assert sum(len(pictures) for (pictures,) in embed.asked) == 3 * 5 * 5  # cameras, episodes, frames of 14
+    assert cache.missing(range(5)) == []
+    rows = np.array([42, 3, 42, 69 - 1, 28])  # frames 0, 3, 0, 12, 0
+    for camera in decoded.task.cameras:
+        assert torch.equal(images.sources["weighing"](camera, rows), whole.sources["weighing"](camera, rows))
+    with pytest.raises(RuntimeError, match="holds one frame in 3 of an episode, got frame 1"):
+        cache.read(camera, np.array([42, 43]))
+
+
+def test_caches_of_another_feature_stride_are_others_and_that_of_every_frame_is_named_as_ever(
+    config: DataConfig, decoded: DecodedFrames
+) -> None:
+    plans = [
+        planned(
+            config,
+            DecodedFrames(replace(decoded.task, feature_stride=n), image_size=None, video_backend="pyav"),
+            encoder(Counted()),
+        )
+        for n in (1, 2, 3)
+    ]
+    caches = [images.embeddings["weighing"] for images in plans]
+    assert len({cache.path for cache in caches}) == 3
+    assert caches[0].key == {**decoded.key, "encoder": {"weights": "first"}}
+
+
 def test_features_of_int8_take_half_the_room_and_are_as_near_as_a_scale_per_token_allows(
     config: DataConfig, decoded: DecodedFrames
 ) -> None:

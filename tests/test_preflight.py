@@ -98,6 +98,23 @@ def test_where_no_memory_is_trained_through_time_there_is_no_clip(small_configs:
     assert not [line for line in describe(findings).splitlines() if line.startswith("  clip")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data": {"feature_stride": 3}}, "data.feature_stride must divide policy.n_action_steps=4: .*, got 3"),
+        (
+            {"data": {"feature_stride": 2}, "training": {"query_jitter": 1}},
+            "training.query_jitter must be a multiple of data.feature_stride=2, .*, got 1",
+        ),
+    ],
+)
+def test_a_feature_stride_that_leaves_out_what_a_query_sees_is_a_problem(
+    small_configs: Configs, changes: dict[str, dict[str, int]], problem: str
+) -> None:
+    problems = examine(small_configs(**changes)).problems
+    assert [bool(re.fullmatch(problem, found)) for found in problems] == [True], problems
+
+
 def test_training_and_preflight_find_the_same(small_configs: Configs) -> None:
     wrong = {"policy": {"max_state_dim": 4}, "tracking": "online", "training": {"freeze_first_stage": ["arm"]}}
     configs = small_configs(run="wrong", **wrong)

@@ -93,7 +93,7 @@ def test_a_table_that_was_cut_off_is_named(opened: Opened, root: Path, file: str
         ({"fps": "10"}, r"must give fps, .* got '10'"),
         ({"features": None}, r"info.json must hold the dataset's features, got"),
         ({"features": {"action": None}}, r"info.json must hold the dataset's features, got"),
-        ({"features": {HEAD: {"dtype": "video"}}}, r"shape of .*head_cam_h in meta/info.json must be .*, got None"),
+        ({"features": {HEAD: {"dtype": "video"}}}, r"got .*head_cam_h: shape None, not \[height, width, channels\]"),
         ({"data_path": "data/{episode_chunk}.parquet"}, r"must give data_path with chunk_index, file_index and"),
         ({"total_episodes": 7}, r"each of the 7 episodes that meta/info.json counts once, got episodes 5, 6 not"),
     ],
@@ -130,6 +130,67 @@ def test_videos_of_cameras_and_episodes_that_are_not_used_may_be_missing(
     with pytest.raises(ConfigError, match=f"lacks videos/{HEAD}/chunk-000/file-001.mp4"):
         open_task(stage, data)
     assert open_task(replace(stage, episodes=[0, 3]), data).recording.lengths.tolist() == [14] * 5
+
+
+@pytest.mark.parametrize("videos", [True, False], ids=["video", "images"])
+def test_a_depth_map_among_the_cameras_is_refused_and_left_out_it_hinders_nothing(
+    configs: list[RunConfig], tmp_path: Path, *, videos: bool
+) -> None:
+    root = write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, videos=videos, depth_camera=True)
+    stage, data = replace(configs[0].stage, root=str(root)), replace(configs[0].data, held_out_episodes=1)
+    bits = r", more than 8 bits \(gray12le\)" if videos else ""
+    for key, reason in (
+        ("observation.images.depth_h", rf"a depth map, shape \[32, 32, 1\]{bits}"),
+        ("action", "numbers of dtype float32"),
+    ):
+        said = rf"stage 1 .*dataset {root}: cameras must be 8-bit pictures .*, got {key}: {reason}; leave it"
+        with pytest.raises(ConfigError, match=said):
+            open_task(stage, replace(data, cameras=[*data.cameras, key]))
+    task = open_task(stage, data)
+    assert task.unused == ("observation.images.depth_h",)
+    shapes = DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
+    assert shapes == dict.fromkeys(data.cameras, (3, 32, 32))
+
+
+def test_depth_in_pictures_that_are_said_to_have_three_channels_is_refused_when_it_is_read(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    root = write_dataset(tmp_path / "moving_grasp", episodes=3, length=4, videos=False, depth_camera=True)
+    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    features["observation.images.depth_h"] |= {"shape": [32, 32, 3], "info": None}
+    edit_info(root, features=features)
+    data = replace(configs[0].data, held_out_episodes=1, cameras=["observation.images.depth_h"])
+    task = open_task(replace(configs[0].stage, root=str(root)), data)
+    with pytest.raises(
+        ConfigError, match=r"depth_h in .* must have 8 bits, got I;16 at frame 0 of episode 0; leave it"
+    ):
+        DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes()
+
+
+def test_wrist_cameras_of_another_rate_than_the_dataset_are_named_together_and_may_be_left_out(
+    configs: list[RunConfig], tmp_path: Path
+) -> None:
+    root, faster = (
+        write_dataset(tmp_path / name, episodes=3, length=4, fps=fps)
+        for name, fps in (("moving_grasp", 10), ("faster", 15))
+    )
+    wrists = ["observation.images.wrist_cam_l", "observation.images.wrist_cam_r"]
+    features, others = (
+        json.loads((folder / "meta" / "info.json").read_text())["features"] for folder in (root, faster)
+    )
+    for wrist in wrists:
+        shutil.copytree(faster / "videos" / wrist, root / "videos" / wrist, dirs_exist_ok=True)
+    edit_info(root, features={**features, **{wrist: others[wrist] for wrist in wrists}})
+    stage, data = replace(configs[0].stage, root=str(root)), replace(configs[0].data, held_out_episodes=1)
+    said = (
+        rf"dataset {root}: cameras .* at the dataset's 10 fps, .*got {wrists[0]}: 15 fps; {wrists[1]}: 15 fps; "
+        r"leave them out of data.cameras, or convert the recording again, .* every camera at 10 fps"
+    )
+    with pytest.raises(ConfigError, match=said):
+        open_task(stage, data)
+    task = open_task(stage, replace(data, cameras=[HEAD]))
+    assert task.unused == tuple(wrists)
+    assert DecodedFrames(task, image_size=None, video_backend="pyav").checked_shapes() == {HEAD: (3, 32, 32)}
 
 
 def test_nothing_is_copied_when_pictures_are_stored_in_the_tables(

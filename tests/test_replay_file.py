@@ -186,6 +186,30 @@ def test_a_task_whose_demonstrations_are_gone_is_taken_over_into_the_next_file(
     assert {name: part["frames"] for name, part in kept.items()} == {"moving_grasp": 14, "weighing": 14}
 
 
+def test_with_a_feature_stride_the_file_holds_embeddings_of_every_nth_frame_and_fits_no_other_stride(
+    small_configs_in: Configs, datasets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(datasets, tmp_path / "data")
+    configs = placed(small_configs_in(tmp_path / "outputs"), tmp_path, policy={"mem_backprop_depth": 2})
+    configs = [changed(config, data={"feature_stride": 2}) for config in configs]
+    assert run(configs) == 0
+    found = exported(configs, 1, tmp_path).parts["moving_grasp"]
+    assert (found["kept"].frames, found["held out"].frames) == (42, 28)
+    assert found["kept"].embeddings * 28 == found["held out"].embeddings * 42
+    content = safe_open(tmp_path / FILE, "pt").get_tensor("moving_grasp/pictured")
+    assert content.tolist() == list(range(0, 70, 2))
+    with_data = placed(configs, shutil.copytree(tmp_path, tmp_path.parent / "strided", symlinks=True))
+    assert run(with_data, 1) == 0
+    forget(tmp_path, "moving_grasp")
+    every = replace(changed(configs[1], **from_file(tmp_path)).data, feature_stride=1)
+    with pytest.raises(
+        ConfigError, match=r"data.feature_stride must be 2, by which moving_grasp was exported .*, got 1"
+    ):
+        exported_tasks(every, stages(configs), ["moving_grasp"])
+    assert run(configs, 1, **from_file(tmp_path)) == 0
+    assert_equal_weights(*(weights(stage_folder(each[1])) for each in (with_data, configs)))
+
+
 def test_of_single_frames_that_are_kept_the_file_holds_their_embeddings_alone(
     small_configs_in: Configs, datasets: Path, tmp_path: Path
 ) -> None:

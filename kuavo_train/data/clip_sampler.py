@@ -5,7 +5,8 @@ A *walk* is one episode visited as the robot visits it: a query every `stride` f
 the next K queries of a stream, the part of it that one optimizer step sees and backpropagates through.
 
 Clips are dealt to tasks by the quota, so the shares hold to the clip; a task's walks come without replacement,
-and after `stride` passes over its episodes, each from another offset, every frame has been seen once.
+and after `stride` passes over its episodes, each from another offset, every frame has been seen once. Where samples
+are of every n-th frame alone (`data.feature_stride`), offsets are multiples of n, and so many fewer are the passes.
 """
 
 import zlib
@@ -111,16 +112,17 @@ class ClipOrder(Order):
     def walks(self, place: int) -> Iterator[list[int]]:
         """The rows of a task's walks, forever: passes over its episodes in a new order each time."""
         task, number = self.tasks[place], 0
+        apart, jitter = (frames // task.feature_stride for frames in (self.stride, self.jitter))
         key = [self.seed, self.stage, zlib.crc32(task.name.encode()), 0]
         while True:
-            round_number, turn = divmod(number, self.stride)
+            round_number, turn = divmod(number, apart)
             for episode in np.random.default_rng([*key, number]).permutation(self.episodes[place]):
-                offsets = np.random.default_rng([*key, round_number, int(episode), 1]).permutation(self.stride)
-                rows = task.rows_of([int(episode)])
-                places = np.arange(offsets[turn], len(rows), self.stride)
-                if self.jitter and len(places):
+                offsets = np.random.default_rng([*key, round_number, int(episode), 1]).permutation(apart)
+                rows = task.queries_of([int(episode)])
+                places = np.arange(offsets[turn], len(rows), apart)
+                if jitter and len(places):
                     moved = np.random.default_rng([*key, number, int(episode), 2])
-                    places = places + moved.integers(-self.jitter, self.jitter + 1, len(places))
+                    places = places + moved.integers(-jitter, jitter + 1, len(places))
                 if len(places):  # an episode may be shorter than the offset
                     yield rows[np.clip(places, 0, len(rows) - 1)].tolist()
             number += 1

@@ -62,8 +62,12 @@ class Recording:
     def depth_keys(self) -> list[str]:
         """Those that LeRobot marks as depth maps."""
         marks = ("is_depth_map", "video.is_depth_map")
-        abouts = {key: {**(f.get("video_info") or {}), **(f.get("info") or {})} for key, f in self.features.items()}
-        return [key for key, about in abouts.items() if any(about.get(mark) for mark in marks)]
+        return [key for key in self.features if any(self.about_video(key).get(mark) for mark in marks)]
+
+    def about_video(self, key: str) -> Json:
+        """What a converter has written down of the video or the pictures of a feature: pixels, rate, codec."""
+        feature = self.features[key]
+        return {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
 
     @property
     def lengths(self) -> np.ndarray:

@@ -46,9 +46,9 @@ class Kept:
     frame_numbers: Mapping[str, list[int]] | None = None
 
     def rows(self, task: Task) -> np.ndarray:
-        """Of the task's dataset, ascending."""
+        """Of the task's dataset those that samples may be of, ascending."""
         if self.frame_numbers is None:
-            return task.rows_of(self.episodes)
+            return task.queries_of(self.episodes)
         return np.concatenate([task.bounds[e, 0] + np.array(self.frame_numbers[str(e)]) for e in self.episodes])
 
     def to_json(self) -> Json:
@@ -113,7 +113,7 @@ def choose(task: Task, config: ReplayConfig, seed: int, losses: Mapping[int, flo
 
 
 def _choose_frames(task: Task, config: ReplayConfig, seed: int) -> Kept:
-    rows = task.train_rows
+    rows = task.queries_of(task.train_episodes)
     found: Json = {}
     named = {f"{task.episode[row]}/{task.frame[row]}": int(row) for row in rows}
     ranked = np.array([named[name] for name in _by_hash(task.name, named, seed)])

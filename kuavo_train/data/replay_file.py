@@ -15,7 +15,7 @@ Rows are of the episodes in the file alone, one after another. Episodes keep the
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -37,6 +37,8 @@ from kuavo_train.reading import Json
 
 FORMAT, VERSION = "kuavo_train.replay", "1"
 KEY = "data.replay_file"
+BEFORE_THERE_WAS = {"data.feature_stride": 1}
+"""What holds of files that do not say."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class ExportedEmbeddings:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows of the task have them."""
-        return len(self.pictured) == len(self.task.state)
+        """Whether all rows of the task that samples may be of have them."""
+        return len(self.pictured) == len(self.task.queries_of(self.task.header.episodes))
 
     @property
     def row_bytes(self) -> int:
@@ -170,9 +172,10 @@ def settings_of(stage: StageConfig, data: DataConfig) -> Json:
     """Those by which the data of a task, or what is held out of them, would be others."""
     recipe, shared = asdict(stage), asdict(data)
     names = ("instruction", "episodes", "cameras", "state_names", "action_names", "scale")
+    of_all = ("cameras", "image_size", "held_out_episodes", "split_seed", "feature_stride")
     return {
         **{f"stage.{name}": recipe[name] for name in names},
-        **{f"data.{name}": shared[name] for name in ("cameras", "image_size", "held_out_episodes", "split_seed")},
+        **{f"data.{name}": shared[name] for name in of_all},
     }
 
 
@@ -208,10 +211,13 @@ def exported_tasks(
     )
     for name, header in headers.items():
         for key, value in settings_of(stages[name], data).items():
-            was = header.settings.get(key)
+            was = header.settings.get(key, BEFORE_THERE_WAS.get(key))
             require(was == value, key, f"be {was!r}, by which {name} was exported to {path}", value)
     tensors = load_file(path)
-    return {name: _task(path, header, stages[name].index, tensors) for name, header in headers.items()}
+    return {
+        name: replace(_task(path, header, stages[name].index, tensors), feature_stride=data.feature_stride)
+        for name, header in headers.items()
+    }
 
 
 def _headers(path: Path) -> dict[str, TaskHeader]:

@@ -92,7 +92,7 @@ class Order(ABC):
         for place, task in enumerate(self.tasks):
             episodes = self.kept[place].episodes if place in self.kept else task.train_episodes
             self.episodes.append(episodes)
-            self.rows.append(self.kept[place].rows(task) if place in self.kept else task.train_rows)
+            self.rows.append(self.kept[place].rows(task) if place in self.kept else task.queries_of(episodes))
         self.segments = [Segment(0, 0, self._quota(shares))]
         self.cuts = [Cut(0, 0, processes * batch_size // self.clip)]
 
@@ -159,7 +159,7 @@ class Order(ABC):
         return np.concatenate(tasks), np.concatenate(ranks)
 
     def steps_per_epoch(self, current: str, batches_per_step: int) -> int:
-        """Steps in which the current task's training frames come once; replayed frames are on top."""
+        """Steps in which the current task's frames that may be drawn come once; replayed frames are on top."""
         place = [task.name for task in self.tasks].index(current)
         frames = len(self.rows[place]) / self.segments[-1].quota.shares[place]
         return math.ceil(frames / (self.cuts[-1].turns * self.clip * batches_per_step))

@@ -22,6 +22,7 @@ from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_reco
 from kuavo_train.data.split import split_episodes, split_usable
 from kuavo_train.data.task_checks import (
     check_arms,
+    check_cameras,
     check_claws,
     check_clock,
     check_finite,
@@ -29,6 +30,7 @@ from kuavo_train.data.task_checks import (
     check_segments,
     clock_notes,
     segment_notes,
+    unfit,
 )
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.reading import JsonValue
@@ -44,6 +46,7 @@ class Task:
         bounds: [E, 2] first row and one past the last row of each episode.
         cameras: name in the policy → name in the dataset, in the policy's order.
         origin: where on the hub the dataset is from; None where its task names nothing there.
+        feature_stride: n; samples are of the n-th frames of each episode alone, from its first on.
         choosing_episodes: neither trained on nor reported; what a stage makes of its weights is chosen on them.
         validated_episodes: those held out that the run validates, the same ones throughout; empty: all.
         notes: what is worth a look, but stops nothing.
@@ -65,6 +68,7 @@ class Task:
     held_out_episodes: tuple[int, ...]
     cameras: dict[str, str]
     origin: HubOrigin | None = None
+    feature_stride: int = 1
     choosing_episodes: tuple[int, ...] = ()
     validated_episodes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
@@ -109,6 +113,12 @@ class Task:
         """Of the training episodes."""
         return len(self.train_rows)
 
+    @property
+    def train_queries(self) -> int:
+        """Frames of the training episodes that samples may be of."""
+        lengths = self.recording.lengths[list(self.train_episodes)]
+        return int((-(-lengths // self.feature_stride)).sum())
+
     @cached_property
     def mean_action(self) -> np.ndarray:
         """[A] over the training frames, in robot units."""
@@ -127,6 +137,11 @@ class Task:
         if not episodes:
             return np.empty(0, dtype=np.int64)
         return np.concatenate([np.arange(*self.bounds[episode]) for episode in episodes])
+
+    def queries_of(self, episodes: Sequence[int]) -> np.ndarray:
+        """Of their rows those that samples may be of: `feature_stride` frames apart, from each episode's first on."""
+        rows = self.rows_of(episodes)
+        return rows[self.frame[rows] % self.feature_stride == 0]
 
     @property
     def validated(self) -> tuple[int, ...]:
@@ -229,6 +244,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
         held_out_episodes=split[1],
         cameras=cameras,
         origin=origin,
+        feature_stride=config.feature_stride,
         notes=(
             *clock_notes(recording, rows, used),
             *unknown_task_notes(recording, rows.get("task_index"), episode, used),
@@ -315,9 +331,9 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
         require(policy in cameras, f"{where}: cameras", f"map to data.cameras ({', '.join(cameras)})", policy)
     in_policy = {policy: dataset for dataset, policy in stage.cameras.items()}
     mapped = {camera: in_policy.get(camera, camera) for camera in cameras}
-    missing = {camera: name for camera, name in mapped.items() if name not in recording.camera_keys}
+    missing = {camera: name for camera, name in mapped.items() if name not in recording.features}
     if missing:
-        spare = [key for key in recording.camera_keys if key not in mapped.values()]
+        spare = [key for key in recording.camera_keys if key not in mapped.values() and not unfit(recording, key)]
         spare.sort(key=lambda key: not key.startswith(OBS_IMAGES))  # rather a picture than depth
         fix = ", ".join(
             f"{name}: {camera}" for name, camera in zip(spare or ["NAME IN THE DATASET"], missing, strict=False)
@@ -327,14 +343,5 @@ def _map_cameras(stage: StageConfig, recording: Recording, cameras: Sequence[str
             f"{', '.join(recording.camera_keys)}; name the one it is in the dataset, as cameras: {{{fix}}} in the "
             "task's file, or leave it out of data.cameras"
         )
-    for name in mapped.values():
-        shape = recording.features[name].get("shape")
-        valid = isinstance(shape, list) and len(shape) == 3
-        require(valid, f"{where}: shape of {name} in meta/info.json", "be [height, width, channels]", shape)
-    depth = [name for name in mapped.values() if name in recording.depth_keys]
-    if depth:
-        raise ConfigError(
-            f"{where}: cameras must be pictures of three channels, got the depth map {', '.join(depth)}; leave it out, "
-            "or convert it to 8-bit pictures"
-        )
+    check_cameras(recording, list(mapped.values()), where)
     return mapped

@@ -107,6 +107,50 @@ def clock_notes(recording: Recording, rows: Mapping[str, np.ndarray], used: Sequ
     ]
 
 
+# ------------------------------------------------------------------------------------------------------------ cameras
+
+
+def check_cameras(recording: Recording, keys: Sequence[str], where: str) -> None:
+    """Cameras must be pictures in colour, one for each row.
+
+    Args:
+        keys: of the dataset's features, those that are used as cameras.
+
+    Raises:
+        ConfigError: names those that are depth, or have another rate than the dataset.
+    """
+    wrong = {key: reasons for key in keys if (reasons := unfit(recording, key))}
+    if wrong:
+        found = "; ".join(f"{key}: {', '.join(reasons)}" for key, reasons in wrong.items())
+        them, rate = "it" if len(wrong) == 1 else "them", f"{recording.fps:g} fps"
+        raise ConfigError(
+            f"{where}: cameras must be 8-bit pictures of three channels at the dataset's {rate}, by meta/info.json, "
+            f"got {found}; leave {them} out of data.cameras, or convert the recording again, depth as 8-bit pictures "
+            f"of three channels, every camera at {rate}"
+        )
+
+
+def unfit(recording: Recording, key: str) -> list[str]:
+    """Why a feature cannot be a camera."""
+    feature, about, reasons = recording.features[key], recording.about_video(key), []
+    if key not in recording.camera_keys:
+        return [f"numbers of dtype {feature.get('dtype')}"]
+    shape, rate, pixels = feature.get("shape"), about.get("video.fps"), str(about.get("video.pix_fmt"))
+    if not isinstance(shape, list) or len(shape) != 3:
+        return [f"shape {shape}, not [height, width, channels]"]
+    channels = shape[0] if shape[0] in (1, 3) else shape[-1]  # either order is found in datasets
+    if key in recording.depth_keys:
+        reasons.append("a depth map")
+    if channels != 3:
+        reasons.append(f"shape {shape}")
+    if pixels.startswith("gray") and pixels not in ("gray", "gray8"):
+        reasons.append(f"more than 8 bits ({pixels})")
+    # LeRobot rounds the rate of a video down to whole numbers.
+    if isinstance(rate, int | float) and abs(rate - recording.fps) >= 1:
+        reasons.append(f"{rate:g} fps")
+    return reasons
+
+
 # ------------------------------------------------------------------------------------------------- segments of videos
 
 

@@ -30,7 +30,7 @@ def validated_part(config: RunConfig, tasks: Sequence[Task], stride: int) -> dic
     ordered = {task.name: _by_hash(task, config.data.split_seed) for task in tasks}
     count = most
     if limit is not None:
-        frames = min(len(task.rows_of([*task.train_episodes, *task.choosing_episodes])) for task in tasks)
+        frames = min(len(task.queries_of([*task.train_episodes, *task.choosing_episodes])) for task in tasks)
         samples = min(frames * config.training.epochs, _most_samples(config))
         times = validations(samples / frames, config.validation.every_epochs)
         per_validation = {

@@ -96,6 +96,7 @@ SHARED = (  # what all stages of a run have in common: one policy, one way of ke
     "data.cameras",
     "data.image_size",
     "data.feature_dtype",
+    "data.feature_stride",
     "data.normalization",
     "validation.draws",
     "validation.share",

@@ -134,10 +134,10 @@ class _Chosen:
         replayed = task.train_episodes if kept is None else kept.episodes
         parts = {"kept": replayed, **{name: episodes for name, episodes in apart.items() if episodes}}
         rows = task.rows_of(sorted(episode for episodes in parts.values() for episode in episodes))
-        drawn = task.train_rows if kept is None else kept.rows(task)
+        drawn = task.queries_of(task.train_episodes) if kept is None else kept.rows(task)
         first, end = task.bounds[task.episode[drawn]].T[:, :, None]
         looks = np.clip(drawn[:, None] + observations, first, end - 1)
-        seen = np.concatenate([looks.ravel(), *(task.rows_of(episodes) for episodes in apart.values())])
+        seen = np.concatenate([looks.ravel(), *(task.queries_of(episodes) for episodes in apart.values())])
         return cls(task, kept, parts, rows, np.flatnonzero(np.isin(rows, seen)))
 
     @property

@@ -343,7 +343,8 @@ def _order(
     kept: Mapping[str, Kept],
 ) -> Order:
     """Samples one by one, or clips of consecutive queries where the policy's memory is trained through time."""
-    shares = strategy.shares(config, {task.name: task.train_frames for task in tasks})
+    _check_feature_stride(config, policy)
+    shares = strategy.shares(config, {task.name: task.train_queries for task in tasks})
     kind: Callable[..., Order] = SampleOrder
     if depth := PolicyTraits.of(policy.config).memory_depth:
         require(
@@ -367,6 +368,18 @@ def _order(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_feature_stride(config: RunConfig, policy: PreTrainedPolicy) -> None:
+    """Raises `ConfigError` where a query would see frames that are not kept."""
+    stride, jitter, apart = config.data.feature_stride, config.training.query_jitter, policy.config.n_action_steps
+    rule = f"divide policy.n_action_steps={apart}: clips and validation go on by so many frames from query to query"
+    require(apart % stride == 0, "data.feature_stride", rule, stride)
+    looks = frames_of_sample(policy.config)["observations"]
+    rule = f"divide the offsets of the frames that a sample of policy.type={policy.config.type} sees, {list(looks)}"
+    require(all(look % stride == 0 for look in looks), "data.feature_stride", rule, stride)
+    rule = f"be a multiple of data.feature_stride={stride}, the frames from one that is kept to the next"
+    require(jitter % stride == 0, "training.query_jitter", rule, jitter)
 
 
 def fresh_memory(order: Order, policy: PreTrainedPolicy, exchange: Exchange = dict) -> Recurrence:

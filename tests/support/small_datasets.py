@@ -30,6 +30,7 @@ def write_dataset(
     fps: int = 10,
     videos: bool = True,
     depth: bool = False,
+    depth_camera: bool = False,
     claw_scale: float = 1,
     tasks: list[str] | None = None,
     cues: list[str] | list[int] | None = None,
@@ -39,6 +40,7 @@ def write_dataset(
     Args:
         size: of the pictures, or (height, width).
         depth: also columns observation.depth_h (a video of 8 bits) and observation.depth_l (numbers, in mm).
+        depth_camera: also a camera observation.images.depth_h, of depth in mm in one channel, as LeRobot has it.
         claw_scale: what the action's claws are recorded times.
         tasks: what the dataset says of its episodes, in turn; None: the folder's name.
         cues: of its episodes, in turn, as columns `cue`, `cue_visible` (the first two frames) and `decision` (from the
@@ -61,6 +63,9 @@ def write_dataset(
     if depth:
         features["observation.depth_h"] = dict(features[f"observation.images.{cameras[0]}"])
         features["observation.depth_l"] = {"dtype": "uint16", "shape": (4, 6), "names": ["height", "width"]}
+    if depth_camera:
+        about = {"shape": (height, width, 1), "info": {"is_depth_map": True}}
+        features["observation.images.depth_h"] = {**features[f"observation.images.{cameras[0]}"], **about}
     if cues:
         kind = "string" if isinstance(cues[0], str) else "int64"
         features["cue"] = {"dtype": kind, "shape": (1,), "names": None}
@@ -88,6 +93,8 @@ def write_dataset(
             if depth:
                 frame["observation.depth_h"] = np.full((height, width, 3), 200, dtype=np.uint8)
                 frame["observation.depth_l"] = np.full((4, 6), 800, dtype=np.uint16)
+            if depth_camera:
+                frame["observation.images.depth_h"] = np.full((height, width, 1), 800, dtype=np.uint16)
             if cues:
                 decides = length // 2 <= step < length // 2 + 4
                 cue = cues[episode % len(cues)]

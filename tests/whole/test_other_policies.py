@@ -279,3 +279,14 @@ def test_memory_of_a_policy_that_has_none_is_refused(small_run: Callable[..., li
     configs = compose_run([*overrides_of("act", small_run()), "memory=light"])
     with pytest.raises(ConfigError, match=r"policy.num_mem_tokens must be a field of ACTConfig, got 2"):
         run_stage(configs[0], [config.stage for config in configs])
+
+
+def test_a_feature_stride_between_the_frames_that_a_sample_of_diffusion_sees_is_a_problem(
+    small_run: Callable[..., list[str]],
+) -> None:
+    (config,) = compose_run([*overrides_of("diffusion", small_run("learn=[moving_grasp]")), "data.feature_stride=2"])
+    (problem,) = examine_stage(config, [config.stage]).problems
+    assert problem == (
+        "data.feature_stride must divide the offsets of the frames that a sample of policy.type=diffusion sees, "
+        "[-1, 0], got 2"
+    )

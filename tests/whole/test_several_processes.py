@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ from accelerate.state import AcceleratorState
 from forked import Forked, interrupted_in_step, when
 from stages import changed, records, run
 from together import together
+from torch.distributed import distributed_c10d
 
 from kuavo_train import launcher
 from kuavo_train.config import MergeConfig, RunConfig
 from kuavo_train.data.batch import Batch
+from kuavo_train.data.images import plan
 from kuavo_train.evaluation import validation
 from kuavo_train.evaluation.environment import evaluation_seeds
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
-from kuavo_train.stage import stage_validation
+from kuavo_train.stage import stage, stage_validation
 from kuavo_train.training.learner import Learner
 
 Configs = Callable[..., list[RunConfig]]
@@ -62,6 +66,23 @@ def test_two_processes_come_to_the_numbers_of_one_and_one_goes_on_where_they_wer
     assert {**two.settings, "outputs": "", "resume": ""} == {**one.settings, "outputs": "", "resume": ""}
     states = [folder.checkpoints.at("last").training_state()["progress"]["sizes"] for folder in (two, one)]
     assert states == [[{"step": 0, "samples": 8}]] * 2
+
+
+def test_while_the_first_process_records_and_fills_caches_the_other_waits_longer_than_torch_would(
+    small_configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seconds, fill = 3, plan.fill_frames
+    monkeypatch.setattr(distributed_c10d, "default_pg_timeout", timedelta(seconds=seconds))
+
+    def first_takes_its_time(*of: Any, **how: Any) -> None:
+        time.sleep(2 * seconds if os.environ["RANK"] == "0" else 0)
+
+    monkeypatch.setattr(stage, "record_missing_data", first_takes_its_time)
+    monkeypatch.setattr(plan, "fill_frames", lambda *of, **how: first_takes_its_time() or fill(*of, **how))
+    recipe = {"max_steps": 1, "batch_size": 8}
+    both = small_configs("learn=[moving_grasp]", training=recipe, validation=BATCHES, processes=2)
+    assert together(lambda: run(both)) == [0, 0]
 
 
 STEPS_OF_TWO, STEPS = 50, 55

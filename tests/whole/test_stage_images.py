@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from stages import changed
 from kuavo_train.compose import compose_run
 from kuavo_train.config import RunConfig
 from kuavo_train.data.batch import preprocess
+from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images import plan
 from kuavo_train.data.images.features import CachedFeatures
 from kuavo_train.data.images.frames import CachedFrames
@@ -317,6 +318,29 @@ def test_embeddings_kept_as_int8_cost_less_than_a_thousandth_of_the_held_out_los
         found.append([record["loss"] for record in stage_folder(configs[0]).validations.read()])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
     assert found[1] != found[0]
+
+
+def test_with_a_feature_stride_nothing_but_every_nth_frame_is_embedded_trained_on_replayed_or_validated(
+    embedded: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, fetch, frames = EmbedCalls(monkeypatch), MixedDataset.fetch, set[int]()
+
+    def noted(dataset: MixedDataset, draws: Sequence[Draw], **how: Any) -> Any:
+        frames.update(int(dataset.tasks[draw.task].frame[draw.row]) for draw in draws)
+        return fetch(dataset, draws, **how)
+
+    monkeypatch.setattr(MixedDataset, "fetch", noted)
+    configs = embedded(training=FROZEN, data={"feature_stride": 2})
+    run(configs, 0)
+    shapes, episodes = 4 * 3, 3 + 4 * 2  # one task is trained on, and of each two are held out
+    assert sum(calls) - shapes == 3 * 7 * episodes
+    run(configs, 1)
+    assert frames == set(range(0, 14, 2))
+    audit = json.loads((stage_folder(configs[1]).path / "replay_audit.json").read_text())
+    moving_grasp = audit["drawn"]["moving_grasp"]["frames"]
+    assert audit["passes"]["moving_grasp"] == moving_grasp / (3 * 7) > 0
+    with pytest.raises(ConfigError, match=r"data.feature_stride \(was 2, is 1\)"):
+        run([changed(config, data={"feature_stride": 1}) for config in configs], 2)
 
 
 def test_keys_and_values_are_of_these_weights_and_these_words(embedded: Embedded) -> None:

@@ -38,13 +38,15 @@ class EpisodeCache:
 
     Args:
         folder: holds the caches of this kind, of all tasks and keys.
-        key: everything that decides the content. A cache with another key is another cache.
+        key: everything that decides the content, beside which frames of an episode are kept. A cache with another key
+            is another cache.
         shapes: camera → shape of a row.
         dtype: of the arrays.
     """
 
     def __init__(self, folder: Path, task: Task, key: Json, shapes: Mapping[str, tuple[int, ...]], dtype: type):
-        self.task, self.key, self.shapes, self.dtype = task, dict(key), dict(shapes), np.dtype(dtype)
+        thinned = {} if task.feature_stride == 1 else {"feature_stride": task.feature_stride}
+        self.task, self.key, self.shapes, self.dtype = task, {**key, **thinned}, dict(shapes), np.dtype(dtype)
         self.path = folder / f"{task.name}-{digest_of(self.key)}"
         self._opened: list[Part] = []
 
@@ -55,8 +57,7 @@ class EpisodeCache:
 
     def size(self, episodes: Iterable[int]) -> int:
         """Bytes that these episodes take."""
-        frames = sum(int(np.diff(self.task.bounds[episode]).item()) for episode in episodes)
-        return frames * self.row_bytes
+        return len(self.task.queries_of([*episodes])) * self.row_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -154,7 +155,7 @@ def fill(
         return
     part = cache.part(shard)
     part.create(cache.key)
-    pieces = {episode: list(_pieces(cache, *cache.task.bounds[episode].tolist())) for episode in missing}
+    pieces = {episode: list(_pieces(cache, episode)) for episode in missing}
     cores = usable_cpus()
     with (
         ThreadPoolExecutor(cores) as pool,
@@ -175,11 +176,12 @@ def fill(
             bar.update()
 
 
-def _pieces(cache: EpisodeCache, first_row: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
+def _pieces(cache: EpisodeCache, episode: int) -> Iterator[tuple[str, np.ndarray]]:
     """Camera by camera, the rows in pieces."""
+    rows = cache.task.queries_of([episode])
     for camera in cache.shapes:
-        for first in range(first_row, end, PIECE):
-            yield camera, np.arange(first, min(first + PIECE, end))
+        for first in range(0, len(rows), PIECE):
+            yield camera, rows[first : first + PIECE]
 
 
 def _ahead(

@@ -6,6 +6,7 @@ once. Decoding stays the source of truth.
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Unpack
@@ -111,13 +112,19 @@ class DecodedFrames:
     def _read_images(self, key: str, rows: np.ndarray) -> torch.Tensor:
         pictures = []
         for row, content in zip(rows, self.task.recording.pictures(key, rows), strict=True):
+            place = f"frame {int(self.task.frame[row])} of episode {int(self.task.episode[row])}"
             try:
-                picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+                stored = Image.open(io.BytesIO(content))
+                picture = np.array(stored.convert("RGB"))
             except OSError as error:
-                place = f"frame {int(self.task.frame[row])} of episode {int(self.task.episode[row])}"
                 raise ConfigError(
                     f"{self.task.name}: picture {key} must decode, got an error at {place}: {said(error)}"
                 ) from error
+            if stored.mode.startswith(("I", "F")):  # depth: conversion would cut it off at 255
+                raise ConfigError(
+                    f"{self.task.name}: pictures of {key} in {self.task.root} must have 8 bits, got {stored.mode} at "
+                    f"{place}; leave it out of data.cameras, or convert it to 8-bit pictures of three channels"
+                )
             pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         return torch.stack(pictures)
 
@@ -146,11 +153,12 @@ def fill_frames(
 
 
 def open_frames(task: Task, config: DataConfig, *, progress: bool = True) -> DecodedFrames | CachedFrames:
-    """A task's frames for reading at once: all its episodes, decoded first if need be.
+    """A task's frames for reading at once: all of all its episodes, decoded first if need be.
 
     Raises:
         ConfigError: a video does not decode, or the disk cannot hold the cache.
     """
+    task = replace(task, feature_stride=1)
     decoded = DecodedFrames(task, image_size=config.image_size, video_backend=config.video_backend)
     if not config.frame_cache:
         return decoded

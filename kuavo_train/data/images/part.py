@@ -4,7 +4,8 @@
 <task>-<hash of the key>.2-of-8/      the second of eight parts, to be copied beside it
     key.json         everything that decides the content
     dataset.json     where the dataset lay
-    <camera>.npy     [N, …], a row per frame of its episodes; takes no disk where episodes are missing
+    <camera>.npy     [N, …], a row per frame of its episodes, or per n-th frame (data.feature_stride); takes no disk
+                     where episodes are missing
     filled           a byte per episode of the dataset, 1 once all its rows are on the disk
 """
 
@@ -71,11 +72,11 @@ class Part:
         self.path, self.task, self.shapes, self.dtype = path, task, shapes, dtype
         numbers = path.suffix.removeprefix(".").split("-of-")
         shard = Shard(*map(int, numbers)) if path.suffix else WHOLE
-        lengths = np.diff(task.bounds, axis=1)[:, 0]
+        lengths = -(-np.diff(task.bounds, axis=1)[:, 0] // task.feature_stride)
         here = np.isin(np.arange(len(lengths)), shard.of(range(len(lengths))))
         ends = np.cumsum(np.where(here, lengths, 0))
         self.rows = int(ends[-1])
-        self._offsets = ends - lengths - task.bounds[:, 0]
+        self._firsts = ends - lengths
 
     @property
     def is_there(self) -> bool:
@@ -87,8 +88,16 @@ class Part:
         return np.memmap(self.path / FILLED, np.uint8, "r")
 
     def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), …] of rows of the task."""
-        return self._maps[camera][rows + self._offsets[self.task.episode[rows]]]
+        """[len(rows), …] of rows of the task. Raises `RuntimeError` for those that no sample may be of."""
+        return self._maps[camera][self._places(rows)]
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """[n] of rows of the task in the arrays."""
+        episodes, stride = self.task.episode[rows], self.task.feature_stride
+        frames = rows - self.task.bounds[episodes, 0]
+        if between := frames[frames % stride != 0].tolist():
+            raise RuntimeError(f"{self.path} holds one frame in {stride} of an episode, got frame {between[0]}")
+        return self._firsts[episodes] + frames // stride
 
     def check_whole(self) -> None:
         """Raises `ConfigError` for one that was not copied to its end."""
@@ -125,11 +134,11 @@ class Part:
                 raise self._unwritable(error) from error
 
     def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
-        """Store values [n, …] of consecutive rows of an episode. Raises `ConfigError` when the disk is full."""
+        """Store values [n, …] of rows that are stored one after another. Raises `ConfigError` when the disk is full."""
         values = np.ascontiguousarray(values, dtype=self.dtype)
         array = self._maps[camera]
         assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
-        place = first_row + int(self._offsets[self.task.episode[first_row]])
+        place = int(self._places(np.array([first_row]))[0])
         # Through the file: on a full disk, writing to a memory map would kill the process.
         self._write_at(f"{camera}.npy", array.offset + place * array[:1].nbytes, values.data)
 

@@ -211,7 +211,9 @@ def _frames(
 def _description(
     what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard
 ) -> str:
-    lines = [f"  images: {what}; {filling(caches, episodes, shard)}"]
+    strides = {cache.task.feature_stride for cache in caches.values()}
+    thinned = [f", of one frame in {stride} (data.feature_stride)" for stride in strides if stride > 1]
+    lines = [f"  images: {what}{''.join(thinned)}; {filling(caches, episodes, shard)}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
