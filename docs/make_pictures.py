@@ -3,7 +3,8 @@
 Without words it makes those of the simulation, four_jobs.png and sim_….png, and chunk_timeline.png. The others show
 runs, and each word names what a run left:
 
-    report=outputs/embedded/report            report.png: the top of report.html, by Chromium, and success below
+    report=outputs/embedded/report            report.png: the top of report.html and success below; needs
+                                              `pip install PyQt6-WebEngine`
     embedded=outputs/embedded-study/report    study_stability_plasticity.png
     study=outputs/study-study/report          study_success.png
     weighing=… moving_grasp=…                 memory_….png: folders that kuavo_train.memory_report wrote to
@@ -14,7 +15,7 @@ The commands that made those runs stand beside the pictures in docs/experiments/
 """
 
 import functools
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,11 +34,11 @@ from kuavo_sim.tasks import TASKS
 FOLDER = Path(__file__).parent / "pictures"
 WHITE = (255, 255, 255)
 HEIGHT, WIDTH, MOMENTS, GAP, TITLE = 180, 240, 4, 6, 26  # of four_jobs.png
-PAGE_WIDTH, PAGE_HEIGHT = 1000, 3200  # of the browser's window
+FILM = re.compile(r'<video[^>]*aria-label="(\w+), (\w+) episode.*?</video>', re.DOTALL)
 TOP_OF_THE_PAGE = """<style>
     main > :not(header):not(.films):not(.verdicts) {display: none}
     .films > .pair ~ .pair ~ .pair, .films > h2:nth-of-type(n+3) {display: none}
-    video::-webkit-media-controls {display: none !important}
+    .films img {width: 100%}
 </style></head>"""
 
 
@@ -65,16 +66,13 @@ def contact_sheet(job: str) -> Image.Image:
 
 
 def top_of_a_report(folder: Path) -> Image.Image:
-    """The films of two jobs and the sentence of each, and the matrix of success below them."""
-    page = (folder / "report.html").read_text()
+    """Moments of the films of two jobs, the sentence of each job, and the matrix of success below them."""
+    page = (folder / "report.html").read_text().replace("</head>", TOP_OF_THE_PAGE, 1)
+    page = FILM.sub(lambda film: f'<img src="{(folder / "films").resolve().as_uri()}/{film[1]}-{film[2]}.png">', page)
     with tempfile.TemporaryDirectory() as work:
         shown, shot = Path(work) / "page.html", Path(work) / "page.png"
-        shown.write_text(page.replace("</head>", TOP_OF_THE_PAGE, 1))
-        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if browser is None:
-            raise SystemExit("report=… needs Chromium on the PATH (Debian, Ubuntu: apt install chromium)")
-        window = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={PAGE_WIDTH},{PAGE_HEIGHT}"]
-        subprocess.run([browser, *window, f"--screenshot={shot}", shown.as_uri()], capture_output=True, check=True)
+        shown.write_text(page)
+        subprocess.run([sys.executable, FOLDER.parent / "page_picture.py", shown, shot], check=True)
         top = Image.open(shot).convert("RGB")
     ground = top.getpixel((0, top.height - 1))
     written = ImageChops.difference(top, Image.new("RGB", top.size, ground)).getbbox() or (0, 0, *top.size)
