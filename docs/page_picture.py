@@ -1,6 +1,6 @@
-"""A page of HTML as a picture: `python docs/page_picture.py PAGE.html PICTURE.png`. Needs `pip install PyQt6-WebEngine`.
+"""The top of an HTML page as a picture: `python docs/page_picture.py PAGE.html PICTURE.png`.
 
-It is a process of its own, for its browser wants one.
+Needs `pip install PyQt6-WebEngine`. It is a process of its own, for its browser wants one.
 """
 
 import os
