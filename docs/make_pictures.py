@@ -69,9 +69,7 @@ def contact_sheet(job: str) -> Image.Image:
 def top_of_a_report(folder: Path) -> Image.Image:
     """Moments of the films of two jobs, the sentence of each job, and the matrix of success below them."""
     if importlib.util.find_spec("PyQt6") is None:
-        raise SystemExit(
-            "report=… needs a browser: uv pip install PyQt6-WebEngine"
-        )
+        raise SystemExit("report=… needs a browser: uv pip install PyQt6-WebEngine")
     page = (folder / "report.html").read_text().replace("</head>", TOP_OF_THE_PAGE, 1)
     page = FILM.sub(lambda film: f'<img src="{(folder / "films").resolve().as_uri()}/{film[1]}-{film[2]}.png">', page)
     with tempfile.TemporaryDirectory() as work:
