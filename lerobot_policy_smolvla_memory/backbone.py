@@ -65,14 +65,6 @@ class Encoded:
         pairs = zip(self.keys, self.values, strict=True)
         return torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1).flatten(-2)
 
-    def followed_by(self, block: "Encoded") -> "Encoded":
-        return Encoded(
-            [torch.cat(pair, dim=1) for pair in zip(self.keys, block.keys, strict=True)],
-            [torch.cat(pair, dim=1) for pair in zip(self.values, block.values, strict=True)],
-            torch.cat([self.bias, block.bias], dim=1),
-            block.next_position,
-        )
-
     def query(self, number: int, queries: int) -> "Encoded":
         """The rows of query `number` of every clip."""
         return self._map(lambda tensors: tensors[0][number::queries], [self])
@@ -169,8 +161,10 @@ class FastForward:
         bias = attention_bias(prefix.valid)
         if prefix.encoded is None:
             return self.append(prefix.context, bias)[1]
-        longer = prefix.valid.shape[1] - prefix.encoded.shape[3]  # by padding alone, or shorter by it
-        encoded = F.pad(prefix.encoded.to(prefix.context.dtype), (0, 0, 0, longer))
+        encoded = prefix.encoded.to(prefix.context.dtype)
+        longer = prefix.valid.shape[1] - encoded.shape[3]  # by padding alone, or shorter by it
+        if longer:
+            encoded = F.pad(encoded, (0, 0, 0, longer))
         keys, values = encoded.unflatten(-1, (-1, self._head_dim)).unbind(dim=2)
         return Encoded(keys.unbind(dim=1), values.unbind(dim=1), bias, prefix.valid.sum(dim=1))
 
@@ -196,7 +190,8 @@ class FastForward:
             read: whether the output is wanted.
 
         Returns:
-            The model's final-norm output [B, N, H], None where it is not wanted, and the block's keys and values.
+            The model's final-norm output [B, N, H], None where it is not wanted, and the keys and values of the blocks
+            before and of this one.
         """
         text_model = self.model.get_vlm_model().text_model
         last = text_model.layers[-1]
@@ -210,30 +205,30 @@ class FastForward:
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
         keys, values = list[Tensor](), list[Tensor]()
         for index, layer in enumerate(text_model.layers):
-            if layer is last and not read:
-                own = _keys_and_values(layer, _rms_norm(layer.input_layernorm, hidden), rotation)
-                return None, Encoded([*keys, own[0]], [*values, own[1]], bias, next_position)
             past = () if before is None else (before.keys[index], before.values[index])
+            if layer is last and not read:
+                normed = _rms_norm(layer.input_layernorm, hidden)
+                key, value = _following(past, _keys_and_values(layer, normed, rotation))
+                return None, Encoded([*keys, key], [*values, value], biases, next_position)
             work = partial(self._prefix_layer, layer)
             key, value, hidden = self._kept_for_backward(work, hidden, *rotation, biases, *past)
             keys.append(key)
             values.append(value)
-        return _rms_norm(text_model.norm, hidden), Encoded(keys, values, bias, next_position)
+        return _rms_norm(text_model.norm, hidden), Encoded(keys, values, biases, next_position)
 
     def _prefix_layer(
         self, layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor, biases: Tensor, *past: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's keys and values, and its hidden states [B, N, H] after the layer.
+        """Keys and values of a block and those before, and the block's hidden states [B, N, H] after the layer.
 
         Args:
             biases: [B, L + N] of all that is seen.
             past: keys and values [B, L, G, D] of the blocks before, where there are any.
         """
         normed = _rms_norm(layer.input_layernorm, hidden)
-        own = _keys_and_values(layer, normed, (cos, sin))
-        key, value = (torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)) if past else own
+        key, value = _following(past, _keys_and_values(layer, normed, (cos, sin)))
         query = rotate(_heads(layer, "q_proj", normed), (cos, sin))
-        return *own, _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
+        return key, value, _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
 
     def _kept_for_backward[*P, T](self, work: Callable[[*P], T], *inputs: *P) -> T:
         """`work(*inputs)`, of which autograd keeps everything, or the inputs."""
@@ -290,8 +285,7 @@ class FastForward:
         normed = _rms_norm(layer.input_layernorm, hidden)
         query = rotate(_heads(layer, "q_proj", normed), (cos, sin))
         if not crosses:  # where it does, positions count from 0, and the keys come as the prefix left them
-            own_key, own_value = _keys_and_values(layer, normed, (cos, sin))
-            key, value = torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)  # in the wider type
+            key, value = _following((key, value), _keys_and_values(layer, normed, (cos, sin)))  # in the wider type
         return _finish_layer(layer, hidden, self.attend(query, key, value, bias))
 
     def expert_layers(self) -> Iterator[tuple[int, "LlamaDecoderLayer", bool]]:
@@ -317,15 +311,14 @@ class Encoding:
 
     def __init__(self, forward: FastForward, prefix: Prefix, queries: int, memory: RecurrentMemory | None):
         self.forward, self.prefix, self.queries, self.memory = forward, prefix, queries, memory
-        self.remembered: list[Encoded] = []  # per query: the memory's block, or all blocks where it stands in front
+        self.remembered: list[Encoded] = []  # per query: all blocks, the memory's among them
         self.shared = None if forward.mem_at_start else self._without_memory()
 
     def _without_memory(self) -> Encoded:
         """Context and state of all queries at once: what does not depend on memory."""
-        context = self.forward.context(self.prefix)
-        return context.followed_by(self._state(self.prefix.state, context))
+        return self._with_state(self.forward.context(self.prefix), self.prefix.state)
 
-    def _state(self, state: Tensor, before: Encoded) -> Encoded:
+    def _with_state(self, before: Encoded, state: Tensor) -> Encoded:
         return self.forward.append(state, _unbiased(state), before)[1]
 
     def query(self, number: int, tokens: Tensor) -> Tensor | None:
@@ -335,26 +328,24 @@ class Encoding:
         bias = self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
             before = self.shared.query(number, self.queries)
-            output, last = forward.append(tokens, bias, before, moves_on=False, read=awaited)
-            self.remembered.append(last)
+            output, blocks = forward.append(tokens, bias, before, moves_on=False, read=awaited)
+            self.remembered.append(blocks)
             return output
         prefix = self.prefix.query(number, self.queries)
         block = torch.cat([tokens.to(prefix.context.dtype), prefix.context], dim=1)
         biases = torch.cat([bias, attention_bias(prefix.valid)], dim=1)
         first_position, ends = self.memory.first_position, forward.mem_at_end
         output, blocks = forward.append(block, biases, first_position=first_position, read=awaited and not ends)
-        blocks = blocks.followed_by(self._state(prefix.state, blocks))
+        blocks = self._with_state(blocks, prefix.state)
         if ends:
-            output, last = forward.append(tokens, bias, blocks, moves_on=False, read=awaited)
-            blocks = blocks.followed_by(last)
+            output, blocks = forward.append(tokens, bias, blocks, moves_on=False, read=awaited)
         self.remembered.append(blocks)
         return None if output is None else output[:, : tokens.shape[1]]
 
     def finish(self) -> ExpertPrefix:
         if not self.remembered:
             return self.forward.expert_prefix(self._without_memory() if self.shared is None else self.shared)
-        blocks = Encoded.interleave(self.remembered)
-        return self.forward.expert_prefix(blocks if self.shared is None else self.shared.followed_by(blocks))
+        return self.forward.expert_prefix(Encoded.interleave(self.remembered))
 
 
 def attention_bias(sees: Tensor) -> Tensor:
@@ -385,10 +376,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 
 
 def rotation_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, N, 1, D/2] of rotary positions [B, N], float32 (Su et al. 2021, arXiv 2104.09864)."""
+    """Cosine and signed sine [B, N, 1, D] of rotary positions [B, N], float32 (Su et al. 2021, arXiv 2104.09864)."""
     exponents = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2.0 / head_dim)
     radians = positions[..., None, None].float() / ROPE_MAX_WAVELENGTH**exponents
-    return radians.cos(), radians.sin()
+    cos, sin = radians.cos(), radians.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -397,26 +389,23 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """One node of the graph instead of seven: the gradient of a rotation is the rotation back."""
+    """One node of the graph instead of three: the gradient of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(heads, cos, sin)
+        return _turn(heads, cos, sin, forth=1)
 
     @staticmethod
     def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # type: ignore[misc] # torch's stub knows of one tensor only
-        return _turn(gradient, cos, -sin), None, None
+        return _turn(gradient, cos, sin, forth=-1), None, None
 
 
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.float().chunk(2, dim=-1)
-    turned = torch.empty(heads.shape, dtype=torch.float32, device=heads.device)
-    turned_first, turned_second = turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned_second).addcmul_(first, sin)
-    return turned.to(heads.dtype)
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor, *, forth: int) -> Tensor:
+    """The two halves of a head are the coordinates; `forth` is -1 for the way back."""
+    halves_exchanged = heads.float().roll(heads.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads * cos, halves_exchanged, sin, value=forth).to(heads.dtype)
 
 
 def _heads(layer: "LlamaDecoderLayer", projection: str, hidden: Tensor) -> Tensor:
@@ -430,6 +419,12 @@ def _keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """[B, N, G, D] each, of the layer's normed inputs [B, N, H]."""
     return rotate(_heads(layer, "k_proj", normed), rotation), _heads(layer, "v_proj", normed)
+
+
+def _following(past: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, L + N, G, D]: those of the blocks before, if there are any, then a block's own."""
+    key, value = (torch.cat(pair, dim=1) for pair in zip(past, own, strict=True)) if past else own
+    return key, value
 
 
 def _finish_layer(layer: "LlamaDecoderLayer", hidden: Tensor, attended: Tensor) -> Tensor:

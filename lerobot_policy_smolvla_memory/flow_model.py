@@ -217,6 +217,7 @@ class MemoryFlowMatching(VLAFlowMatching):
         if memory is None:
             memory = self.memory.initial(len(prefix.valid) // queries)
         context = self.memory.context(*prefix.seen())
+        contexts = [None] * queries if context is None else context.queries(queries)
         encoding = self.backbone.begin(prefix, queries, self.memory) if self.memory.awaits_backbone else None
         read, tokens = [], []
         for query in range(queries):
@@ -226,7 +227,8 @@ class MemoryFlowMatching(VLAFlowMatching):
             read.append(self.memory.read(memory))
             written = self.memory.write(
                 memory,
-                context and context.query(query, queries),
+                contexts[query],
+                read=read[-1],
                 output=None if encoding is None else encoding.query(query, read[-1]),
                 frame=None if prefix.frame is None else prefix.frame[rows],
             )

@@ -5,10 +5,10 @@ vision-language model's prefix, and `write` turns what the tokens find among the
 state:
 
     state = memory.initial(batch_size)
-    context = memory.context(embeddings, valid)             # of all queries at once
+    contexts = memory.context(embeddings, valid).queries(K) # computed for all queries at once
     for each query of an episode:
         tokens = memory.read(state)                         # into the prefix
-        state = memory.write(state, context.query(number, queries))
+        state = memory.write(state, contexts[number])
 
 So nothing that recurs waits for the vision-language model, which then takes all queries at once. Without a context of
 its own a memory `awaits_backbone`, query after query, and writes the model's output at its places:
@@ -137,17 +137,18 @@ class Context:
     """What the memory tokens may attend to in a query, beside the backbone.
 
     Args:
-        keys, values: [B, P, H].
-        valid: [B, P] bool.
+        keys, values: [B, heads, P, H / heads].
+        bias: [B, 1, 1, P] what attention adds to a token's scores: 0, or minus infinity where there is none.
     """
 
     keys: Tensor
     values: Tensor
-    valid: Tensor
+    bias: Tensor
 
-    def query(self, number: int, queries: int) -> Self:
-        """The rows of query `number` of every stream."""
-        return type(self)(*(getattr(self, field.name)[number::queries] for field in fields(self)))
+    def queries(self, count: int) -> list[Self]:
+        """Of `count` consecutive queries of each stream, in whose order the rows are: the rows of each query."""
+        of_each = (getattr(self, field.name).unflatten(0, (-1, count)).unbind(1) for field in fields(self))
+        return [type(self)(*rows) for rows in zip(*of_each, strict=True)]
 
 
 class RecurrentMemory(nn.Module):
@@ -272,6 +273,7 @@ class RecurrentMemory(nn.Module):
         state: MemoryState,
         context: Context | None = None,
         *,
+        read: Tensor | None = None,
         output: Tensor | None = None,
         frame: Tensor | None = None,
     ) -> MemoryState:
@@ -279,11 +281,12 @@ class RecurrentMemory(nn.Module):
 
         Args:
             context: of the query, see `context`.
+            read: what `read` gives of this state, where that was computed before.
             output: [B, M + n · p, H], the backbone's at the memory's places, where the memory `awaits_backbone`; that
                 at the frames' is not looked at.
             frame: [B, p, H], what the query saw, see `PastFrames.frame`.
         """
-        written = self._write_recurrent(state, context, output) if self.recurs else state
+        written = self._write_recurrent(state, context, read, output) if self.recurs else state
         if self.frames is None:
             return written
         assert frame is not None, "a memory of frames is written with the query's"
@@ -292,14 +295,17 @@ class RecurrentMemory(nn.Module):
         frames, queries = self.frames.remember(state.frames, state.queries, frame)
         return replace(written, frames=frames, queries=queries)
 
-    def _write_recurrent(self, state: MemoryState, context: Context | None, output: Tensor | None) -> MemoryState:
+    def _write_recurrent(
+        self, state: MemoryState, context: Context | None, read: Tensor | None, output: Tensor | None
+    ) -> MemoryState:
+        count = state.tokens.shape[1]
         with _in_float32(state.device):
             if self.reader is not None:
                 assert context is not None, "a memory that reads the context is written with it"
-                found = self.reader(self._read_recurrent(state), context)
+                found = self.reader(self._read_recurrent(state) if read is None else read[:, :count], context)
             else:
                 assert output is not None, "a memory that awaits the backbone is written with its output"
-                found = output[:, : state.tokens.shape[1]].float()
+                found = output[:, :count].float()
             tokens = self.update(state.tokens, found)
         if self.look_back is None:
             return MemoryState(tokens)
@@ -342,7 +348,7 @@ class GatedUpdate(nn.Module):
         """memory, found [B, M, H] → next memory [B, M, H]."""
         update = _rms_norm(found)
         gate = torch.sigmoid(self.gate(torch.cat([update, memory], dim=-1)))
-        return _rms_norm((1 - gate) * memory + gate * self.candidate(update))
+        return _rms_norm(torch.lerp(memory, self.candidate(update), gate))
 
 
 class ContextReader(nn.Module):
@@ -371,16 +377,19 @@ class ContextReader(nn.Module):
         """embeddings [B, P, H], valid [B, P] → keys and values."""
         embeddings = _rms_norm(embeddings.float())
         places = _places(embeddings.shape[1], embeddings.shape[2], embeddings.device)
-        return Context(self.key(embeddings + places), self.value(embeddings), valid)
+        bias = torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, -math.inf)
+        keys, values = self._in_heads(self.key(embeddings + places)), self._in_heads(self.value(embeddings))
+        return Context(keys, values, bias[:, None, None])
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, M, H] → what they find [B, M, H]."""
-        query, key, value = (
-            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in (self.query(tokens), context.keys, context.values)
-        )
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=context.valid[:, None, None])
+        query = self._in_heads(self.query(tokens))
+        found = F.scaled_dot_product_attention(query, context.keys, context.values, attn_mask=context.bias)
         return self.out(found.transpose(1, 2).flatten(-2))
+
+    def _in_heads(self, tokens: Tensor) -> Tensor:
+        """[B, N, H] → [B, heads, N, H / heads]."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ActionHead(nn.Module):

@@ -146,9 +146,13 @@ class MixedDataset(Dataset):
 def _put_together(contexts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """(rows of the batch, their contexts) of each task → those of the batch, the shorter ones padded."""
     longest = max((context for _, context in contexts), key=lambda context: context.shape[3])
-    whole = longest.new_zeros((sum(len(rows) for rows, _ in contexts), *longest.shape[1:]))
+    if len(contexts) == 1:
+        return longest
+    whole = longest.new_empty((sum(len(rows) for rows, _ in contexts), *longest.shape[1:]))
     for rows, context in contexts:
-        whole[rows, :, :, : context.shape[3]] = context
+        tokens = context.shape[3]
+        whole[rows, :, :, :tokens] = context
+        whole[rows, :, :, tokens:] = 0
     return whole
 
 

@@ -25,6 +25,7 @@ from kuavo_train.data.sampler import Order, StepSampler
 from kuavo_train.errors import Interrupted
 from kuavo_train.reading import Json
 from kuavo_train.training.epochs import Timetable
+from kuavo_train.training.freed_memory import keep_freed_memory
 from kuavo_train.training.learner import Learner, TrainingDiverged
 from kuavo_train.training.step_metrics import STEP_PARTS, MetricsWindow
 
@@ -208,6 +209,7 @@ class Trainer:
                 for it and made up for on resuming.
             TrainingDiverged: loss or gradient not finite; the weights of that step are not saved.
         """
+        keep_freed_memory()
         self.learner.policy.train()
         window = MetricsWindow(progress.unreported)
         with tqdm(

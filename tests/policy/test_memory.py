@@ -156,7 +156,7 @@ def test_what_is_written_comes_from_the_context_but_not_from_its_padding():
 def test_the_context_of_a_query_is_its_own_rows():
     memory = RecurrentMemory(2, 16, context_heads=4)
     embeddings, valid = torch.randn(6, 5, 16), torch.ones(6, 5, dtype=torch.bool)
-    second = memory.context(embeddings, valid).query(1, 3)
+    second = memory.context(embeddings, valid).queries(3)[1]
     alone = memory.context(embeddings[1::3], valid[1::3])
     torch.testing.assert_close((second.keys, second.values), (alone.keys, alone.values))
 
@@ -175,10 +175,7 @@ def test_every_head_and_slot_begins_with_tokens_of_its_own():
     torch.manual_seed(0)
     memory = RecurrentMemory(4, 96, context_heads=4)
     reader, context = memory.reader, memory.context(torch.randn(8, 32, 96), torch.ones(8, 32).bool())
-    query, key = (
-        each.unflatten(-1, (4, -1)).transpose(1, 2)
-        for each in (reader.query(memory.read(memory.initial(8))), context.keys)
-    )
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    query = reader.query(memory.read(memory.initial(8))).unflatten(-1, (4, -1)).transpose(1, 2)
+    weights = (query @ context.keys.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
     assert weights.amax(dim=-1).mean() > 4 / 32
     assert len(weights.mean(dim=0).argmax(dim=-1).unique()) >= 8
