@@ -61,6 +61,19 @@ def test_what_cannot_change_a_result_may_differ_and_what_is_measured_until_the_e
     ]
 
 
+def test_a_base_that_its_hash_names_may_lie_elsewhere(config: RunConfig) -> None:
+    def starting(path: str, sha256: str | None) -> RunConfig:
+        return replace(config, policy={**config.policy, "pretrained_path": path}, base_sha256=sha256)
+
+    was = asdict(starting("/mine/base", "a" * 64))
+    moved, other, unnamed = (starting("/yours/base", sha256) for sha256 in ("a" * 64, "b" * 64, None))
+    assert found(was, moved) == shared_differences(was, moved, policy_defaults=DEFAULTS) == []
+    path = "policy.pretrained_path (was /mine/base, is /yours/base)"
+    assert path in found(was, other)
+    assert path in found(asdict(starting("/mine/base", None)), unnamed)
+    assert [str(each) for each in shared_differences(was, other, policy_defaults=DEFAULTS)] == [path]
+
+
 def test_a_config_of_an_older_version_had_the_defaults_of_newer_keys(config: RunConfig) -> None:
     was = asdict(config)
     del was["rollout"], was["training"]["query_jitter"], was["policy"]["mem_growth"], was["dealt"]

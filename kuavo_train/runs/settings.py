@@ -155,6 +155,8 @@ def _compare(
     was: Mapping[str, JsonValue], now: "DataclassInstance", policy_defaults: Json, where: str = ""
 ) -> list[Difference]:
     found = []
+    base = getattr(now, "base_sha256", None)
+    same_base = base is not None and was.get("base_sha256") == base  # whose folder may have moved
     for field in fields(now):
         key, value = f"{where}{field.name}", getattr(now, field.name)
         before = was.get(field.name, _default(field))
@@ -164,7 +166,7 @@ def _compare(
             found += _compare(before, value, policy_defaults, f"{key}.")
         elif key == "policy" and isinstance(before, Mapping):
             pairs = [{**policy_defaults, **each} for each in (before, value)]
-            names = dict.fromkeys([*pairs[0], *pairs[1]])
+            names = [name for name in {**pairs[0], **pairs[1]} if not (name == "pretrained_path" and same_base)]
             found += [Difference(f"policy.{name}", *(pair.get(name) for pair in pairs)) for name in names]
         else:
             found.append(Difference(key, before, _plain(value)))

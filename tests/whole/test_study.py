@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import cell_records
 from kuavo_train import study
 from kuavo_train.errors import ConfigError
 from kuavo_train.stage import stage as stage_module
@@ -152,6 +154,15 @@ def test_an_interrupted_study_goes_on_where_it_was_and_finished_cells_are_skippe
     assert study.main([*arguments, *more]) == 0
     assert {name.split("/")[0] for name in trained} == {"smoke-replay-s0"}
     assert len(cells_of(tmp_path)) == 3
+    trained.clear()
+    records = tmp_path / "records"
+    assert cell_records.main([f"pack={outputs}/smoke-study/study.json", f"into={records}"]) == 0
+    for folder in outputs.glob("smoke-*"):
+        shutil.rmtree(folder)
+    assert cell_records.main([f"unpack={records}", f"into={outputs}"]) == 0
+    assert study.main([*arguments, *more]) == 0
+    assert trained == []
+    assert set(cells_of(tmp_path).values()) == {"finished"}
 
 
 def test_a_run_that_diverges_is_told_and_the_others_go_on(
