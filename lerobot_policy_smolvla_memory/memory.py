@@ -117,7 +117,7 @@ class MemoryState:
         }
         return replace(self, **pairs)
 
-    def put(self, indices: list[int], other: "MemoryState") -> Self:
+    def put(self, indices: Tensor | list[int], other: "MemoryState") -> Self:
         """This state with the elements `indices` taken from `other`, whose batch size is len(indices)."""
         index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
         return replace(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import (
     precision,
     scaling,
     start_up,
+    step_profile,
 )
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
@@ -26,6 +28,7 @@ from benchmarks.video_dataset import write_dataset
 from kuavo_train.config import RunConfig
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.stage.stage import run_stage
+from kuavo_train.training.learner import Learner
 
 Configs = Callable[..., list[RunConfig]]
 
@@ -182,3 +185,24 @@ def test_what_training_takes_is_said_of_every_way_to_train(tmp_path: Path) -> No
     for finetune in ("expert_only", "lora", "end_to_end"):
         assert per_sample[finetune, "yes"] < per_sample[finetune, "no"]
     assert per_sample["end_to_end", "no"] > per_sample["expert_only", "no"]
+
+
+def test_a_steps_time_is_divided_among_kinds_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(200, 200)
+
+    def learn(_: object) -> dict[str, float]:
+        return {"loss": float((weights @ weights).tanh().sum())}
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    steps = 0
+    with step_profile.watched() as watch, suppress(step_profile.Measured):
+        for _ in range(1000):
+            Learner.learn(None)  # type: ignore[arg-type, call-arg]
+            steps += 1
+    assert steps == step_profile.WARM + 2 * step_profile.STEPS
+    assert Learner.learn is learn
+    shares = watch.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["matrix products"] > 0.1
+    assert shares["attention"] == 0
+    assert "| matrix products | " in step_profile.table(watch)

@@ -71,7 +71,7 @@ class CarriedMemory:
         tensors = {name: getattr(written, name) for name in written.shapes}
         streams = torch.tensor(batch.streams, device=written.device)
         everywhere = self.exchange({"streams": streams, **tensors})
-        self.states = self.states.put(everywhere.pop("streams").tolist(), MemoryState(**everywhere))
+        self.states = self.states.put(everywhere.pop("streams"), MemoryState(**everywhere))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.states, name).cpu() for name in self.states.shapes}

@@ -128,17 +128,18 @@ class Learner:
         grad_norm = self.accelerator.clip_grad_norm_(_trainable(self.policy.parameters()), self.grad_clip_norm)
         found = [torch.stack([each[name] for each in reports]).mean() for name in reports[0]]
         reported = [found[0].new_tensor(value) for value in of_strategy.values()]
-        here = torch.stack([*found, *reported, torch.stack(losses).mean()])
-        *values, mean_loss = self.company.mean(here).tolist()
+        here = torch.stack([*found, *reported, torch.stack(losses).mean(), grad_norm.to(found[0])])
+        # The one time in a step that the device is waited for: what has diverged must not reach the weights.
+        *values, mean_loss, norm = self.company.mean(here).tolist()
         means = dict(zip([*reports[0], *of_strategy], values, strict=True))
-        if not (math.isfinite(mean_loss) and math.isfinite(float(grad_norm))):
-            raise TrainingDiverged(f"loss {mean_loss} and gradient norm {float(grad_norm)}")
+        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            raise TrainingDiverged(f"loss {mean_loss} and gradient norm {norm}")
         self.optimizer.step()
         self.average.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         window.mark("optimizer")
-        return {**means, "grad_norm": float(grad_norm)}
+        return {**means, "grad_norm": norm}
 
     def _meeting(self, *, last: bool) -> AbstractContextManager[object]:
         """Gradients of several processes meet once per optimizer step, not once per accumulated batch."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,37 @@ def test_two_processes_learn_what_one_does(
     for one, two in zip(alone, first, strict=True):
         assert two == pytest.approx(one, rel=1e-5)
     assert alone[-1]["loss"] < alone[0]["loss"]
+
+
+FETCHES = ("tolist", "item", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__")
+"""What waits until a GPU has come to the tensor."""
+
+
+@pytest.mark.parametrize("changes", [MEMORY, {"num_mem_tokens": 0}], ids=["memory", "without memory"])
+def test_a_step_waits_once_for_the_device(make_policy, masked_batch, monkeypatch: pytest.MonkeyPatch, changes) -> None:
+    """As far as this project's own lines go."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    learner = learner_of(make_policy(**changes))
+    batches = [part_of(masked_batch(number), learner.accelerator) for number in range(4)]
+    learner.learn(batches[:2], step=0, seed=0, window=MetricsWindow({}))
+    on_the_host = {each.untyped_storage().data_ptr() for batch in batches for each in batch.origin}
+    fetched = list[str]()
+
+    def counted(name: str) -> Callable:
+        fetch = getattr(torch.Tensor, name)
+
+        def count(tensor: torch.Tensor, *arguments: object) -> object:
+            caller = "".join(traceback.format_stack(limit=2)[:1])
+            if tensor.untyped_storage().data_ptr() not in on_the_host and "site-packages" not in caller:
+                fetched.append(caller)
+            return fetch(tensor, *arguments)
+
+        return count
+
+    for name in FETCHES:
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    learner.learn(batches[2:], step=1, seed=1, window=MetricsWindow({}))
+    assert len(fetched) == 1, "\n".join(fetched)
 
 
 @pytest.mark.parametrize("changes", [MEMORY, {"num_mem_tokens": 0}], ids=["memory", "without memory"])
