@@ -3,10 +3,14 @@
 Whole, and split: the vision encoder alone, and all that follows with its output given. In bf16 the vision-language
 model and the expert are bf16 and the projections float32, as SmolVLA is loaded. The action error is against
 LeRobot's float32 actions, same noise: root mean square over the root mean square of those actions.
+
+Where there is a GPU, one more table has ours with memory on it, without CUDA graphs and with: the error is against
+without.
 """
 
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ from torch import Tensor
 
 from benchmarks.measuring import Table, alternate, cost_rows, speed_rows
 from benchmarks.models import CAMERAS, SIZES, lerobot_policy, make_batch, our_policy
+from lerobot_policy_smolvla_memory import SmolVLAMemoryPolicy
+from lerobot_policy_smolvla_memory.graphed_query import Capture, CudaCapture, GraphedQuery
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -100,7 +106,33 @@ def compare(name: str, precisions: tuple[str, ...], folder: Path, *, rounds: int
                 costs += [{"part": part, **row} for row in cost_rows(with_and_without, reference="ours")[1:]]
         tables.append(Table(f"{name}, {precision}", speeds))
         tables.append(Table(f"{name}, {precision}: what 4 memory tokens in the end layout cost", costs))
+        if torch.cuda.is_available():
+            rows = graph_rows(policies["ours, memory"], batch, noise, torch.device("cuda"), rounds=rounds)
+            tables.append(Table(f"{name}, {precision}: on the GPU, without CUDA graphs and with", rows))
     return tables
+
+
+@torch.no_grad()
+def graph_rows(
+    policy: SmolVLAMemoryPolicy,
+    batch: dict[str, Tensor],
+    noise: Tensor,
+    device: torch.device,
+    *,
+    rounds: int,
+    capture: Callable[[torch.device], Capture] = CudaCapture,
+) -> list[dict[str, Any]]:
+    """A query of the policy's on a device, without graphs and with; each ends when its actions are on the host."""
+    policy = deepcopy(policy).to(device).eval()
+    batch, noise = {key: tensor.to(device) for key, tensor in batch.items()}, noise.to(device)
+    graphed = GraphedQuery(policy, capture)
+    variants: dict[str, Callable[[], Tensor]] = {
+        "ours, memory": lambda: policy.sample_actions_with(batch, None, noise)[0].cpu(),
+        "ours, memory, in graphs": lambda: graphed(batch, None, noise)[0].cpu(),
+    }
+    errors = {who: relative_error(query(), variants["ours, memory"]()) for who, query in variants.items()}
+    timings = alternate(variants, rounds=rounds, block=5)
+    return [{**row, "action error": errors[row[""]]} for row in speed_rows(timings, reference="ours, memory")]
 
 
 def relative_error(actions: Tensor, truth: Tensor) -> float:

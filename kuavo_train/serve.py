@@ -37,6 +37,7 @@ class Options:
     port: int = option("where to listen; 0 takes a free one", 8000)
     device: str | None = option("cpu, cuda or mps; none: a GPU where there is one", None)
     dtype: Literal["float32", "bfloat16"] | None = option("of the model's weights; none: as they are stored", None)
+    cuda_graphs: bool = option("each query of SmolVLA as one CUDA graph; then no rtc", False)
     seed: int = option("of the policy's noise", 0)
     n_action_steps: int | None = option("steps between two looks; none: as in training", None)
     batch: int = option("requests answered at once; 1: bit for bit as if each robot were alone", 16)
@@ -84,7 +85,11 @@ def _serve(options: Options) -> int:
 
     try:
         policy = SmolVLAPolicyWrapper.from_pretrained(
-            options.checkpoint, device=options.device, dtype=options.dtype, seed=options.seed
+            options.checkpoint,
+            device=options.device,
+            dtype=options.dtype,
+            cuda_graphs=options.cuda_graphs,
+            seed=options.seed,
         )
         if options.n_action_steps is not None:
             policy.n_action_steps = options.n_action_steps

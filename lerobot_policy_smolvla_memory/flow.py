@@ -86,3 +86,19 @@ def mean_of_valid(
         count = everywhere if reduction == "mean" else at_least_one
         reduced = (losses * valid).sum(entries) / count(valid.sum(entries))
     return reduced if reduction == "mean" else reduced.unflatten(0, (rows, -1)).mean(dim=1)
+
+
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+    """Noise [B, T, A] along the flow to actions, in so many equal steps: LeRobot's `euler_integrate`, to the bit.
+
+    LeRobot's makes the time of a step on the host and moves it to the device; here nothing is moved.
+
+    Args:
+        velocity: of the flow at noisy actions [B, T, A] and a time [B].
+    """
+    dt = -1.0 / steps
+    x_t = noise
+    for step in range(steps):
+        time = torch.full((), 1.0 + step * dt, dtype=torch.float32, device=noise.device)
+        x_t = x_t + dt * velocity(x_t, time.expand(len(noise)))
+    return x_t

@@ -37,6 +37,7 @@ from lerobot_policy_smolvla_memory.pretrained_weights import (
     no_progress_bar,
     take_rounded_weights_again,
 )
+from lerobot_policy_smolvla_memory.vision import encode_pictures
 
 EncodedPrefix = ExpertPrefix | CachedPrefix
 """What the action expert attends to: of the fast forward, or of LeRobot's."""
@@ -73,6 +74,10 @@ class MemoryFlowMatching(VLAFlowMatching):
             if config.load_vlm_weights:
                 take_rounded_weights_again(self.vlm_with_expert.vlm, config.vlm_model_name)
         config.compile_model = compile_expert
+        for name in ("global_image_start_token", "image_end_token"):  # no query should have to move them to the device
+            token = getattr(self, name)
+            delattr(self, name)
+            self.register_buffer(name, token, persistent=False)
         vlm = self.vlm_with_expert.get_vlm_model()
         if config.gradient_checkpointing:
             vlm.vision_model.gradient_checkpointing_enable({"use_reentrant": False})  # heeded where it learns
@@ -145,6 +150,11 @@ class MemoryFlowMatching(VLAFlowMatching):
         for module in (text_model.norm, *text_model.layers[-2:]):
             module.requires_grad_(True)
 
+    def embed_image(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, height, width] in [-1, 1] → their tokens [B, N, H]."""
+        vlm = self.vlm_with_expert.get_vlm_model()
+        return vlm.connector(encode_pictures(vlm.vision_model, pictures))
+
     def embed(
         self,
         images: Sequence[Tensor],
@@ -171,11 +181,11 @@ class MemoryFlowMatching(VLAFlowMatching):
             valid.append(mask.expand(rows, embeddings.shape[1]))
 
         for image, mask in zip(images, image_masks, strict=True):
-            embedded = image if image.dim() == 3 else model.embed_image(image)
+            embedded = image if image.dim() == 3 else self.embed_image(image)
             seen.append(embedded)
             if self.add_image_special_tokens:
                 begin, end = (
-                    model.embed_language_tokens(special.to(state.device))[None]
+                    model.embed_language_tokens(special)[None]
                     for special in (self.global_image_start_token, self.image_end_token)
                 )
                 always = mask.new_ones(1, 1)
@@ -245,13 +255,13 @@ class MemoryFlowMatching(VLAFlowMatching):
         Args:
             time: [B], or [B, T] where the steps of a chunk are not all as noisy.
         """
-        embeddings = self.embed_suffix(x_t, time)[0] if time.dim() == 1 else self._embed_each(x_t, time)
-        return self.action_out_proj(self.backbone.attend_prefix(prefix, embeddings).float())
+        return self.action_out_proj(self.backbone.attend_prefix(prefix, self._embed_actions(x_t, time)).float())
 
-    def _embed_each(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """As `embed_suffix`, for a time [B, T] of each step."""
+    def _embed_actions(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """LeRobot's `embed_suffix`, also for a time [B, T] of each step, and with nothing made on the host."""
         actions, config = self.action_in_proj(x_t), self.config
         width, periods = self.vlm_with_expert.expert_hidden_size, (config.min_period, config.max_period)
         times = create_sinusoidal_pos_embedding(time.flatten(), width, *periods, device=actions.device)
-        both = torch.cat([actions, times.unflatten(0, time.shape).to(actions.dtype)], dim=2)
+        times = times.to(actions.dtype).unflatten(0, (len(time), -1)).expand_as(actions)
+        both = torch.cat([actions, times], dim=2)
         return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))

@@ -85,7 +85,12 @@ class MemoryState:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors()}
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors()}
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """All that is carried, by name."""
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in values if value is not None]
 
     def detach(self) -> Self:
         """The same values, with no gradient to where they came from."""
@@ -94,6 +99,10 @@ class MemoryState:
     def clone(self) -> Self:
         """A copy that shares no storage."""
         return self._each(lambda tensor: tensor.clone())
+
+    def contiguous(self) -> Self:
+        """The same values, laid out as what later queries leave."""
+        return self._each(lambda tensor: tensor.contiguous())
 
     def to(self, device: torch.device | str) -> Self:
         return self._each(lambda tensor: tensor.to(device))
@@ -106,30 +115,24 @@ class MemoryState:
     @classmethod
     def joined(cls, states: Sequence[Self]) -> Self:
         """The elements of all states as one batch."""
-        names = [name for name, _ in states[0]._tensors()]
+        names = [name for name, _ in states[0].tensors()]
         return replace(states[0], **{name: torch.cat([getattr(state, name) for state in states]) for name in names})
 
     def where(self, mask: Tensor, other: "MemoryState") -> Self:
         """`other` for the elements where `mask` [B] is true, this state for the rest."""
         pairs = {
             name: torch.where(mask.view(-1, *[1] * (mine.dim() - 1)), getattr(other, name), mine)
-            for name, mine in self._tensors()
+            for name, mine in self.tensors()
         }
         return replace(self, **pairs)
 
     def put(self, indices: Tensor | list[int], other: "MemoryState") -> Self:
         """This state with the elements `indices` taken from `other`, whose batch size is len(indices)."""
         index = torch.as_tensor(indices, dtype=torch.long, device=self.device)
-        return replace(
-            self, **{name: mine.index_copy(0, index, getattr(other, name)) for name, mine in self._tensors()}
-        )
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in values if value is not None]
+        return replace(self, **{name: mine.index_copy(0, index, getattr(other, name)) for name, mine in self.tensors()})
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, **{name: function(value) for name, value in self._tensors()})
+        return replace(self, **{name: function(value) for name, value in self.tensors()})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ How a query is computed is flow_model.py's. Letters as in prefix.py.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -33,7 +33,7 @@ from lerobot_policy_smolvla_memory.configuration_smolvla_memory import (
     SmolVLAMemoryConfig,
     image_features_key,
 )
-from lerobot_policy_smolvla_memory.flow import Count, Flow, TrainingDraws, at_least_one, mean_of_valid
+from lerobot_policy_smolvla_memory.flow import Count, Flow, TrainingDraws, at_least_one, integrate, mean_of_valid
 from lerobot_policy_smolvla_memory.flow_model import EncodedPrefix, MemoryFlowMatching
 from lerobot_policy_smolvla_memory.memory import MemoryState
 from lerobot_policy_smolvla_memory.parameter_groups import PARAMETER_GROUPS, VLM_GROUPS, group_of
@@ -93,6 +93,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         self.widened: dict[str, tuple[int, int]] = {}  # projection → dimensions it was stored for, and has
         self._stored = {name: parameter.dtype for name, parameter in self.named_parameters()}
         self.settle_precision()
+        self.graphed: Callable[..., tuple[Tensor, MemoryState | None]] | None = None  # see graphed_query.py
         self.reset()
 
     # ---------------------------------------------------------------- training
@@ -301,7 +302,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         """Pictures [B, 3, height, width] in [0, 1] → their tokens [B, N, H], as they may stand in a batch under
         `image_features_key`. Depends on nothing but the vision encoder and the connector."""
         (image, *_empty), _ = self.prepare_images({next(iter(self.config.image_features)): pictures})
-        return self.model.vlm_with_expert.embed_image(image)
+        return self.model.embed_image(image)
 
     @property
     def encodes_context(self) -> bool:
@@ -374,6 +375,8 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
         Raises:
             ValueError: the memory is of another batch size or on another device.
         """
+        if self.graphed is not None:
+            return self.graphed(batch, memory, noise, **kwargs)
         prefix, memory = self.encode(batch, memory)
         return self.denoise(prefix, batch, noise, **kwargs), memory
 
@@ -395,11 +398,17 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             absent = torch.zeros(1, dtype=torch.bool, device=noise.device)
         noise = self.config.sampling_temperature * noise.masked_fill(absent, 0.0)
         left_over, delay = kwargs.get("prev_chunk_left_over"), kwargs.get("inference_delay") or 0
+
+        def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0)
+
         if left_over is not None and 0 < delay <= self.config.rtc_training_delay:
             actions = self._denoise_behind(prefix, noise, absent, left_over[:, :delay])
+        elif left_over is None and self.rtc_processor is None:
+            actions = integrate(velocity, noise, self.config.num_steps)
         else:
             actions = euler_integrate(
-                lambda x_t, time: self.model.velocity(prefix, x_t, time).masked_fill(absent, 0.0),
+                velocity,
                 noise,
                 self.config.num_steps,
                 rtc_processor=self.rtc_processor or RTCProcessor(RTCConfig()),
@@ -420,7 +429,7 @@ class SmolVLAMemoryPolicy(SmolVLAPolicy):
             flow = self.model.velocity(prefix, x_t, time[:, None].masked_fill(clean, 0.0))
             return flow.masked_fill(absent, 0.0).masked_fill(clean[:, None], 0.0)
 
-        return euler_integrate(velocity, noise, self.config.num_steps)
+        return integrate(velocity, noise, self.config.num_steps)
 
     def draw_noise(self, generators: Sequence[np.random.Generator]) -> Tensor:
         """What actions are denoised from, [B, C, max_action_dim] standard normal, each row from its own generator."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs_on_cpu import StandIn
 
 from benchmarks import (
     arithmetic,
@@ -23,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.measuring import Spread, Table, Timing, alternate, store
-from benchmarks.models import SIZES
+from benchmarks.models import SIZES, lerobot_policy, make_batch, our_policy
 from benchmarks.video_dataset import write_dataset
 from kuavo_train.config import RunConfig
 from kuavo_train.runs.trained_run import TrainedRun
@@ -67,6 +68,17 @@ def test_a_query_of_ours_gives_lerobots_actions(tmp_path: Path) -> None:
     errors = {row[""]: row["action error"] for row in speeds.rows if row["part"] == "whole query"}
     assert errors["ours"] < 1e-4
     assert [row["part"] for row in costs.rows] == ["whole query", "all that follows"]
+
+
+def test_a_query_in_graphs_is_timed_beside_the_one_without_and_gives_its_actions(tmp_path: Path) -> None:
+    size = SIZES["tiny"]
+    vlm = size.make_vlm(tmp_path)
+    policy = our_policy(lerobot_policy(size, vlm), size, vlm, tokens=2)
+    noise = torch.randn(1, size.chunk, policy.config.max_action_dim)
+    cpu = torch.device("cpu")
+    rows = latency.graph_rows(policy, make_batch(size, rows=1), noise, cpu, rounds=1, capture=StandIn)
+    assert {row[""]: row["action error"] for row in rows} == {"ours, memory": 0.0, "ours, memory, in graphs": 0.0}
+    assert policy.graphed is None
 
 
 def test_the_products_of_a_part_are_all_found_and_carried_out_alone(tmp_path: Path) -> None:

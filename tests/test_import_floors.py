@@ -124,11 +124,12 @@ SIMULATION = [  # from the ground up; those of one storey do not import each oth
 ]
 POLICY = [
     {"adapters", "configuration_smolvla_memory", "frames", "parameter_groups", "precision", "prefix", "query_schedule"},
-    {"tiny_vlm_words", "vlm_description"},
+    {"tiny_vlm_words", "vision", "vlm_description"},
     {"flow", "memory", "pretrained_weights", "processor_smolvla_memory"},
     {"backbone", "lerobot_forward", "tiny_vlm"},
     {"flow_model"},
     {"modeling_smolvla_memory"},
+    {"graphed_query"},
     {"lerobot_policy_smolvla_memory"},  # which registers them
 ]
 

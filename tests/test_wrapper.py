@@ -4,19 +4,24 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from graphs_on_cpu import StandIn
 from small_datasets import ARM_NAMES, CAMERAS
 
 from kuavo_train.data.checkpoint_tasks import REMEMBERED, KnownTasks
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.runs.trained_run import TrainedRun
+from kuavo_train.wrapper.policy import smolvla
+from kuavo_train.wrapper.policy.episode import RobotEpisode
 from kuavo_train.wrapper.policy.loading import open_policy, stored_config
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of
+from kuavo_train.wrapper.policy.smolvla import Query, SmolVLAPolicyWrapper, folder_of
+from lerobot_policy_smolvla_memory.graphed_query import use_cuda_graphs
 
 Observation = dict[str, Any]
 
@@ -96,6 +101,43 @@ def test_it_computes_in_bfloat16_what_it_computes_in_float32_but_for_rounding(ch
     assert policy.get_memory().tokens.dtype == torch.float32
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, or None, got 'float16'"):
         SmolVLAPolicyWrapper.from_pretrained(checkpoint, dtype="float16")
+
+
+@pytest.fixture
+def in_graphs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> SmolVLAPolicyWrapper:
+    """In what stands in for graphs, here where there is no GPU."""
+    monkeypatch.setattr(smolvla, "use_cuda_graphs", partial(use_cuda_graphs, capture=StandIn))
+    return SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", cuda_graphs=True, seed=3)
+
+
+def test_in_graphs_it_answers_as_without(wrapper: SmolVLAPolicyWrapper, in_graphs: SmolVLAPolicyWrapper) -> None:
+    for task in ("weighing", "sorting"):
+        assert np.array_equal(episode(in_graphs, task=task), episode(wrapper, task=task))
+    recorded = in_graphs._policy.graphed._recorded._capture.recordings
+    wrapper.reset()
+    in_graphs.reset()
+    assert np.array_equal(episode(in_graphs), episode(wrapper))
+    assert in_graphs._policy.graphed._recorded._capture.recordings == recorded
+    queries = [Query(wrapper.look(look(robot)), RobotEpisode(robot)) for robot in range(2)]
+    for mine, theirs in zip(in_graphs.plan(queries), wrapper.plan(queries), strict=True):
+        assert np.array_equal(mine.actions, theirs.actions)
+        assert torch.equal(mine.episode.memory.tokens, theirs.episode.memory.tokens)
+
+
+def test_in_graphs_no_plan_goes_on_from_the_one_before(
+    wrapper: SmolVLAPolicyWrapper, in_graphs: SmolVLAPolicyWrapper
+) -> None:
+    (plan,) = in_graphs.plan([Query(in_graphs.look(look()), RobotEpisode())])
+    handed_over = Query(in_graphs.look(look(1)), plan.episode.moved(1), executed=1, delay=1)
+    with pytest.raises(ValueError, match="cuda_graphs must be false with real-time chunking, got true"):
+        in_graphs.plan([handed_over])
+    assert len(wrapper.plan([handed_over])) == 1
+    assert (wrapper.hands_over, in_graphs.hands_over) == (True, False)
+
+
+def test_where_there_are_no_graphs_they_are_refused_by_key_and_with_what_to_do(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"cuda_graphs must be false on cpu, got true: .* or leave cuda_graphs out"):
+        SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", cuda_graphs=True)
 
 
 def test_pictures_may_come_as_bytes_or_as_floats(wrapper: SmolVLAPolicyWrapper) -> None:

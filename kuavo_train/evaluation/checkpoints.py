@@ -120,7 +120,13 @@ class Contestant:
         return set(range(len(task.bounds)))
 
     def policy(self, options: Options) -> SmolVLAPolicyWrapper:
-        return SmolVLAPolicyWrapper.from_pretrained(self.folder, device=options.device, seed=options.seed)
+        """Raises `ConfigError` where it has no CUDA graphs and is to run in them."""
+        try:
+            return SmolVLAPolicyWrapper.from_pretrained(
+                self.folder, device=options.device, cuda_graphs=options.cuda_graphs, seed=options.seed
+            )
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
 
 
 @dataclass(frozen=True)

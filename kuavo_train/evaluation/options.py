@@ -28,6 +28,7 @@ class Options:
     parallel: int = option("robots at a time", 8)
     workers: int | None = option("processes that simulate; none: one per CPU", None)
     device: str | None = option("cpu, cuda or mps; none: a GPU where there is one", None)
+    cuda_graphs: bool = option("each query as one CUDA graph", False)
     max_steps: int | None = option("time limit of an episode; none: the environment's own", None)
     n_action_steps: tuple[int, ...] = option("horizons of execution, a row each", ())
     sampling_temperature: tuple[float, ...] = option("of the noise actions are denoised from, a row each", ())

@@ -24,7 +24,6 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_outputs import BaseModelOutput
 
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
@@ -71,7 +70,7 @@ def step_memory(
     # tensors pretend that there is a GPU. So that pass is now.
     torch.zeros(1, requires_grad=True).sum().backward()
     uncompiled = torch.compiler.set_stance("force_eager")  # compiling looks at values
-    with torch.random.fork_rng(), uncompiled, _as_it_was(policy), _vision_without_values(policy):
+    with torch.random.fork_rng(), uncompiled, _as_it_was(policy):
         drawn = policy.draw_training(1, next(iter(sample.values())).device)
 
         def held(rows: int) -> int:
@@ -132,21 +131,3 @@ def _as_it_was(policy: nn.Module) -> Iterator[None]:
         for module, before in buffers:
             module._buffers.update(before)
         policy.train(training)
-
-
-@contextmanager
-def _vision_without_values(policy: SmolVLAMemoryPolicy) -> Iterator[None]:
-    """Within it the vision encoder takes pictures for whole; transformers looks at the mask's values to see that."""
-    vision = policy.model.vlm_with_expert.get_vlm_model().vision_model
-
-    def forward(pixel_values: Tensor, **_: object) -> BaseModelOutput:
-        patches = vision.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        places = torch.zeros(patches.shape[:2], dtype=torch.long, device=patches.device)
-        hidden = vision.encoder(patches + vision.embeddings.position_embedding(places)).last_hidden_state
-        return BaseModelOutput(last_hidden_state=vision.post_layernorm(hidden))
-
-    vision.forward = forward
-    try:
-        yield
-    finally:
-        del vision.forward

@@ -163,6 +163,7 @@ def test_a_checkpoint_is_compared_with_itself_as_it_is_whatever_horizons_are_ask
         (["it=CHECKPOINT", "it=CHECKPOINT"], "it must be given once"),
         (["it=CHECKPOINT", "n_action_steps=2,7"], "n_action_steps must be at most 6, what it plans, got 7"),
         (["it=CHECKPOINT", "sampling_temperature=2"], r"sampling_temperature must be in \[0, 1\], got 2"),
+        (["it=CHECKPOINT", "device=cpu", "cuda_graphs=true"], "it: cuda_graphs must be false on cpu, got true"),
         (["it=CHECKPOINT", "ablate=hands"], "ablate must be one of language, memory, cameras, got 'hands'"),
         (["it=CHECKPOINT", "tasks=juggling"], r"tasks must be among those that it has learnt \(.*\), got 'juggling'"),
         (["it=CHECKPOINT", "environment=worlds:Arms-v0"], "tasks must be one with environment, got None"),

@@ -102,6 +102,8 @@ def test_a_checkpoint_opens_as_a_robots_policy_without_fetching_anything(run: Ru
     assert not wrapper.has_memory
     with pytest.raises(ValueError, match=f"dtype of policy {run.policy['type']} must be float32, got bfloat16"):
         SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"cuda_graphs of policy {run.policy['type']} must be false, got true"):
+        SmolVLAPolicyWrapper.from_pretrained(checkpoint, device="cpu", cuda_graphs=True)
     with pytest.raises(ValueError, match="n_action_steps must be in"):
         wrapper.n_action_steps = 9
     with pytest.raises(ValueError, match=f"sampling_temperature of {run.policy['type']} must be 1, got 0.5"):

@@ -49,6 +49,7 @@ from kuavo_train.wrapper.policy.loading import open_policy, stored_config
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
+from lerobot_policy_smolvla_memory.graphed_query import use_cuda_graphs
 from lerobot_policy_smolvla_memory.memory import MemoryState
 
 LIKE_A_TRAINED_ONE = 0.6
@@ -137,7 +138,13 @@ class SmolVLAPolicyWrapper:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, seed: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        cuda_graphs: bool = False,
+        seed: int | None = None,
     ) -> "SmolVLAPolicyWrapper":
         """
         Args:
@@ -147,10 +154,13 @@ class SmolVLAPolicyWrapper:
             dtype: of SmolVLA's vision-language model and action expert, float32 or bfloat16; None leaves them as they
                 are stored. bfloat16 takes half the room and, where the processor has it, time; what it changes of the
                 actions is in docs/experiments/speed.md. Memory, state, actions and their denoising stay float32.
+            cuda_graphs: compute each query of SmolVLA as one CUDA graph, with the same answers: see
+                docs/explanation/performance.md. A plan then cannot go on from the one before (`hands_over`).
 
         Raises:
             FileNotFoundError: nothing there, or a checkpoint that kuavo_train has not written.
-            ValueError: weights that do not fit the policy, or a dtype that it does not compute in.
+            ValueError: weights that do not fit the policy, a dtype that it does not compute in, or graphs where it
+                has none.
         """
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or None, got {dtype!r}")
@@ -161,9 +171,13 @@ class SmolVLAPolicyWrapper:
             config = SmolVLAMemoryConfig.from_smolvla(config, num_mem_tokens=0)
         if dtype == "bfloat16" and not isinstance(config, SmolVLAConfig):
             raise ValueError(f"dtype of policy {config.type} must be float32, got {dtype}")
+        if cuda_graphs and not isinstance(config, SmolVLAConfig):
+            raise ValueError(f"cuda_graphs of policy {config.type} must be false, got true")
         policy, processors = open_policy(folder, config)
         if dtype is not None and isinstance(policy, SmolVLAMemoryPolicy):
             policy.compute_in(DTYPES[dtype])
+        if cuda_graphs:
+            use_cuda_graphs(policy)
         return cls(policy, processors, known, seed=seed)
 
     @property
@@ -304,7 +318,7 @@ class SmolVLAPolicyWrapper:
     @property
     def hands_over(self) -> bool:
         """Whether a plan can go on from the one before (`Query.delay`)."""
-        return isinstance(self._policy, SmolVLAMemoryPolicy)
+        return isinstance(self._policy, SmolVLAMemoryPolicy) and self._policy.graphed is None
 
     def look(self, observation: Observation) -> Look:
         """Check what one robot sees, before it is planned for together with others'.
