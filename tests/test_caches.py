@@ -69,6 +69,15 @@ def test_a_stage_computes_only_what_no_machine_has_computed_ahead(
     assert sorted(stage["caches"]) == sorted({name.partition(".")[0] for name in caches(tmp_path)})
 
 
+def test_what_a_stage_would_compute_along_is_filled_ahead_too(
+    here: Here, words: list[str], embedded: list[int]
+) -> None:
+    run(here, "kuavo_train.cache", FIRST, *words, "data.feature_fill=along")
+    ahead = sum(embedded)
+    assert "all of it there" in run(here, "kuavo_train", FIRST, *words, "data.feature_fill=along")
+    assert sum(embedded) == ahead > 0
+
+
 def test_a_later_stage_is_filled_ahead_where_no_stage_before_it_trains_the_encoder(
     here: Here, words: list[str], embedded: list[int]
 ) -> None:

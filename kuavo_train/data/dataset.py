@@ -114,8 +114,9 @@ class MixedDataset(Dataset):
             if lacks.any():
                 assert isinstance(source, FeaturesAlong)
                 pictures = {camera: source.pictures(camera, seen_rows[lacks]) for camera in task.cameras}
-                about = (frames[lacks], np.full(lacks.sum(), place), seen_rows[lacks])
-                lacking.append(Lacking(*map(torch.from_numpy, about), pictures))
+                of_task = torch.full((int(lacks.sum()),), int(place))
+                where, which = torch.from_numpy(frames[lacks]), torch.from_numpy(seen_rows[lacks])
+                lacking.append(Lacking(where, of_task, which, pictures))
             if self.contexts:
                 contexts.append((torch.from_numpy(mine), self.contexts[place](own)))
         whole = state[:, 0] if seen == 1 else state

@@ -128,7 +128,7 @@ class EpisodeCache:
         for look_again in (False, True):
             if look_again or not self._opened:
                 self._opened = self.parts()
-            held = np.array([part.holds(rows) for part in self._opened]).reshape(-1, len(rows))
+            held = np.array([part.holds(rows) for part in self._opened]).reshape(len(self._opened), len(rows))
             absent = self.task.episode[rows[~held.any(axis=0)]]
             if not len(absent):
                 return held.argmax(axis=0)
