@@ -208,8 +208,9 @@ def test_processes_store_and_mark_other_rows_of_the_same_files_at_the_same_time(
     assert after.shown == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_workers_hand_over_pictures_of_what_is_not_there_and_the_trainer_completes_them_in_order(
-    stage: Any, filled: Stage
+    stage: Any, filled: Stage, workers: int
 ) -> None:
     class Drawn:
         order = type("Order", (), {"clip": 1})
@@ -220,14 +221,21 @@ def test_workers_hand_over_pictures_of_what_is_not_there_and_the_trainer_complet
         def __len__(self) -> int:
             return 20
 
-    for workers in (0, 2):
-        along = stage()
-        one, other = (
-            each.dataset.batches(Drawn(), num_workers=workers, pin_memory=False)  # type: ignore[arg-type]
-            for each in (along, filled)
-        )
-        for batch, expected in zip(one, other, strict=True):
-            assert_equal(batch, expected)
+    along = stage()
+    along.shown.clear()
+    one, other = (
+        each.dataset.batches(Drawn(), num_workers=workers, pin_memory=False)  # type: ignore[arg-type]
+        for each in (along, filled)
+    )
+    for batch, expected in zip(one, other, strict=True):
+        assert_equal(batch, expected)
+    assert sum(along.shown) == CAMERAS * 40  # here, not in a worker
+
+
+def test_room_for_batches_on_their_way_is_reckoned_with_their_pictures(stage: Any, filled: Stage) -> None:
+    along = stage()
+    lacking = along.dataset.gather([Draw(0, 41)]).lacking
+    assert along.images.look == filled.images.look + sum(frames.nbytes for frames in lacking.pictures.values())
 
 
 def test_a_disk_that_fills_up_on_the_way_is_an_error_with_words(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:

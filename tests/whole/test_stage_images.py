@@ -221,6 +221,18 @@ def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(em
     assert settings() != before
 
 
+def test_a_cpu_is_shown_large_pictures_one_by_one_so_that_a_small_batch_embeds_no_blank_ones(
+    embedded: Embedded,
+) -> None:
+    policy, together = opened(embedded()).built.policy, []
+    for size in ((64, 64), (512, 512)):
+        policy.config.resize_imgs_with_padding = size
+        encoder = frozen_encoder(policy, precision="no", autocast=nullcontext)
+        assert encoder is not None
+        together.append(encoder.together)
+    assert together == [8, 1]
+
+
 def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
     embedded: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +259,9 @@ def test_a_frozen_model_is_read_from_its_keys_and_values_and_a_learning_one_is_n
         stage = opened(embedded(**changes))
         assert not stage.images.contexts, changes
         assert "keys and values" not in describe(stage.findings), changes
+    stage = opened(embedded(training=FROZEN, data={"feature_fill": "along"}))
+    assert not stage.images.contexts
+    assert "keys and values: not kept, data.feature_fill=along embeds frame by frame" in describe(stage.findings)
     stage = opened(embedded(training=FROZEN, data={"context_cache_limit_gib": 1e-4}))
     assert not stage.images.contexts
     assert re.search(
