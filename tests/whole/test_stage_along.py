@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from together import together
 from kuavo_train.config import RunConfig
 from kuavo_train.data.images.part import Part
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
+from kuavo_train.stage import stage
+from kuavo_train.stage.parts import Stage
 from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 FROZEN = {"freeze_first_stage": ["vision", "connector", "vlm_text"], "max_steps": 8, "log_every": 1, "save_every": 3}
@@ -101,6 +104,25 @@ def test_a_stage_killed_while_it_stores_goes_on_to_the_same_bits(
     assert fork(dies_storing, tmp_path).wait().returncode == -signal.SIGKILL
     assert run(configs, resume=True) == 0
     assert_same(stage_folder(configs[0]), before)
+
+
+def test_all_of_it_is_on_the_disk_when_training_ends(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stored, at_the_end = Part.store_rows, [], []
+
+    def slow(part: Part, *of: Any) -> None:
+        time.sleep(1.0)  # longer than the last validation
+        store(part, *of)
+        stored.append(of)
+
+    def concluded(ended: Stage) -> None:
+        at_the_end.append(len(stored))
+        ended.opened.images.wait()
+        at_the_end.append(len(stored))
+
+    monkeypatch.setattr(Part, "store_rows", slow)
+    monkeypatch.setattr(stage, "conclude", concluded)
+    run(started("slow", training={"max_steps": 2}))
+    assert at_the_end == [2, 2]
 
 
 def test_two_processes_store_each_their_own_in_one_cache(started: Started) -> None:

@@ -6,13 +6,13 @@ a thread     stores them meanwhile; they are marked once they are on the disk, s
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from kuavo_train.data.batch import Batch, Lacking
+from kuavo_train.data.batch import Batch
 from kuavo_train.data.images.episode_cache import EpisodeCache
 from kuavo_train.data.images.features import CachedFeatures, Encoder
 from kuavo_train.data.images.forms import Form
@@ -61,7 +61,8 @@ class Along:
             features.view(-1, *features.shape[-2:])[lacking.places] = self.form.load(values)
         while len(self._waiting) >= WAITING:
             self._waiting.popleft().result()
-        self._waiting.append(self._storing.submit(_store, lacking, stored, sources))
+        about = (lacking.tasks.numpy(), lacking.rows.numpy())  # and no pictures, which would wait in memory
+        self._waiting.append(self._storing.submit(_store, sources, *about, stored))
         return batch._replace(lacking=None)
 
     def wait(self) -> None:
@@ -70,12 +71,13 @@ class Along:
             self._waiting.popleft().result()
 
 
-def _store(lacking: Lacking, stored: dict[str, np.ndarray], sources: Sequence[ImageSource]) -> None:
-    tasks = lacking.tasks.numpy()
+def _store(
+    sources: Sequence[ImageSource], tasks: np.ndarray, rows: np.ndarray, stored: Mapping[str, np.ndarray]
+) -> None:
     for place in np.unique(tasks):
         source, mine = sources[place], tasks == place
         assert isinstance(source, FeaturesAlong)
-        source.cache.store_rows(lacking.rows.numpy()[mine], {camera: values[mine] for camera, values in stored.items()})
+        source.cache.store_rows(rows[mine], {camera: values[mine] for camera, values in stored.items()})
 
 
 def lacking_of(source: ImageSource, rows: np.ndarray) -> np.ndarray:

@@ -100,6 +100,7 @@ class EpisodeCache:
 
     def holds(self, rows: np.ndarray) -> np.ndarray:
         """[n] whether rows are there, after `take_rows`; others may come at any time."""
+        assert self._opened, f"{self.path}: take_rows comes first"
         return np.any([part.holds(rows) for part in self._opened], axis=0)
 
     def store_rows(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
