@@ -66,7 +66,7 @@ def compare(pictures: str, settings: Settings, root: Path) -> Table:
     decoded = DecodedFrames(task, image_size=None, video_backend="pyav")
     frames = frame_cache(decoded, root / "cache")
     fill_frames(frames, decoded, episodes, progress=False)
-    encoder = Encoder(_any_embedding, {}, image_features_key, torch.device("cpu"))
+    encoder = Encoder(_any_embedding, {}, image_features_key, torch.device("cpu"), together=8)
     features = feature_cache(decoded, encoder, root / "cache")
     fill_features(features, encoder, CachedFrames(frames), episodes, progress=False)
     normalization = fit_normalization([task], "joint")

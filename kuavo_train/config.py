@@ -173,6 +173,7 @@ class DataConfig:
     frame_cache: bool = True
     feature_cache: bool = True
     feature_cache_limit_gib: float = 100.0
+    feature_fill: str = "before"  # before training, or along: in the step that first needs them
     feature_dtype: str = "bfloat16"
     feature_stride: int = 1  # frames from one that samples are of to the next; only those are cached
     context_cache_limit_gib: float = 4.0
@@ -191,6 +192,10 @@ class DataConfig:
         require(self.feature_stride >= 1, "data.feature_stride", "be at least 1", self.feature_stride)
         for key in ("feature_cache_limit_gib", "context_cache_limit_gib"):
             require(getattr(self, key) >= 0, f"data.{key}", "not be negative", getattr(self, key))
+        one_of("data.feature_fill", self.feature_fill, ("before", "along"))
+        rule = "be before where pictures are read, not embeddings (data.feature_cache=false, or data.augmentation)"
+        embedded = self.feature_cache and self.augmentation is None
+        require(self.feature_fill == "before" or embedded, "data.feature_fill", rule, self.feature_fill)
         one_of("data.feature_dtype", self.feature_dtype, ("bfloat16", "int8"))
         one_of("data.normalization", self.normalization, ("joint", "first_stage", "pretrained"))
         if self.claw_limits is not None:

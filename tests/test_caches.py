@@ -25,12 +25,12 @@ def words(small_run_in: Callable[..., list[str]], tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures the encoder is given, call by call; of a single one it is given to know its shape."""
+    """How many pictures the encoder is given, call by call; blank ones are there for shape and number alone."""
     calls: list[int] = []
     embed = SmolVLAMemoryPolicy.embed_camera
 
     def counted(policy: SmolVLAMemoryPolicy, pictures: torch.Tensor) -> torch.Tensor:
-        calls.extend([len(pictures)] if len(pictures) > 1 else [])
+        calls.append(int(pictures.flatten(1).any(dim=1).sum()))
         return embed(policy, pictures)
 
     monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
@@ -67,6 +67,15 @@ def test_a_stage_computes_only_what_no_machine_has_computed_ahead(
     assert 0 < sum(embedded) - first < first
     stage = json.loads((tmp_path / "outputs/smoke/stage1_moving_grasp/stage.json").read_text())
     assert sorted(stage["caches"]) == sorted({name.partition(".")[0] for name in caches(tmp_path)})
+
+
+def test_what_a_stage_would_compute_along_is_filled_ahead_too(
+    here: Here, words: list[str], embedded: list[int]
+) -> None:
+    run(here, "kuavo_train.cache", FIRST, *words, "data.feature_fill=along")
+    ahead = sum(embedded)
+    assert "all of it there" in run(here, "kuavo_train", FIRST, *words, "data.feature_fill=along")
+    assert sum(embedded) == ahead > 0
 
 
 def test_a_later_stage_is_filled_ahead_where_no_stage_before_it_trains_the_encoder(

@@ -57,8 +57,10 @@ class Counted:
         return about[0].mean(dim=(1, 2, 3))[:, None, None] * torch.linspace(0.1, 1, 32).view(1, 4, 8)
 
 
-def encoder(embed: Callable[..., torch.Tensor], weights: str = "first") -> Encoder:
-    return Encoder(embed, {"weights": weights}, lambda camera: f"features of {camera}", torch.device("cpu"))
+def encoder(embed: Callable[..., torch.Tensor], weights: str = "first", together: int = 14) -> Encoder:
+    """As a rule it is shown all frames of an episode at once."""
+    key = "features of {}".format
+    return Encoder(embed, {"weights": weights}, key, torch.device("cpu"), together)
 
 
 def planned(
@@ -117,7 +119,7 @@ def test_with_a_feature_stride_only_every_nth_frame_of_an_episode_is_embedded_an
 ) -> None:
     thinned = DecodedFrames(replace(decoded.task, feature_stride=3), image_size=None, video_backend="pyav")
     whole, embed = planned(config, decoded, encoder(Counted())), Counted()
-    images = planned(config, thinned, encoder(embed))
+    images = planned(config, thinned, encoder(embed, together=5))
     assert "4 × 8 bfloat16 per camera, of one frame in 3 (data.feature_stride); " in images.description
     cache, of_all = images.embeddings["weighing"], whole.embeddings["weighing"]
     assert (cache.size([0, 1]), of_all.size([0, 1])) == (2 * 5 * cache.row_bytes, 2 * 14 * cache.row_bytes)

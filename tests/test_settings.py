@@ -50,7 +50,7 @@ def test_what_cannot_change_a_result_may_differ_and_what_is_measured_until_the_e
         outputs="/elsewhere",
         resume=True,
         processes=2,
-        data=replace(config.data, root="/data", num_workers=4, frame_cache=False),
+        data=replace(config.data, root="/data", num_workers=4, frame_cache=False, feature_fill="along"),
         training=replace(config.training, log_every=7, device="auto", freeze_first_stage=["vision"]),
         rollout=replace(config.rollout, episodes=0, workers=1),
     )

@@ -31,6 +31,21 @@ class Origin(NamedTuple):
     stream: Tensor
 
 
+class Lacking(NamedTuple):
+    """Frames of a batch whose embeddings were not there when it was fetched, L of them; see data/images/along.py.
+
+    Attributes:
+        places: [L] among the frames of the batch: B, or B × T of policies that see past ones.
+        tasks, rows: [L] the task, as in `Origin`, and the frame's row in it.
+        pictures: camera → [L, 3, H, W] uint8.
+    """
+
+    places: Tensor
+    tasks: Tensor
+    rows: Tensor
+    pictures: dict[str, Tensor]
+
+
 class Batch(NamedTuple):
     """B samples. A tuple and no dataclass, since PyTorch's loader pins the tensors of a tuple.
 
@@ -38,12 +53,14 @@ class Batch(NamedTuple):
         inputs: what the policy reads, under LeRobot's keys, and what it learns to answer.
         instructions: B texts.
         clip: K, so many consecutive samples are the consecutive queries of one episode.
+        lacking: what `inputs` has still to be given.
     """
 
     inputs: dict[str, Tensor]
     instructions: Sequence[str]
     origin: Origin
     clip: int = 1
+    lacking: Lacking | None = None
 
     @property
     def size(self) -> int:

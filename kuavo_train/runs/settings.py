@@ -49,6 +49,7 @@ FREE = {  # key, or group of keys → why it cannot change the result
     "data.frame_cache": SPEED,
     "data.feature_cache": SPEED,
     "data.feature_cache_limit_gib": SPEED,
+    "data.feature_fill": SPEED,
     "data.context_cache_limit_gib": SPEED,
     "data.num_workers": SPEED,
     "data.record_workers": SPEED,

@@ -1,7 +1,7 @@
 """The caches that a stage reads, planned without training it: to fill them ahead, and to know which nothing uses."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lerobot.datasets.utils import INFO_PATH
@@ -30,6 +30,8 @@ def plan_caches(config: RunConfig, configs: Sequence[RunConfig], shard: Shard = 
     Raises:
         ConfigError: data or policy cannot be opened, or the encoder's weights are still to be learnt.
     """
+    # Ahead of a stage, nothing is left for its steps.
+    config = replace(config, data=replace(config.data, feature_fill="before"))
     findings, curriculum = Findings(), [each.stage for each in configs]
     start = Start() if encoder_is_the_bases(config, configs) else Start(before=result_before(config, curriculum))
     opening = Opening(config, curriculum, start, accelerator_for(config), findings)

@@ -12,11 +12,16 @@ from kuavo_train.stage.lineage import seen_tasks, stages_before
 from kuavo_train.training.policy_factory import BuiltPolicy
 
 
+def episodes_trained(order: Order) -> dict[str, Sequence[int]]:
+    """Task → the episodes the stage trains on."""
+    return {task.name: order.episodes[place] for place, task in enumerate(order.tasks)}
+
+
 def episodes_read(
     config: RunConfig, curriculum: Sequence[StageConfig], tasks: Sequence[Task], order: Order
 ) -> dict[str, list[int]]:
     """Task → the episodes the stage trains on, validates or chooses by."""
-    trained = {task.name: order.episodes[place] for place, task in enumerate(order.tasks)}
+    trained = episodes_trained(order)
     seen, later = seen_tasks(config, curriculum), bool(stages_before(config, curriculum))
     validated = seen if later and not config.validation.unseen_tasks else [task.name for task in tasks]
     return {
@@ -38,4 +43,5 @@ def dataset_of(images: Images, normalization: Normalization, built: BuiltPolicy,
         image_key=images.image_key,
         contexts=[images.contexts[task.name] for task in tasks if images.contexts],
         context_key=images.context_key,
+        complete=images.complete,
     )

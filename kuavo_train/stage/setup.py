@@ -38,7 +38,7 @@ from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.kept_data import kept_of_all, kept_of_earlier
 from kuavo_train.stage.lineage import Start, processes_of, seen_tasks, stages_before
 from kuavo_train.stage.opened_data import OpenedData, open_data
-from kuavo_train.stage.samples import dataset_of, episodes_read
+from kuavo_train.stage.samples import dataset_of, episodes_read, episodes_trained
 from kuavo_train.stage.validated_tasks import validated_tasks
 from kuavo_train.strategies.chosen import chosen_strategy
 from kuavo_train.strategies.strategy import Strategy
@@ -252,7 +252,9 @@ class Opening:
         config, findings = self.config, self.findings
         how = {"precision": config.training.mixed_precision, "autocast": self.accelerator.autocast}
         read, encoder = episodes_read(config, self.curriculum, data.tasks, order), frozen_encoder(built.policy, **how)
-        planned = findings.attempt(plan_images, config.data, data.frames, read, encoder, data.exported, shard)
+        of_training = episodes_trained(order)
+        about = (config.data, data.frames, read, encoder, data.exported, shard, of_training)
+        planned = findings.attempt(plan_images, *about)
         images = findings.need(planned)
         return with_contexts(
             images,

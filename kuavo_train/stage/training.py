@@ -19,13 +19,17 @@ def train(stage: Stage) -> None:
     Raises:
         Interrupted: a signal arrived; a checkpoint is written first.
         TrainingDiverged: loss or gradient not finite.
+        ConfigError: the disk does not take the embeddings that are computed along.
     """
     opened = stage.opened
     if opened.start.weights is None:
         stage.validation.validate("start", step=0, epoch=0, names=[task.name for task in opened.tasks])
     forget_unfinished_validation(opened, stage.progress)
     name = opened.config.stage.folder_name
-    Trainer(stage.learner, stage.batches, _limits(opened), StageHooks(stage), description=name).run(stage.progress)
+    try:
+        Trainer(stage.learner, stage.batches, _limits(opened), StageHooks(stage), description=name).run(stage.progress)
+    finally:
+        opened.images.wait()
 
 
 def _limits(opened: OpenedStage) -> Limits:

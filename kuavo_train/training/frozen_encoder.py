@@ -1,5 +1,6 @@
 """The frozen parts of a policy, as something whose outputs can be computed once and kept."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -14,6 +15,9 @@ from kuavo_train.data.images.features import Encoder
 from kuavo_train.training.parameter_groups import fingerprint, parameter_groups
 from lerobot_policy_smolvla_memory.configuration_smolvla_memory import ENCODED_CONTEXT, image_features_key
 from lerobot_policy_smolvla_memory.parameter_groups import ENCODER_GROUPS, VLM_GROUPS
+
+TOGETHER = 8  # pictures: few, so that a step that lacks few frames does not embed many more
+LARGE = 256 * 256  # pixels: such pictures keep a CPU as busy one by one
 
 
 def frozen_encoder(
@@ -39,7 +43,10 @@ def frozen_encoder(
         # The preprocessing is theirs.
         "versions": {name: version(name) for name in ("lerobot", "transformers")},
     }
-    return Encoder(embed, settings, image_features_key, next(iter(weights.values())).device)
+    device = next(iter(weights.values())).device
+    large = math.prod(policy.config.resize_imgs_with_padding or (0,)) >= LARGE
+    together = 1 if large and device.type == "cpu" else TOGETHER
+    return Encoder(embed, settings, image_features_key, device, together)
 
 
 def frozen_context(

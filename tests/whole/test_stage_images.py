@@ -96,14 +96,14 @@ def weights(folder: StageFolder) -> torch.Tensor:
 
 
 class EmbedCalls(list):
-    """How many pictures `embed_camera` was asked for, call by call."""
+    """How many pictures `embed_camera` was asked for, call by call; blank ones are there for shape and number alone."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
         embed = SmolVLAMemoryPolicy.embed_camera
 
         def counted(policy: SmolVLAMemoryPolicy, pictures: torch.Tensor) -> torch.Tensor:
-            self.append(len(pictures))
+            self.append(int(pictures.flatten(1).any(dim=1).sum()))
             return embed(policy, pictures)
 
         monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
@@ -193,8 +193,7 @@ def test_a_later_stage_computes_only_the_episodes_it_reads_for_the_first_time(
     for place, frames in ((1, 2 * 70 + 2 * 28), (2, 42), (3, 42)):  # then: what was held out is there already
         calls.clear()
         run(configs, place)
-        shapes = 4 * 3  # every camera of every task, once
-        assert sum(calls) - shapes == 3 * frames
+        assert sum(calls) == 3 * frames
     before = Start(before=stage_folder(configs[2]).checkpoints.at("best"))
     again = replace(configs[3], run="again")
     stage = open_stage(again, [config.stage for config in configs], before, Accelerator(cpu=True), Findings())
@@ -220,6 +219,18 @@ def test_the_key_changes_with_the_encoder_and_with_nothing_else_of_the_policy(em
     before = settings()
     policy.config.resize_imgs_with_padding = (48, 48)
     assert settings() != before
+
+
+def test_a_cpu_is_shown_large_pictures_one_by_one_so_that_a_small_batch_embeds_no_blank_ones(
+    embedded: Embedded,
+) -> None:
+    policy, together = opened(embedded()).built.policy, []
+    for size in ((64, 64), (512, 512)):
+        policy.config.resize_imgs_with_padding = size
+        encoder = frozen_encoder(policy, precision="no", autocast=nullcontext)
+        assert encoder is not None
+        together.append(encoder.together)
+    assert together == [8, 1]
 
 
 def test_a_disk_that_cannot_hold_the_features_is_refused_in_preflight(
@@ -248,6 +259,9 @@ def test_a_frozen_model_is_read_from_its_keys_and_values_and_a_learning_one_is_n
         stage = opened(embedded(**changes))
         assert not stage.images.contexts, changes
         assert "keys and values" not in describe(stage.findings), changes
+    stage = opened(embedded(training=FROZEN, data={"feature_fill": "along"}))
+    assert not stage.images.contexts
+    assert "keys and values: not kept, data.feature_fill=along embeds frame by frame" in describe(stage.findings)
     stage = opened(embedded(training=FROZEN, data={"context_cache_limit_gib": 1e-4}))
     assert not stage.images.contexts
     assert re.search(
@@ -323,17 +337,17 @@ def test_embeddings_kept_as_int8_cost_less_than_a_thousandth_of_the_held_out_los
 def test_with_a_feature_stride_nothing_but_every_nth_frame_is_embedded_trained_on_replayed_or_validated(
     embedded: Embedded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, fetch, frames = EmbedCalls(monkeypatch), MixedDataset.fetch, set[int]()
+    calls, gather, frames = EmbedCalls(monkeypatch), MixedDataset.gather, set[int]()
 
     def noted(dataset: MixedDataset, draws: Sequence[Draw], **how: Any) -> Any:
         frames.update(int(dataset.tasks[draw.task].frame[draw.row]) for draw in draws)
-        return fetch(dataset, draws, **how)
+        return gather(dataset, draws, **how)
 
-    monkeypatch.setattr(MixedDataset, "fetch", noted)
+    monkeypatch.setattr(MixedDataset, "gather", noted)
     configs = embedded(training=FROZEN, data={"feature_stride": 2})
     run(configs, 0)
-    shapes, episodes = 4 * 3, 3 + 4 * 2  # one task is trained on, and of each two are held out
-    assert sum(calls) - shapes == 3 * 7 * episodes
+    episodes = 3 + 4 * 2  # one task is trained on, and of each two are held out
+    assert sum(calls) == 3 * 7 * episodes
     run(configs, 1)
     assert frames == set(range(0, 14, 2))
     audit = json.loads((stage_folder(configs[1]).path / "replay_audit.json").read_text())

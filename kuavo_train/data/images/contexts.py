@@ -76,6 +76,9 @@ def with_contexts(
     if images.in_part:
         why = f"not kept, of {', '.join(images.in_part)} single frames alone have embeddings"
         return replace(images, description=f"{images.description}\n  keys and values: {why}")
+    if images.along:
+        why = "not kept, data.feature_fill=along embeds frame by frame"
+        return replace(images, description=f"{images.description}\n  keys and values: {why}")
     caches = {task.name: _cache(task, images, config, encoder, dataset([task])) for task in tasks}
     size, limit = cached_bytes(caches, episodes), config.context_cache_limit_gib
     if size > limit * GIB:

@@ -2,7 +2,7 @@
 
 Files are those of part.py. Processes may fill one cache at the same time, each its own episodes, and machines parts of
 their own, which are read as they lie. After a kill the episodes done are kept and the others are filled by the next who
-needs them. Reading rows of an episode that was never filled is an error.
+needs them. Single rows may be stored too (along.py). Reading rows that were never filled is an error.
 """
 
 import hashlib
@@ -77,11 +77,35 @@ class EpisodeCache:
         return found
 
     def missing(self, episodes: Iterable[int]) -> list[int]:
-        """Those that no part holds. Raises `ConfigError` as `parts`."""
-        filled = np.zeros(len(self.task.bounds), bool)
+        """Those of which no part holds some row. Raises `ConfigError` as `parts`."""
+        episodes = list(episodes)
+        lacking = set(self.task.episode[self._missing_rows(episodes)].tolist())
+        return [episode for episode in episodes if episode in lacking]
+
+    def missing_bytes(self, episodes: Iterable[int]) -> int:
+        """That the rows of these episodes will take which no part holds."""
+        return len(self._missing_rows([*episodes])) * self.row_bytes
+
+    def _missing_rows(self, episodes: Sequence[int]) -> np.ndarray:
+        rows = self.task.queries_of(episodes)
+        held = np.zeros(len(rows), bool)
         for part in self.parts():
-            filled |= part.filled == 1
-        return [episode for episode in episodes if not filled[episode]]
+            held |= part.holds(rows)
+        return rows[~held]
+
+    def take_rows(self) -> None:
+        """From now on single rows may be stored, and are seen by all who read."""
+        self.part().take_rows(self.key)
+        self._opened = self.parts()
+
+    def holds(self, rows: np.ndarray) -> np.ndarray:
+        """[n] whether rows are there, after `take_rows`; others may come at any time."""
+        assert self._opened, f"{self.path}: take_rows comes first"
+        return np.any([part.holds(rows) for part in self._opened], axis=0)
+
+    def store_rows(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Camera → [n, …] of single rows, after `take_rows`. Raises `ConfigError` when the disk is full."""
+        self._opened[0].store_rows(rows, values)  # the whole one, which no shard is
 
     def others(self) -> dict[Path, int]:
         """Caches of the same task with another key, and the bytes of disk that each takes."""
@@ -89,9 +113,8 @@ class EpisodeCache:
         return {path: disk_bytes(path) for path in sorted(found) if not path.name.startswith(self.path.name)}
 
     def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), …] Raises `RuntimeError` for rows whose episode is not filled."""
-        episodes = self.task.episode[rows]
-        holders = self._holders(episodes)
+        """[len(rows), …] Raises `RuntimeError` for rows that are not filled."""
+        holders = self._holders(rows)
         found = np.unique(holders)
         if len(found) == 1:
             return self._opened[found[0]].read(camera, rows)
@@ -101,15 +124,15 @@ class EpisodeCache:
             values[here] = self._opened[holder].read(camera, rows[here])
         return values
 
-    def _holders(self, episodes: np.ndarray) -> np.ndarray:
-        """[n] the opened part that holds each episode; they are opened, and again where others have come since."""
+    def _holders(self, rows: np.ndarray) -> np.ndarray:
+        """[n] the opened part that holds each row; they are opened, and again where others have come since."""
         for look_again in (False, True):
             if look_again or not self._opened:
                 self._opened = self.parts()
-            filled = np.array([part.filled[episodes] for part in self._opened]).reshape(-1, len(episodes))
-            absent = episodes[~filled.any(axis=0)]
+            held = np.array([part.holds(rows) for part in self._opened]).reshape(len(self._opened), len(rows))
+            absent = self.task.episode[rows[~held.any(axis=0)]]
             if not len(absent):
-                return filled.argmax(axis=0)
+                return held.argmax(axis=0)
         raise RuntimeError(f"{self.path} must hold episode {absent[0]} before it is read; it was not filled")
 
 

@@ -29,20 +29,24 @@ class Encoder:
         settings: everything beside the picture that decides an embedding: the weights' hash, the preprocessing.
         image_key: name of a camera's pictures → name of its embeddings in a batch.
         device: where `embed` wants its pictures.
+        together: pictures that `embed` is shown at once, always as many: how it rounds depends on that.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     settings: Json
     image_key: Callable[[str], str]
     device: torch.device
+    together: int
 
     def stored(self, frames: torch.Tensor, form: Form) -> np.ndarray:
-        """Frames [B, 3, H, W] uint8 → embeddings [B, N, …] in that form."""
-        return form.store(self.embed(frames.to(self.device).float() / 255))
+        """Frames [B, 3, H, W] uint8 → embeddings [B, N, …] in that form, the same whichever others they are among."""
+        padded = torch.cat([frames, frames.new_zeros((-len(frames) % self.together, *frames.shape[1:]))])
+        pieces = padded.to(self.device).split(self.together)
+        return form.store(torch.cat([self.embed(piece.float() / 255) for piece in pieces])[: len(frames)])
 
 
 class CachedFeatures:
-    """Embeddings [n, N, H] bfloat16, read from a memory map."""
+    """Embeddings [n, N, H] bfloat16, read from a memory map. Raises `RuntimeError` for rows that are not there."""
 
     def __init__(self, cache: EpisodeCache, form: Form = FORMS["bfloat16"]):
         self.cache, self.form = cache, form

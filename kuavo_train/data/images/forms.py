@@ -74,8 +74,9 @@ class Int8:
         return torch.cat([whole, scale.view(torch.int8)], dim=-1).numpy()
 
     def load(self, stored: np.ndarray) -> torch.Tensor:
-        whole, scale = torch.from_numpy(stored).split([stored.shape[-1] - SCALE_BYTES, SCALE_BYTES], dim=-1)
-        return (whole * scale.contiguous().view(torch.float32)).to(torch.bfloat16)
+        whole, scale = np.split(stored, [self.width(stored.shape[-1])], axis=-1)
+        scale = np.ascontiguousarray(scale).view(np.float32)  # torch cannot view that of no rows
+        return (torch.from_numpy(whole) * torch.from_numpy(scale)).to(torch.bfloat16)
 
     def width(self, stored: int) -> int:
         return stored - SCALE_BYTES

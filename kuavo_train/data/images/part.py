@@ -7,13 +7,14 @@
     <camera>.npy     [N, …], a row per frame of its episodes, or per n-th frame (data.feature_stride); takes no disk
                      where episodes are missing
     filled           a byte per episode of the dataset, 1 once all its rows are on the disk
+    filled_rows      where single frames were stored: a byte per row of the arrays, 1 once that row is on the disk
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.reading import Json
 
-KEY, DATASET, FILLED = "key.json", "dataset.json", "filled"
+KEY, DATASET, FILLED, FILLED_ROWS = "key.json", "dataset.json", "filled", "filled_rows"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ class Part:
         """[E] 1 for each episode whose rows are there."""
         return np.memmap(self.path / FILLED, np.uint8, "r")
 
+    @cached_property
+    def filled_rows(self) -> np.memmap | None:
+        """1 for each row of the arrays that was stored alone; None where all were stored with their episode."""
+        file = self.path / FILLED_ROWS
+        return np.memmap(file, np.uint8, "r") if file.is_file() else None
+
+    def holds(self, rows: np.ndarray) -> np.ndarray:
+        """[n] whether rows of the task are there. Raises `RuntimeError` as `read`."""
+        held = self.filled[self.task.episode[rows]] == 1
+        return held if self.filled_rows is None else held | (self.filled_rows[self._places(rows)] == 1)
+
     def read(self, camera: str, rows: np.ndarray) -> np.ndarray:
         """[len(rows), …] of rows of the task. Raises `RuntimeError` for those that no sample may be of."""
         return self._maps[camera][self._places(rows)]
@@ -104,6 +116,8 @@ class Part:
         try:
             assert (self.path / KEY).is_file(), f"no {KEY}"
             assert len(self.filled) == len(self.task.bounds), f"{FILLED} of {len(self.filled)} episodes"
+            if self.filled_rows is not None:
+                assert len(self.filled_rows) == self.rows, f"{FILLED_ROWS} of {len(self.filled_rows)} rows"
             for camera, array in self._maps.items():
                 assert array.shape == (self.rows, *self.shapes[camera]), f"{camera}.npy of shape {array.shape}"
         except (OSError, ValueError, AssertionError) as error:
@@ -133,24 +147,57 @@ class Part:
             if not self.is_there:
                 raise self._unwritable(error) from error
 
+    def take_rows(self, key: Json) -> None:
+        """Lay the files out, as `create`, also for rows that are stored alone. Processes may do so at the same time."""
+        self.create(key)
+        try:
+            with open(self.path / FILLED_ROWS, "ab") as file:
+                file.truncate(self.rows)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def write(self, camera: str, first_row: int, values: np.ndarray) -> None:
         """Store values [n, …] of rows that are stored one after another. Raises `ConfigError` when the disk is full."""
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        array = self._maps[camera]
-        assert values.shape[1:] == array.shape[1:], f"{camera}: rows of {array.shape[1:]}, got {values.shape[1:]}"
-        place = int(self._places(np.array([first_row]))[0])
-        # Through the file: on a full disk, writing to a memory map would kill the process.
-        self._write_at(f"{camera}.npy", array.offset + place * array[:1].nbytes, values.data)
+        (place,) = self._places(np.array([first_row])).tolist()
+        self._write_at(f"{camera}.npy", [(self._offset(camera, place), self._checked(camera, values).data)])
 
     def mark_filled(self, episode: int) -> None:
-        self._write_at(FILLED, episode, b"\1")
+        self._write_at(FILLED, [(episode, b"\1")])
 
-    def _write_at(self, name: str, offset: int, content: bytes | memoryview) -> None:
-        """On the disk when it returns, so that an episode is never marked before its rows are there."""
+    def store_rows(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Store camera → [n, …] of any rows of the task, then mark them. Other processes may store others meanwhile.
+
+        Raises:
+            ConfigError: when the disk is full.
+        """
+        places = self._places(rows).tolist()
+        for camera, of_camera in values.items():
+            pieces = zip(places, self._checked(camera, of_camera), strict=True)
+            self._write_at(f"{camera}.npy", ((self._offset(camera, place), each.data) for place, each in pieces))
+        self._write_at(FILLED_ROWS, ((place, b"\1") for place in places))
+
+    def _checked(self, camera: str, values: np.ndarray) -> np.ndarray:
+        values, shape = np.ascontiguousarray(values, dtype=self.dtype), self.shapes[camera]
+        assert values.shape[1:] == shape, f"{camera}: rows of {shape}, got {values.shape[1:]}"
+        return values
+
+    def _offset(self, camera: str, place: int) -> int:
+        array = self._maps[camera]
+        return array.offset + place * array[:1].nbytes
+
+    def _write_at(self, name: str, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+        """On the disk when it returns, so that nothing is ever marked before it is there.
+
+        Through the file: on a full disk, writing to a memory map would kill the process.
+
+        Args:
+            pieces: offset in the file and content of each.
+        """
         try:
             with open(self.path / name, "r+b") as file:
-                file.seek(offset)
-                file.write(content)
+                for offset, content in pieces:
+                    file.seek(offset)
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -8,16 +8,20 @@ The rule, applied in this order and shown in the stage's table:
     decoding     anew for every batch
 
 Of a task that is read from an exported file there are embeddings and no pictures, so that the first must be chosen.
+
+They are filled before training. With data.feature_fill=along, embeddings of what is trained on are computed on the way.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol, Unpack
 
 from kuavo_train.config import DataConfig
+from kuavo_train.data.images.along import Along, Complete, FeaturesAlong, nothing_lacks
 from kuavo_train.data.images.episode_cache import EpisodeCache, How
 from kuavo_train.data.images.features import CachedFeatures, Encoder, feature_cache, fill_features
 from kuavo_train.data.images.forms import FORMS
@@ -52,9 +56,10 @@ class Images:
     """The images of a stage's tasks.
 
     Attributes:
-        sources: task → what gives its images, once they are filled.
+        sources: task → what gives its images, once they are filled; of embeddings `along`, those that are there.
         image_key: name of a camera → name in a batch of what it gives.
-        fill: `fill(process=0, processes=1, progress=True)` computes this process's share of what is missing.
+        fill: `fill(process=0, processes=1, progress=True)` computes this process's share of what is missing, and leaves
+            what is computed along.
         description: what was chosen and why, what it takes on the disk and how much of that is there.
         look: bytes of what all cameras together give for one frame.
         problems: why it cannot be filled.
@@ -65,6 +70,8 @@ class Images:
         in_part: tasks of which some rows alone have embeddings.
         contexts, context_key: task → what the vision-language model makes of its rows, and the name of that in a batch;
             see contexts.py.
+        along: whether embeddings are computed while training goes on. complete: gives them to a batch, and stores them;
+            wait: until they are stored; see along.py.
     """
 
     sources: Mapping[str, ImageSource]
@@ -80,6 +87,9 @@ class Images:
     in_part: Sequence[str] = ()
     contexts: Mapping[str, RowSource] = field(default_factory=dict)
     context_key: str = ""
+    along: bool = False
+    complete: Complete = nothing_lacks
+    wait: Callable[[], None] = lambda: None
 
 
 def plan_images(
@@ -89,6 +99,7 @@ def plan_images(
     encoder: Encoder | None,
     exported: Mapping[str, ExportedTask] = MappingProxyType({}),
     shard: Shard = WHOLE,
+    trained: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Images:
     """Choose, and measure what it takes. Nothing is computed yet and nothing written.
 
@@ -98,6 +109,7 @@ def plan_images(
         encoder: of the policy, frozen in this stage; None where it learns.
         exported: task → what a file holds of it, of tasks that have no frames.
         shard: of the episodes that are to be computed here; what is chosen does not depend on it.
+        trained: task → those of `episodes` that the stage trains on.
 
     Raises:
         ConfigError: a task is exported, and the stage would take pictures, or embeddings by another encoder.
@@ -108,7 +120,7 @@ def plan_images(
         return _frames(config, decoded, episodes, exported, shard, "data.augmentation changes the pictures")
     if not config.feature_cache:
         return _frames(config, decoded, episodes, exported, shard, "data.feature_cache=false")
-    form = FORMS[config.feature_dtype]
+    form, along = FORMS[config.feature_dtype], config.feature_fill == "along"
     caches = {name: feature_cache(frames, encoder, config.cache_folder, form) for name, frames in decoded.items()}
     size = cached_bytes(caches, episodes)
     if size > config.feature_cache_limit_gib * GIB:
@@ -121,32 +133,49 @@ def plan_images(
 
     def embed(name: str, of_task: Sequence[int], **how: Unpack[How]) -> None:
         if name in caches:
-            cache, frames = caches[name], frame_cache(decoded[name], config.cache_folder)
-            there = not frames.missing(cache.missing(shard.of(of_task)))
-            source = CachedFrames(frames) if there else decoded[name]
-            fill_features(cache, encoder, source, of_task, form, shard, **how)
+            source = pictures(name, shard.of(of_task))
+            fill_features(caches[name], encoder, source, of_task, form, shard, **how)
+
+    def pictures(name: str, of_task: Sequence[int]) -> ImageSource:
+        frames = frame_cache(decoded[name], config.cache_folder)
+        return decoded[name] if frames.missing(caches[name].missing(of_task)) else CachedFrames(frames)
 
     def fill(**how: Unpack[How]) -> None:
-        for name in caches:
-            embed(name, episodes[name], **how)
+        for name, cache in caches.items():
+            if along:
+                cache.take_rows()
+            embed(name, [episode for episode in episodes[name] if episode not in later[name]], **how)
 
+    later = {name: set(trained.get(name, ())) if along else set() for name in caches}
+    sources = {
+        name: FeaturesAlong(cache, form, pictures(name, sorted(later[name]))) if along else CachedFeatures(cache, form)
+        for name, cache in caches.items()
+    }
+    on_the_way = Along(encoder, form)
     tokens, stored = next(shape for cache in caches.values() for shape in cache.shapes.values())
     width = form.width(stored)
     what = f"embeddings by the frozen encoder, {tokens} × {width} {form.text} per camera"
     read = {name: task.embeddings for name, task in exported.items()}
     lines = [_exported_text(task, encoder) for task in exported.values()]
-    looks = [len(frames.shapes) * tokens * width * BYTES_OF_BFLOAT16 for frames in decoded.values()]
+    looks = [
+        len(frames.shapes) * tokens * width * BYTES_OF_BFLOAT16
+        + along * sum(math.prod(shape) for shape in frames.shapes.values())
+        for frames in decoded.values()
+    ]
     return Images(
-        {**{name: CachedFeatures(cache, form) for name, cache in caches.items()}, **read},
+        {**sources, **read},
         encoder.image_key,
         fill,
-        "\n".join([_description(what, caches, episodes, shard), *lines]),
+        "\n".join([_description(what, caches, episodes, shard, later), *lines]),
         max([*looks, *(each.row_bytes for each in read.values())]),
         disk_problems(config, "data.feature_cache=false", caches, episodes, shard),
         list(caches.values()),
         {**caches, **read},
         embed=embed,
         in_part=[name for name, each in read.items() if not each.whole],
+        along=along,
+        complete=on_the_way.complete,
+        wait=on_the_way.wait,
     )
 
 
@@ -186,7 +215,8 @@ def _frames(
             f"{KEY}={task.file} must go with a stage that takes embeddings, since the file has no pictures of "
             f"{', '.join(exported)}, got pictures: {why_not_embeddings}; {FOR_EMBEDDINGS}"
         )
-    because = f"(no embeddings: {why_not_embeddings})"
+    for_nothing = "; so data.feature_fill=along has nothing to do" if config.feature_fill == "along" else ""
+    because = f"(no embeddings: {why_not_embeddings}{for_nothing})"
     caches = {name: frame_cache(frames, config.cache_folder) for name, frames in decoded.items()}
     if not config.frame_cache:
         description = f"  images: decoded anew for every batch, data.frame_cache=false {because}"
@@ -209,11 +239,15 @@ def _frames(
 
 
 def _description(
-    what: str, caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard
+    what: str,
+    caches: Mapping[str, EpisodeCache],
+    episodes: Mapping[str, Sequence[int]],
+    shard: Shard,
+    later: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> str:
     strides = {cache.task.feature_stride for cache in caches.values()}
     thinned = [f", of one frame in {stride} (data.feature_stride)" for stride in strides if stride > 1]
-    lines = [f"  images: {what}{''.join(thinned)}; {filling(caches, episodes, shard)}"]
+    lines = [f"  images: {what}{''.join(thinned)}; {filling(caches, episodes, shard, later)}"]
     others = {path: size for cache in caches.values() for path, size in cache.others().items()}
     if others:
         names = ", ".join(path.name for path in others)
@@ -224,12 +258,23 @@ def _description(
     return "\n".join(lines)
 
 
-def filling(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard = WHOLE) -> str:
-    """What they take on the disk, and how much of that, or of the shard's part of it, is there."""
+def filling(
+    caches: Mapping[str, EpisodeCache],
+    episodes: Mapping[str, Sequence[int]],
+    shard: Shard = WHOLE,
+    later: Mapping[str, Collection[int]] = MappingProxyType({}),
+) -> str:
+    """What they take on the disk, and how much of that, or of the shard's part of it, is there.
+
+    Args:
+        later: task → those of its episodes that are computed along.
+    """
     missing = _missing_bytes(caches, episodes, shard)
+    along = sum(caches[name].missing_bytes(sorted(of_task)) for name, of_task in later.items())
     folder = next(iter(caches.values())).path.parent
     it = "it" if shard == WHOLE else f"shard {shard}"
-    there = f"{size_text(missing)} of {it} to be computed now" if missing else f"all of {it} there"
+    there = f"{size_text(missing - along)} of {it} to be computed now" if missing else f"all of {it} there"
+    there += f", {size_text(along)} in the steps that first need it (data.feature_fill=along)" if along else ""
     return f"{size_text(cached_bytes(caches, episodes))} in {folder}, {there}"
 
 
@@ -266,7 +311,7 @@ def cached_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequ
 
 
 def _missing_bytes(caches: Mapping[str, EpisodeCache], episodes: Mapping[str, Sequence[int]], shard: Shard) -> int:
-    return sum(cache.size(cache.missing(shard.of(episodes[name]))) for name, cache in caches.items())
+    return sum(cache.missing_bytes(shard.of(episodes[name])) for name, cache in caches.items())
 
 
 def size_text(count: int) -> str:
