@@ -645,8 +645,8 @@ def test_what_cannot_be_served_is_said_in_one_line(here: Here, tmp_path: Path, s
         ([f"checkpoint={small_checkpoint}", f"tls_cert={tmp_path}"], "tls_cert and tls_key must be given together"),
         ([f"checkpoint={small_checkpoint}", "n_action_steps=7"], "n_action_steps must be in [1, 6], got 7"),
         (
-            [f"checkpoint={small_checkpoint}", "device=cpu", "cuda_graphs=true"],
-            "cuda_graphs must be false on cpu, got t",
+            [f"checkpoint={small_checkpoint}", "device=cpu", "cuda_graphs=true", "n_action_steps=7"],
+            "cuda_graphs must be false on cpu, got true",
         ),
     ):
         done = here("kuavo_train.serve", *words)
