@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from kuavo_train.command_line import errors_in_one_line, option, parse
 from kuavo_train.errors import ConfigError, require
@@ -80,8 +81,10 @@ def _unpack(records: Path, into: Path) -> Iterator[Path]:
         if run.exists():
             continue
         try:
-            with tarfile.open(record) as archive:
-                archive.extractall(into, filter="data")
+            into.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=into, prefix=".unpack-") as partial, tarfile.open(record) as archive:
+                archive.extractall(partial, filter="data")
+                (Path(partial) / run.name).rename(run)  # whole, or not there
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ConfigError(
                 f"{record} must be a record of cell_records, got one that does not unpack: {error}"

@@ -71,7 +71,7 @@ class Watch:
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Every `Learner.learn` is told to the watch."""
+    """The watch sees every call of `Learner.learn`."""
     from kuavo_train.training.learner import Learner
 
     watch, learn, steps = Watch(), Learner.learn, iter(range(sys.maxsize))

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from commands import Here
+from pictures_shown import pictures_shown
 
 from kuavo_train.data.images.part import Part
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 FROZEN = "training.freeze_first_stage=[vision,connector,vlm_text]"
 FIRST, SECOND = "task=tasks/task1_moving_grasp", "task=tasks/task2_weighing"
@@ -25,16 +24,7 @@ def words(small_run_in: Callable[..., list[str]], tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures the encoder is given, call by call; blank ones are there for shape and number alone."""
-    calls: list[int] = []
-    embed = SmolVLAMemoryPolicy.embed_camera
-
-    def counted(policy: SmolVLAMemoryPolicy, pictures: torch.Tensor) -> torch.Tensor:
-        calls.append(int(pictures.flatten(1).any(dim=1).sum()))
-        return embed(policy, pictures)
-
-    monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
-    return calls
+    return pictures_shown(monkeypatch)
 
 
 def run(here: Here, module: str, *words: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from forked import fork, interrupted_in_step, when
+from pictures_shown import pictures_shown
 from stages import assert_equal_weights, changed, run, weights
 from together import together
 
@@ -20,7 +20,6 @@ from kuavo_train.data.images.part import Part
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage import stage
 from kuavo_train.stage.parts import Stage
-from lerobot_policy_smolvla_memory.modeling_smolvla_memory import SmolVLAMemoryPolicy
 
 FROZEN = {"freeze_first_stage": ["vision", "connector", "vlm_text"], "max_steps": 8, "log_every": 1, "save_every": 3}
 Started = Callable[..., list[RunConfig]]
@@ -62,14 +61,7 @@ def test_losses_and_weights_are_those_of_embeddings_before_and_another_run_finds
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    shown: list[int] = []
-    embed = SmolVLAMemoryPolicy.embed_camera
-
-    def counted(policy: SmolVLAMemoryPolicy, pictures: torch.Tensor) -> torch.Tensor:
-        shown.append(int(pictures.flatten(1).any(dim=1).sum()))
-        return embed(policy, pictures)
-
-    monkeypatch.setattr(SmolVLAMemoryPolicy, "embed_camera", counted)
+    shown = pictures_shown(monkeypatch)
     configs = [changed(config, data={"num_workers": workers}) for config in started("along")]
     assert run(configs) == 0
     assert "in the steps that first need it (data.feature_fill=along)" in capsys.readouterr().out
