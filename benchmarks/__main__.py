@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing measured here needs the hub
 
 SHORT = ("training_step", "latency", "arithmetic", "memory_cost", "data_path", "scaling", "step_memory")
-LONG = ("end_to_end", "flow_draws", "memory_joins", "precision", "start_up")
+LONG = ("decoding", "encoder_precision", "end_to_end", "flow_draws", "memory_joins", "precision", "start_up")
 
 
 def main(words: Sequence[str]) -> int:

@@ -13,8 +13,13 @@ FPS = 10
 TASK = "moving_grasp"  # of configs/tasks: the first, which replays no other
 
 
-def write_dataset(root: Path, *, height: int, width: int, episodes: int, frames: int) -> Path:
-    """A LeRobot v3 dataset of h264 videos below `root`, in the folder named after the task."""
+H264 = RGBEncoderConfig(vcodec="h264")
+
+
+def write_dataset(
+    root: Path, *, height: int, width: int, episodes: int, frames: int, encoder: RGBEncoderConfig = H264
+) -> Path:
+    """A LeRobot v3 dataset of videos below `root`, in the folder named after the task."""
     features = {
         OBS_STATE: {"dtype": "float32", "shape": (STATE,), "names": [f"joint_{n}" for n in range(STATE)]},
         ACTION: {"dtype": "float32", "shape": (ACTIONS,), "names": [f"joint_{n}" for n in range(ACTIONS)]},
@@ -32,7 +37,7 @@ def write_dataset(root: Path, *, height: int, width: int, episodes: int, frames:
         root=root / TASK,
         use_videos=True,
         video_backend="pyav",
-        rgb_encoder=RGBEncoderConfig(vcodec="h264"),
+        rgb_encoder=encoder,
         streaming_encoding=True,
     )
     random = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from graphs_on_cpu import StandIn
 from benchmarks import (
     arithmetic,
     data_path,
+    decoding,
     end_to_end,
     latency,
     memory_cost,
@@ -96,6 +97,12 @@ def test_every_way_to_a_batch_is_measured(tmp_path: Path) -> None:
     rows = data_path.compare("96x96", settings, tmp_path / "data").rows
     ways = ("LeRobotDataset", "ours, decoding", "ours, frames", "ours, frames, as float", "ours, features")
     assert tuple(row[""] for row in rows) == ways
+
+
+def test_frames_one_by_one_are_timed_beside_those_of_whole_episodes() -> None:
+    settings = decoding.Settings(height=48, width=64, frames=4, rounds=1)
+    (few, many) = (decoding.compare(name, settings).rows for name in list(decoding.ENCODERS)[1:])
+    assert [row[""] for row in few] == [row[""] for row in many] == ["episode after episode", "one by one"]
 
 
 def test_what_a_first_epoch_costs_is_measured_on_the_stage_that_is_trained(tmp_path: Path) -> None:
