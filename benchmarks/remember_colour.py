@@ -33,8 +33,8 @@ from benchmarks.models import LAYOUTS, features
 from kuavo_train.config import TrainingConfig
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.recordings.instructions import Instructions
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task
 from kuavo_train.metrics.intervals import wilson

@@ -19,8 +19,8 @@ from benchmarks.measuring import Table, alternate, milliseconds
 from benchmarks.models import ACTIONS, STATE
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.dataset import MixedDataset
-from kuavo_train.data.instructions import Instructions
 from kuavo_train.data.normalization import fit_normalization
+from kuavo_train.data.recordings.instructions import Instructions
 from kuavo_train.data.task import Task
 
 EPISODE = 200

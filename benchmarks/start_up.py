@@ -29,7 +29,7 @@ from PIL import Image
 from benchmarks.measuring import Table
 from kuavo_sim.robot import BASE_NAMES, STATE_NAMES
 from kuavo_train.compose import compose_run
-from kuavo_train.data.content_hash import content_hash
+from kuavo_train.data.recordings.content_hash import content_hash
 from kuavo_train.stage.findings import Findings
 from kuavo_train.stage.lineage import Start
 from kuavo_train.stage.setup import open_stage

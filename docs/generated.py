@@ -177,15 +177,14 @@ def _sections(schema: type, where: str, values: Any, yaml_helps: dict[str, str])
 
 
 def _is_section(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
+    return dataclasses.is_dataclass(kind) and kind.__module__.startswith(f"{config.__name__}.")
 
 
 def _kind(schema: type, field: dataclasses.Field) -> str:
     """The annotation as it is written."""
     kind = next(base.__annotations__[field.name] for base in schema.__mro__ if field.name in base.__annotations__)
-    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace(
-        f"{config.__name__}.", ""
-    ).replace("typing.", "")  # fmt: skip
+    written = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return re.sub(rf"{re.escape(config.__name__)}\.\w+\.|typing\.", "", written)
 
 
 def _default(field: dataclasses.Field, value: Any) -> str:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kuavo_train.config import CONFIG_FOLDER, RunConfig, StageConfig, check_curriculum
 from kuavo_train.config_folders import ConfigFolders, TaskFile
 from kuavo_train.data.mixture import dealt_out, learns_all_at_once
-from kuavo_train.data.replay import proportional_shares
+from kuavo_train.data.replay.shares import proportional_shares
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.keys import check_key, described, optional_sections, parsed, section_of, words_for_hydra
 from kuavo_train.reading import Json, JsonValue

@@ -58,3 +58,19 @@ def require(condition: bool, key: str, rule: str, value: object) -> None:
 def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     names = list(allowed)
     require(value in names, key, f"be one of {', '.join(names)}", value)
+
+
+def said(error: BaseException, limit: int = 1500) -> str:
+    """What an error says: its type and text, and of those it came from the last that says anything else.
+
+    The hub's library hides the reason behind texts that are empty, or begin with an empty line.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    errors_named = [(type(each).__name__, str(each).strip()[:limit]) for each in chain]
+    texts = [f"{name}: {text}" for name, text in errors_named if text]
+    if not texts:
+        return " from ".join(name for name, _ in errors_named)
+    last = texts[-1].partition(": ")[2]
+    return texts[0] if last in texts[0] else f"{texts[0]} (from {texts[-1]})"

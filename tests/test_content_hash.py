@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kuavo_train.data import content_hash as module
-from kuavo_train.data.content_hash import content_hash
+from kuavo_train.data.recordings import content_hash as module
+from kuavo_train.data.recordings.content_hash import content_hash
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from huggingface_hub.errors import (
 )
 from lerobot.datasets.utils import MISSING_VERSION_TAG_MESSAGE
 
-from kuavo_train.config import RunConfig, said
-from kuavo_train.data import hub
-from kuavo_train.data.hub import HubOrigin, fetch, remedy
+from kuavo_train.config import RunConfig
+from kuavo_train.data.recordings import hub
+from kuavo_train.data.recordings.hub import HubOrigin, fetch, remedy
 from kuavo_train.data.task import Task, open_task
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, said
 
 LEFT = "observation.images.wrist_cam_l"
 COMMIT = "c0ffee"

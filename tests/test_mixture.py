@@ -11,7 +11,7 @@ from kuavo_train.data.dataset import MixedDataset
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.mixture import Mixture, dealt_out, mixture_of
 from kuavo_train.data.normalization import Normalization, fit_normalization
-from kuavo_train.data.replay_quota import Quota
+from kuavo_train.data.replay.quota import Quota
 from kuavo_train.data.sampler import Draw, SampleOrder, StepSampler
 from kuavo_train.data.task import Task, open_task
 

@@ -19,9 +19,9 @@ from small_datasets import write_dataset
 
 from kuavo_train.config import RunConfig
 from kuavo_train.data.images.frames import DecodedFrames
-from kuavo_train.data.recording import open_recording
+from kuavo_train.data.recordings.checks import check_rows, check_segments, claw_factor, little_used
+from kuavo_train.data.recordings.recording import open_recording
 from kuavo_train.data.task import Task, open_task
-from kuavo_train.data.task_checks import check_rows, check_segments, claw_factor, little_used
 from kuavo_train.errors import ConfigError
 
 Opened = Callable[..., Task]

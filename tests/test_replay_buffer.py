@@ -19,8 +19,8 @@ from kuavo_train.config import ReplayConfig, RunConfig
 from kuavo_train.data.batch import Origin
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.normalization import fit_normalization
-from kuavo_train.data.phases import phases_of
-from kuavo_train.data.replay_buffer import Kept, choose, kept_count
+from kuavo_train.data.replay.buffer import Kept, choose, kept_count
+from kuavo_train.data.replay.phases import phases_of
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task, open_task
 from kuavo_train.errors import ConfigError

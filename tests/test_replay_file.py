@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from stages import assert_equal_weights, changed, records, run, weights
 
 from kuavo_train.config import RunConfig, SimulationConfig, StageConfig
-from kuavo_train.data.replay_file import FORMAT, exported_tasks
+from kuavo_train.data.replay.exported_file import FORMAT, exported_tasks
 from kuavo_train.data.task import open_task
 from kuavo_train.errors import ConfigError
 from kuavo_train.runs.run_folder import stage_folder

@@ -4,6 +4,7 @@ import json
 import runpy
 import shlex
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_held_out_frames_do_not_enter_the_statistics(tasks: list[Task]) -> None:
     spoilt = tasks[0].action.copy()
     spoilt[tasks[0].rows_of(tasks[0].held_out_episodes)] = 1e6
     assert fit_normalization([replace(tasks[0], action=spoilt), *tasks[1:]], "joint").hash == before
+
+
+def test_statistics_of_many_frames_need_little_more_than_a_column_at_a_time(tasks: list[Task]) -> None:
+    many = np.tile(tasks[0].train_rows, 2_000)
+    task = replace(tasks[0])
+    task.__dict__["train_rows"] = many  # as of a dataset of so many frames
+    tracemalloc.start()
+    fit_normalization([task], "joint")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    column = many.size * np.dtype(np.float64).itemsize
+    assert peak < 4 * column  # in both precisions, and what the standard deviation takes
+    assert len(task.state_names) > 4
 
 
 def test_a_joint_that_never_moves_gets_the_floor(tasks: list[Task]) -> None:

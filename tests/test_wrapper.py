@@ -19,8 +19,8 @@ from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.runs.trained_run import TrainedRun
 from kuavo_train.wrapper.policy import smolvla
 from kuavo_train.wrapper.policy.episode import RobotEpisode
-from kuavo_train.wrapper.policy.loading import open_policy, stored_config
-from kuavo_train.wrapper.policy.smolvla import Query, SmolVLAPolicyWrapper, folder_of
+from kuavo_train.wrapper.policy.loading import folder_of, open_policy, stored_config
+from kuavo_train.wrapper.policy.smolvla import Query, SmolVLAPolicyWrapper
 from lerobot_policy_smolvla_memory.graphed_query import use_cuda_graphs
 
 Observation = dict[str, Any]

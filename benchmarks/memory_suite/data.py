@@ -18,7 +18,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tqdm import tqdm
 
 from benchmarks.memory_suite.layouts import ACTION, SIDE, STATE, TASKS, Layout
-from kuavo_train.data.instructions import Instructions
+from kuavo_train.data.recordings.instructions import Instructions
 from kuavo_train.data.task import Task
 
 CAMERA = "observation.images.camera"

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from kuavo_train.data.replay_buffer import Kept
+from kuavo_train.data.replay.buffer import Kept
 from kuavo_train.data.sampler import Draw, Order
 from kuavo_train.data.task import Task
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kuavo_train.data.joint_groups import columns_by_group
+from kuavo_train.data.recordings.joint_groups import columns_by_group
 from kuavo_train.data.task import Task
 
 

@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 
 from kuavo_train.data.images.frames import DecodedFrames
-from kuavo_train.data.joint_groups import columns_by_group, joint_group
+from kuavo_train.data.recordings.checks import listed_counts
+from kuavo_train.data.recordings.joint_groups import columns_by_group, joint_group
 from kuavo_train.data.task import Task
-from kuavo_train.data.task_checks import listed_counts
 
 UNITS = {"left_arm": "rad", "right_arm": "rad", "base_position": "m", "base_yaw": "rad"}
 MOMENTS = 6

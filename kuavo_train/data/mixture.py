@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from kuavo_train.config import RunConfig
-from kuavo_train.data.replay import proportional_shares
+from kuavo_train.data.replay.shares import proportional_shares
 
 
 @dataclass(frozen=True)

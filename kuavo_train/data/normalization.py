@@ -88,21 +88,33 @@ def fit_normalization(tasks: Sequence[Task], source: str) -> Normalization:
     """
     statistics: dict[str, Json] = {}
     for feature in (OBS_STATE, ACTION):
-        columns: dict[str, list[np.ndarray]] = {}
-        for task in tasks:
-            names, values = (task.state_names, task.state) if feature == OBS_STATE else (task.action_names, task.action)
-            for name, column in zip(names, values[task.train_rows].T, strict=True):
-                columns.setdefault(name, []).append(column)
-        pooled = {name: np.concatenate(parts).astype(np.float64) for name, parts in columns.items()}
-        statistics[feature] = {
-            "names": list(pooled),
-            "mean": [_rounded(values.mean()) for values in pooled.values()],
-            "std": [_rounded(max(values.std(), STD_FLOOR)) for values in pooled.values()],
-            "min": [_rounded(values.min()) for values in pooled.values()],
-            "max": [_rounded(values.max()) for values in pooled.values()],
-            "count": [len(values) for values in pooled.values()],
-        }
+        names = list(dict.fromkeys(name for task in tasks for name in _table(task, feature)[0]))
+        # One at a time: all dimensions of millions of frames would take gigabytes.
+        of_each = [_statistics(_pooled(tasks, feature, name)) for name in names]
+        statistics[feature] = {"names": names, **{kind: [each[kind] for each in of_each] for kind in of_each[0]}}
     return Normalization(source, statistics)
+
+
+def _table(task: Task, feature: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names, and values [N, D]."""
+    return (task.state_names, task.state) if feature == OBS_STATE else (task.action_names, task.action)
+
+
+def _pooled(tasks: Sequence[Task], feature: str, name: str) -> np.ndarray:
+    """A dimension over the training frames of the tasks that have it."""
+    having = [(task, *_table(task, feature)) for task in tasks if name in _table(task, feature)[0]]
+    return np.concatenate([values[task.train_rows, names.index(name)] for task, names, values in having])
+
+
+def _statistics(values: np.ndarray) -> dict[str, float]:
+    values = values.astype(np.float64)
+    return {
+        "mean": _rounded(values.mean()),
+        "std": _rounded(max(values.std(), STD_FLOOR)),
+        "min": _rounded(values.min()),
+        "max": _rounded(values.max()),
+        "count": len(values),
+    }
 
 
 def _rounded(value: float) -> float:

@@ -22,8 +22,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from kuavo_train.data.batch import Origin
-from kuavo_train.data.replay_buffer import Kept
-from kuavo_train.data.replay_quota import Quota
+from kuavo_train.data.replay.buffer import Kept
+from kuavo_train.data.replay.quota import Quota
 from kuavo_train.data.task import Task
 from kuavo_train.reading import Json
 

@@ -14,13 +14,7 @@ from lerobot.datasets.utils import INFO_PATH
 from lerobot.utils.constants import ACTION, DEFAULT_FEATURES, OBS_IMAGES, OBS_STATE
 
 from kuavo_train.config import DataConfig, StageConfig
-from kuavo_train.data.content_hash import content_hash
-from kuavo_train.data.cues import Cues, read_cues
-from kuavo_train.data.hub import HubOrigin, fetch, origin_of
-from kuavo_train.data.instructions import Instructions, task_instructions, unknown_task_notes
-from kuavo_train.data.recording import PLACE, MissingFiles, Recording, open_recording
-from kuavo_train.data.split import split_episodes, split_usable
-from kuavo_train.data.task_checks import (
+from kuavo_train.data.recordings.checks import (
     check_arms,
     check_cameras,
     check_claws,
@@ -32,6 +26,12 @@ from kuavo_train.data.task_checks import (
     segment_notes,
     unfit,
 )
+from kuavo_train.data.recordings.content_hash import content_hash
+from kuavo_train.data.recordings.cues import Cues, read_cues
+from kuavo_train.data.recordings.hub import HubOrigin, fetch, origin_of
+from kuavo_train.data.recordings.instructions import Instructions, task_instructions, unknown_task_notes
+from kuavo_train.data.recordings.recording import PLACE, MissingFiles, Recording, open_recording
+from kuavo_train.data.split import split_episodes, split_usable
 from kuavo_train.errors import ConfigError, Problems, require
 from kuavo_train.reading import JsonValue
 
@@ -198,7 +198,7 @@ def examine_task(stage: StageConfig, config: DataConfig, problems: Problems) -> 
     if rows is None:
         return None
     episode, frame = (rows[key].astype(np.int64) for key in ("episode_index", "frame_index"))
-    in_use = np.isin(episode, used)
+    in_use = slice(None) if len(used) == len(recording.lengths) else np.isin(episode, used)  # no copy of all
     features = {key: attempt(_read_feature, stage, key, rows, recording, where) for key in (OBS_STATE, ACTION)}
     for key, feature in features.items():
         if feature is not None:
@@ -298,7 +298,7 @@ def _read_feature(
         )
     if key not in recording.features:
         raise ConfigError(f"{where} has no feature {key}; it has {', '.join(recording.features)}")
-    values = rows[key].reshape(len(rows[key]), -1).astype(np.float32)
+    values = rows[key].reshape(len(rows[key]), -1).astype(np.float32, copy=False)
     kind = key.removeprefix("observation.")
     own = stage.state_names if key == OBS_STATE else stage.action_names
     names = _feature_names(recording, own, key, values.shape[1], where)

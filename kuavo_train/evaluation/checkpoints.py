@@ -19,7 +19,8 @@ from kuavo_train.evaluation.options import Options
 from kuavo_train.evaluation.robot_policy import Policy
 from kuavo_train.reading import Json
 from kuavo_train.runs.trained_run import TrainedRun, stage_folder_above
-from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, folder_of, planned_steps
+from kuavo_train.wrapper.policy.loading import folder_of
+from kuavo_train.wrapper.policy.smolvla import SmolVLAPolicyWrapper, planned_steps
 
 
 @dataclass(frozen=True)

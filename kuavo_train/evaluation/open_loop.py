@@ -14,7 +14,7 @@ from lerobot.utils.constants import OBS_STATE
 from tqdm import tqdm
 
 from kuavo_train.data.images.source import ImageSource
-from kuavo_train.data.joint_groups import columns_by_group
+from kuavo_train.data.recordings.joint_groups import columns_by_group
 from kuavo_train.data.task import Task
 from kuavo_train.evaluation.ablations import Ablatable
 from kuavo_train.metrics.intervals import mean_interval, paired_bootstrap

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kuavo_train.data.joint_groups import columns_by_group
+from kuavo_train.data.recordings.joint_groups import columns_by_group
 
 GROUPS = {  # what is reported → joint groups in it; the base's mode is a switch, and moves by jumps
     "arms": ("left_arm", "right_arm"),

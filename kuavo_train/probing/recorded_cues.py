@@ -1,4 +1,4 @@
-"""Questions about the memory from columns of any dataset (see `kuavo_train.data.cues`).
+"""Questions about the memory from columns of any dataset (see `kuavo_train.data.recordings.cues`).
 
 Nobody can do a recorded episode again with another cue, so what each cue demands is taken from the training episodes:
 the mean of what they do at the same *place*, over those with that cue. A place is
@@ -20,8 +20,8 @@ from functools import cached_property
 import numpy as np
 from lerobot.utils.constants import ACTION
 
-from kuavo_train.data.cues import Cues
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.recordings.cues import Cues
 from kuavo_train.data.task import Task
 from kuavo_train.probing.cue_source import Asked
 from kuavo_train.probing.linear_probe import nearest

@@ -8,10 +8,10 @@ from lerobot.datasets.utils import INFO_PATH
 
 from kuavo_train.compose import stages_to_run
 from kuavo_train.config import RunConfig
-from kuavo_train.data.content_hash import content_hash
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.plan import Images
 from kuavo_train.data.images.stored import StoredCache, stored_caches
+from kuavo_train.data.recordings.content_hash import content_hash
 from kuavo_train.errors import require
 from kuavo_train.runs.run_folder import StageFolder, stage_folder
 from kuavo_train.stage.findings import Findings

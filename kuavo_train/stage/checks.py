@@ -15,9 +15,9 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from kuavo_train.config import RunConfig
 from kuavo_train.data.images.plan import size_text
 from kuavo_train.data.normalization import Normalization
-from kuavo_train.data.replay_file import ExportedTask
+from kuavo_train.data.recordings.checks import listed_counts, little_used
+from kuavo_train.data.replay.exported_file import ExportedTask
 from kuavo_train.data.task import Task
-from kuavo_train.data.task_checks import listed_counts, little_used
 from kuavo_train.training.parameter_groups import dtype_names, parameter_groups, trainable_parameters
 
 

@@ -2,7 +2,7 @@
 
 from accelerate.utils import gather_object
 
-from kuavo_train.data.replay_buffer import choose
+from kuavo_train.data.replay.buffer import choose
 from kuavo_train.reporting.run_analysis import analyse, write_matrix
 from kuavo_train.runs.files import now, write_json, write_text
 from kuavo_train.runs.stored_run import StoredRun

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.clip_sampler import ClipOrder
 from kuavo_train.data.images.plan import Images
-from kuavo_train.data.joint_groups import columns_by_group
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
-from kuavo_train.data.recording import recorded_fps
-from kuavo_train.data.replay_file import ExportedTask
+from kuavo_train.data.recordings.joint_groups import columns_by_group
+from kuavo_train.data.recordings.recording import recorded_fps
+from kuavo_train.data.replay.exported_file import ExportedTask
 from kuavo_train.data.sampler import Order
 from kuavo_train.data.task import Task
 from kuavo_train.data.validated import queries, validations

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from kuavo_train.config import RunConfig, StageConfig
-from kuavo_train.data.replay_buffer import Kept, choose, kept_count
-from kuavo_train.data.replay_file import KEY, ExportedTask
+from kuavo_train.data.replay.buffer import Kept, choose, kept_count
+from kuavo_train.data.replay.exported_file import KEY, ExportedTask
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.reading import read_json

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.config_folders import ConfigFolders
-from kuavo_train.data.content_hash import content_hash
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
+from kuavo_train.data.recordings.content_hash import content_hash
 from kuavo_train.errors import ConfigError
 from kuavo_train.reading import ANOTHER_RUN
 from kuavo_train.runs.run_folder import StageFolder, stage_folder

@@ -9,7 +9,7 @@ from kuavo_train.data.checkpoint_tasks import trained_space
 from kuavo_train.data.feature_space import FeatureSpace
 from kuavo_train.data.images.frames import DecodedFrames
 from kuavo_train.data.normalization import Normalization, fit_normalization, normalization_from_checkpoint
-from kuavo_train.data.replay_file import KEY, ExportedTask, exported_tasks
+from kuavo_train.data.replay.exported_file import KEY, ExportedTask, exported_tasks
 from kuavo_train.data.task import Task, examine_task
 from kuavo_train.errors import require
 from kuavo_train.stage.findings import Findings

@@ -16,8 +16,8 @@ import torch
 
 from kuavo_train.config import RunConfig, StageConfig
 from kuavo_train.data.images.plan import FOR_EMBEDDINGS, Images, size_text
-from kuavo_train.data.replay_buffer import Kept
-from kuavo_train.data.replay_file import FORMAT, VERSION, TaskHeader, header_of, settings_of
+from kuavo_train.data.replay.buffer import Kept
+from kuavo_train.data.replay.exported_file import FORMAT, VERSION, TaskHeader, header_of, settings_of
 from kuavo_train.data.task import Task
 from kuavo_train.errors import ConfigError, require
 from kuavo_train.runs.tensor_file import TensorPieces, write_tensors

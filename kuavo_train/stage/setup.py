@@ -25,8 +25,8 @@ from kuavo_train.data.images.plan import Images, plan_images
 from kuavo_train.data.mixture import mixture_of
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
-from kuavo_train.data.replay_buffer import Kept
-from kuavo_train.data.replay_file import exported_names
+from kuavo_train.data.replay.buffer import Kept
+from kuavo_train.data.replay.exported_file import exported_names
 from kuavo_train.data.sampler import Order, SampleOrder
 from kuavo_train.data.task import Task
 from kuavo_train.data.workers import room_problems

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from kuavo_train.config import ForgettingConfig
 from kuavo_train.data.mixture import mixture_of
-from kuavo_train.data.replay import raised_shares
+from kuavo_train.data.replay.shares import raised_shares
 from kuavo_train.errors import ConfigError
 from kuavo_train.metrics.intervals import Interval, Scores, paired_bootstrap
 from kuavo_train.metrics.number_format import percent, whole_percent

@@ -25,11 +25,11 @@ from lerobot.utils.constants import ACTION, IMAGENET_STATS, OBS_STATE
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from kuavo_train.config import RunConfig, TinyVLMConfig, said
-from kuavo_train.data.hub import one_line, remedy
+from kuavo_train.config import RunConfig, TinyVLMConfig
 from kuavo_train.data.normalization import Normalization
 from kuavo_train.data.policy_traits import PolicyTraits
-from kuavo_train.errors import ConfigError, Problems, require
+from kuavo_train.data.recordings.hub import one_line, remedy
+from kuavo_train.errors import ConfigError, Problems, require, said
 from kuavo_train.keys import fits, in_words
 from kuavo_train.reading import Json, JsonValue
 from kuavo_train.training.ema import check_average

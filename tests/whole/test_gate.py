@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from stages import run
 
 from kuavo_train.config import ForgettingConfig, RunConfig
-from kuavo_train.data.replay import proportional_shares, raised_shares
+from kuavo_train.data.replay.shares import proportional_shares, raised_shares
 from kuavo_train.metrics.intervals import Interval
 from kuavo_train.runs.records import GateReading
 from kuavo_train.runs.run_folder import stage_folder

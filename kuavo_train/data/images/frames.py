@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
-from kuavo_train.config import DataConfig, said
+from kuavo_train.config import DataConfig
 from kuavo_train.data.images.episode_cache import EpisodeCache, How, fill
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.task import Task
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, said
 from kuavo_train.reading import Json
 
 DECODE_TOLERANCE_S = 1e-4

@@ -28,7 +28,7 @@ from kuavo_train.data.images.forms import FORMS
 from kuavo_train.data.images.frames import CachedFrames, DecodedFrames, fill_frames, frame_cache
 from kuavo_train.data.images.part import WHOLE, Shard
 from kuavo_train.data.images.source import ImageSource, RowSource
-from kuavo_train.data.replay_file import KEY, ExportedTask
+from kuavo_train.data.replay.exported_file import KEY, ExportedTask
 from kuavo_train.errors import ConfigError
 from kuavo_train.reading import Json
 

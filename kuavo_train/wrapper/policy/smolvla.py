@@ -20,7 +20,6 @@ Threads: one call at a time; a lock holds the others back. The memory is that of
 order, so processes or threads that drive different robots each need a wrapper of their own.
 """
 
-import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,22 +29,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_STATE
-from numpy.typing import ArrayLike
 
-from kuavo_train.config import said
 from kuavo_train.data.batch import Prepared
 from kuavo_train.data.checkpoint_tasks import KnownTask, KnownTasks
-from kuavo_train.data.images.frames import resized
 from kuavo_train.data.policy_traits import PolicyTraits
 from kuavo_train.wrapper.policy.episode import RobotEpisode
-from kuavo_train.wrapper.policy.loading import open_policy, stored_config
+from kuavo_train.wrapper.policy.loading import folder_of, open_policy, stored_config
+from kuavo_train.wrapper.policy.observation import array_of, in_policy_order, pictures_of, states_of
 from kuavo_train.wrapper.policy.robot_by_robot import RobotByRobot
 from kuavo_train.wrapper.policy.robot_io import Actions, Observation
 from lerobot_policy_smolvla_memory import SmolVLAMemoryConfig, SmolVLAMemoryPolicy
@@ -330,8 +325,8 @@ class SmolVLAPolicyWrapper:
         Raises:
             ValueError: as `select_action`, and a task that is not like any that the policy has learnt.
         """
-        states = self._states(observation)
-        batched = _array(observation[OBS_STATE]).ndim == 2
+        states = states_of(observation)
+        batched = array_of(observation[OBS_STATE]).ndim == 2
         if batched and len(states) != self.frames:
             raise ValueError(f"{OBS_STATE} must be of shape [S], or [{self.frames}, S], got {list(states.shape)}")
         task = observation.get("task")
@@ -407,8 +402,8 @@ class SmolVLAPolicyWrapper:
 
     def _prepare(self, observation: Observation) -> tuple[Prepared, list[list[int]], bool]:
         """What the policy reads, the columns of its actions that each robot's task has, and whether it was a batch."""
-        states = self._states(observation)
-        batched, size = _array(observation[OBS_STATE]).ndim == 2, len(states)
+        states = states_of(observation)
+        batched, size = array_of(observation[OBS_STATE]).ndim == 2, len(states)
         instructions = self._instructions_of(observation, size)
         tasks = [self._task_like(instruction) for instruction in instructions]
         read = observation.get(READ_INSTEAD)
@@ -424,8 +419,11 @@ class SmolVLAPolicyWrapper:
     ) -> dict[str, torch.Tensor]:
         """What the preprocessor takes beside the texts: cameras, state, and which dimensions a row's task lacks."""
         size = len(states)
-        rows = {camera: self._pictures(observation, camera, size, batched=batched) for camera in self.cameras}
-        rows[OBS_STATE] = torch.stack([self._in_policy_order(*each) for each in zip(states, tasks, strict=True)])
+        sizes = {"trained": self.cameras, "recorded": self.known.camera_sizes}
+        rows = {camera: pictures_of(observation, camera, size, **sizes, batched=batched) for camera in self.cameras}
+        rows[OBS_STATE] = torch.stack(
+            [in_policy_order(state, task, self.known) for state, task in zip(states, tasks, strict=True)]
+        )
         absent = torch.ones(size, len(self.known.action_names), dtype=torch.bool)
         for row, task in enumerate(tasks):
             absent[row, self._columns(task)] = False
@@ -436,64 +434,6 @@ class SmolVLAPolicyWrapper:
         return [self.known.action_names.index(name) for name in task.action_names]
 
     # ------------------------------------------------------------------------------------- what an observation holds
-
-    def _states(self, observation: Observation) -> np.ndarray:
-        """[B, S]"""
-        if OBS_STATE not in observation:
-            raise ValueError(f"the observation must hold {OBS_STATE}, got {', '.join(observation)}")
-        state = np.asarray(_array(observation[OBS_STATE]), dtype=np.float32)
-        if state.ndim not in (1, 2) or state.size == 0:
-            raise ValueError(f"{OBS_STATE} must be of shape [S] or [B, S], got {list(state.shape)}")
-        if not np.isfinite(state).all():
-            raise ValueError(f"{OBS_STATE} must be finite, got {state}")
-        return np.atleast_2d(state)
-
-    def _in_policy_order(self, state: np.ndarray, task: KnownTask) -> torch.Tensor:
-        """[S of the policy], by name; a dimension the task lacks holds what it held in training."""
-        if len(state) != len(task.state_names):
-            raise ValueError(
-                f"{OBS_STATE} must have the {len(task.state_names)} dimensions of {task.name} "
-                f"({', '.join(task.state_names)}), got {len(state)}"
-            )
-        given = dict(zip(task.state_names, state.tolist(), strict=True))
-        return torch.tensor(
-            [
-                given.get(name, absent)
-                for name, absent in zip(self.known.state_names, self.known.absent_state, strict=True)
-            ]
-        )
-
-    def _pictures(self, observation: Observation, camera: str, size: int, *, batched: bool) -> torch.Tensor:
-        """[B, 3, H, W] float in [0, 1], brought to the size of training as training did."""
-        if camera not in observation:
-            raise ValueError(
-                f"the observation must hold {camera}; the policy was trained with {', '.join(self.cameras)}, "
-                f"got {', '.join(observation)}"
-            )
-        given = torch.from_numpy(np.ascontiguousarray(_array(observation[camera])))
-        pictures = given if batched else given[None]
-        whole = given.dtype == torch.uint8
-        if whole and pictures.ndim == 4 and pictures.shape[-1] == 3:
-            pictures = pictures.permute(0, 3, 1, 2)
-        elif not (pictures.is_floating_point() and pictures.ndim == 4 and pictures.shape[1] == 3):
-            raise ValueError(
-                f"{camera} must be [H, W, 3] uint8 or [3, H, W] float{', for each of the batch' if batched else ''}, "
-                f"got {list(given.shape)} {str(given.dtype).removeprefix('torch.')}"
-            )
-        if len(pictures) != size:
-            raise ValueError(f"{camera} must be of {size} robots, as {OBS_STATE} is, got {len(pictures)}")
-        pictures = pictures.float() if whole else pictures.float() * 255
-        if not (pictures.min() >= 0 and pictures.max() <= 255):
-            raise ValueError(
-                f"{camera} as float must be in [0, 1], got {pictures.min() / 255:g} to {pictures.max() / 255:g}; "
-                "give pictures of 0 to 255 as uint8"
-            )
-        trained, found = self.cameras[camera], tuple(pictures.shape[2:])
-        if found != trained:
-            if found != self.known.camera_sizes.get(camera):
-                raise ValueError(f"{camera} must be of the size in training, {trained} (height, width), got {found}")
-            pictures = resized(pictures, trained)
-        return pictures / 255
 
     def _instructions_of(self, observation: Observation, size: int) -> list[str]:
         given = observation.get("task")
@@ -567,26 +507,3 @@ def _joined(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def planned_steps(config: PreTrainedConfig) -> int:
     """How many actions a policy plans, from the frame of the query on."""
     return sum(offset >= 0 for offset in config.action_delta_indices)
-
-
-def _array(value: ArrayLike | torch.Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-
-
-def folder_of(path: str | Path) -> Path:
-    """The folder with config.json: of a checkpoint, of its pretrained_model, or downloaded from the hub.
-
-    Of a stage it is the best checkpoint's, of a run that of the last stage that has one.
-    """
-    place, best = Path(path), Path("checkpoints", "best", "pretrained_model")
-    stages = sorted(place.glob("stage*_*"), key=lambda stage: int(re.findall(r"\d+", stage.name + " 0")[0]))
-    for folder in (place, place / "pretrained_model", place / best, *(stage / best for stage in reversed(stages))):
-        if (folder / "config.json").is_file():
-            return folder
-    rule = f"{path} must be a checkpoint's folder, with config.json in it or in pretrained_model, or a run with one"
-    if len(place.parts) != 2 or place.exists() or str(path).startswith((".", "/", "~")):
-        raise FileNotFoundError(rule)
-    try:
-        return Path(snapshot_download(str(path)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"{rule}, or a repository of the hub: {said(error)}") from error

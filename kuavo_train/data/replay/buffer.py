@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from kuavo_train.config import ReplayConfig
-from kuavo_train.data.phases import phases_of
+from kuavo_train.data.replay.phases import phases_of
 from kuavo_train.data.task import Task
 from kuavo_train.errors import require
 from kuavo_train.reading import Json

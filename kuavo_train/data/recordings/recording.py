@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.utils import DEFAULT_DATA_PATH, DEFAULT_TASKS_PATH, DEFAULT_VIDEO_PATH, EPISODES_DIR, INFO_PATH
 
-from kuavo_train.config import said
-from kuavo_train.errors import ConfigError
+from kuavo_train.errors import ConfigError, said
 from kuavo_train.reading import Json
 
 PLACE = ("episode_index", "frame_index", "index", "timestamp", "task_index")
@@ -113,7 +112,9 @@ class Recording:
         for file in self.data_files:
             table = _read_parquet(self.root / file, keys)
             for key in table.column_names:
-                found.setdefault(key, []).append(_values(table[key], f"{key} in {self.root / file}"))
+                values = _values(table[key], f"{key} in {self.root / file}")
+                found.setdefault(key, []).append(values.copy())  # a view would keep all of Arrow's memory until the end
+        pa.default_memory_pool().release_unused()
         for key, parts in found.items():
             widths = {part.shape[1:] for part in parts}
             if len(parts) != len(self.data_files) or len(widths) > 1:
@@ -121,7 +122,7 @@ class Recording:
                     f"{key} must be in all {len(self.data_files)} tables of {self.root} with one width, got "
                     f"{len(parts)} of them, of widths {sorted(widths)}; convert the recording again"
                 )
-        return {key: np.concatenate(parts) for key, parts in found.items()}
+        return {key: np.concatenate(found.pop(key)) for key in list(found)}  # a key's parts go before the next is whole
 
     def numbers(self, key: str) -> np.ndarray:
         """[N] a column of one number per row. Raises `ConfigError` where the tables lack it."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kuavo_train.config import StageConfig
-from kuavo_train.data.recording import Recording
+from kuavo_train.data.recordings.recording import Recording
 from kuavo_train.errors import require
 
 WHOLE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

@@ -18,8 +18,7 @@ from huggingface_hub.errors import (
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.utils import CompatibilityError, get_safe_version
 
-from kuavo_train.config import said
-from kuavo_train.errors import ConfigError, require
+from kuavo_train.errors import ConfigError, require, said
 
 RECORD = "fetched_from.json"
 """Beside a dataset: where on the hub it came from. Further files are of the same commit."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kuavo_train.config import FROM_DATASET
-from kuavo_train.data.recording import Recording, episode_list
+from kuavo_train.data.recordings.recording import Recording, episode_list
 from kuavo_train.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from kuavo_train.data.joint_groups import columns_by_group
-from kuavo_train.data.recording import Recording, episode_list
+from kuavo_train.data.recordings.joint_groups import columns_by_group
+from kuavo_train.data.recordings.recording import Recording, episode_list
 from kuavo_train.errors import ConfigError
 
 FULL_TURN = 2 * np.pi  # rad; no joint of an arm turns so far

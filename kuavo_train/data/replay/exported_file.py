@@ -26,13 +26,13 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from kuavo_train.config import DataConfig, StageConfig, said
-from kuavo_train.data.hub import HubOrigin
-from kuavo_train.data.instructions import Instructions
-from kuavo_train.data.recording import Recording
-from kuavo_train.data.replay_buffer import Kept
+from kuavo_train.config import DataConfig, StageConfig
+from kuavo_train.data.recordings.hub import HubOrigin
+from kuavo_train.data.recordings.instructions import Instructions
+from kuavo_train.data.recordings.recording import Recording
+from kuavo_train.data.replay.buffer import Kept
 from kuavo_train.data.task import Task
-from kuavo_train.errors import ConfigError, require
+from kuavo_train.errors import ConfigError, require, said
 from kuavo_train.reading import Json
 
 FORMAT, VERSION = "kuavo_train.replay", "1"

@@ -1,0 +1,1 @@
+"""A dataset as its files hold it, and what can be wrong with it."""
