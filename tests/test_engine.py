@@ -309,7 +309,10 @@ def test_a_single_run_has_no_engine(here: Callable, module: str) -> None:
     assert "engine chooses what trains the cells of a study" in done.stderr
 
 
-def test_no_cluster_is_an_error_with_what_to_do_before_anything_begins(tmp_path: Path) -> None:
+def test_no_cluster_is_an_error_with_what_to_do_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # this machine may be of a cluster
     with pytest.raises(ConfigError, match="engine=slurm must be used where SLURM's commands are"):
         engine_of(EngineConfig("slurm"), lambda configs: 0, tmp_path / "logs")
 

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lerobot.configs.video import RGBEncoderConfig
 from small_datasets import write_dataset
 
+from benchmarks.data_path import open_written
+from benchmarks.video_dataset import write_dataset as write_videos
 from kuavo_train.config import DataConfig, RunConfig
 from kuavo_train.data.images import frames as frames_module
 from kuavo_train.data.images import part, plan
@@ -418,3 +421,24 @@ def test_a_video_that_does_not_decode_is_named(configs: list[RunConfig], config:
         ConfigError, match=r"weighing: video .* must decode, got an error at frame \d+ of episode \d.*; copy the file"
     ):
         planned(config, decoded, None, episodes=[0, 1]).fill(progress=False)
+
+
+@pytest.mark.parametrize(("keyframes", "pieces"), [(2, [1, 2, 1]), (50, [4])])
+def test_frames_far_apart_are_sought_and_not_decoded_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keyframes: int, pieces: list[int]
+) -> None:
+    encoder = RGBEncoderConfig(vcodec="h264", g=keyframes)
+    task = open_written(write_videos(tmp_path, height=32, width=32, episodes=2, frames=40, encoder=encoder))
+    decoded, (camera, *_) = DecodedFrames(task, image_size=None, video_backend="pyav"), task.cameras
+    whole = decoded(camera, np.arange(80))
+    decoded_at_once: list[int] = []
+    decode = frames_module.decode_video_frames
+
+    def counted(path: Path, times: list[float], *rest: Any, **named: Any) -> torch.Tensor:
+        decoded_at_once.append(len(times))
+        return decode(path, times, *rest, **named)
+
+    monkeypatch.setattr(frames_module, "decode_video_frames", counted)
+    rows = np.array([39, 18, 3, 20])
+    assert torch.equal(decoded(camera, rows), whole[rows])
+    assert decoded_at_once == pieces

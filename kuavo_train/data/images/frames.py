@@ -25,6 +25,8 @@ from kuavo_train.errors import ConfigError, said
 from kuavo_train.reading import Json
 
 DECODE_TOLERANCE_S = 1e-4
+OPENING = 4  # frames that decode in the time in which a video is opened and a place in it is sought
+BETWEEN_KEYFRAMES = 50  # where a dataset does not say
 
 
 def resized(frames: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -88,7 +90,7 @@ class DecodedFrames:
             path, start = task.root / file, float(recording.segments(key)[episode, 0])
             times = [start + float(frame) / recording.fps for frame in task.frame[rows]]
             try:
-                frames = decode_video_frames(path, times, DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
+                frames = self._decode_video(path, times, self._pieces(key, rows))
             except Exception as error:  # each backend raises its own
                 first = next((i for i, time in enumerate(times) if not self._decodes(path, time)), 0)
                 raise ConfigError(
@@ -101,6 +103,24 @@ class DecodedFrames:
         if self.image_size is not None and list(frames.shape[-2:]) != list(self.image_size):
             frames = resized(frames.float(), self.image_size).to(torch.uint8)
         return frames
+
+    def _decode_video(self, path: Path, times: Sequence[float], pieces: Sequence[np.ndarray]) -> torch.Tensor:
+        def decode(wanted: Sequence[float]) -> torch.Tensor:
+            return decode_video_frames(path, list(wanted), DECODE_TOLERANCE_S, self.video_backend, return_uint8=True)
+
+        if len(pieces) == 1:
+            return decode(times)
+        order = np.argsort(np.concatenate(pieces))
+        return torch.cat([decode([times[place] for place in places]) for places in pieces])[order]
+
+    def _pieces(self, key: str, rows: np.ndarray) -> list[np.ndarray]:
+        """Places of rows of one episode, in pieces that are decoded from their first to their last frame.
+
+        What lies farther apart than keyframes is sought: decoding through would take longer.
+        """
+        order = np.argsort(rows, kind="stable")
+        between = max(OPENING, int(self.task.recording.about_video(key).get("video.g") or BETWEEN_KEYFRAMES))
+        return np.split(order, np.flatnonzero(np.diff(rows[order]) > between) + 1)
 
     def _decodes(self, path: Path, time: float) -> bool:
         try:
