@@ -1,6 +1,8 @@
 """Where the YAML files and the pretrained models of the project lie, and what YAML may compute."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -14,7 +16,7 @@ MODELS_FOLDER = CONFIG_FOLDER.parent / "models"
 
 def register_resolvers() -> None:
     """Profiles scale the stage's own recipe: `${times:${stage.lr},20}`, `${share_of:${stage.epochs},0.1}`."""
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "times": lambda value, factor: float(f"{value * factor:.9g}"),
         "share_of": lambda whole, part: max(1, round(whole * part)),
         "model": lambda name: str(MODELS_FOLDER / name),

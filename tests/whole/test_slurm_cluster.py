@@ -1,7 +1,7 @@
 """Studies on a real cluster: where `sinfo` answers, `make test-full` trains small cells as its jobs.
 
-A machine becomes a cluster of one node with slurmctld, slurmd, slurmdbd (sacct needs it) and munged. Jobs are warned,
-preempted and out of time by SLURM's own doing.
+A machine becomes a cluster of one node with slurmctld, slurmd, slurmdbd (sacct needs it) and munged. Jobs are warned
+and queued again by SLURM's commands, and run out of time by its own doing.
 """
 
 import shutil
@@ -91,7 +91,7 @@ def test_warned_and_preempted_jobs_are_queued_again_and_end_in_the_bits_of_a_run
     until(lambda: all(trains(folder) for folder in cells.values()))
     warned, preempted = sorted(jobs())
     subprocess.run(["scancel", "--signal=USR1", warned], check=True)  # what comes before a job's time is over
-    subprocess.run(["scontrol", "requeue", preempted], check=True)  # what a preempting job leads to
+    subprocess.run(["scontrol", "requeue", preempted], check=True)  # what preemption leads to
     printed = (tmp_path / "printed").read_text
     assert process.wait(600) == 0, printed()
     assert study.main(words(small_run, f"outputs={tmp_path / 'alone'}", "seed=0,1")) == 0
