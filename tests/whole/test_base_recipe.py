@@ -39,4 +39,7 @@ def test_a_base_is_recorded_pretrained_and_handed_out_and_a_stage_starts_from_it
         "kuavo_train", *small, *short, *jobs, *start, "tiny_vlm.corpus=words", "tiny_vlm.vocabulary_size=1024"
     )
     assert trained.returncode == 0, trained.stderr
-    assert StageFolder(outputs / "from_it" / "stage1_moving_grasp").about["start"]["sha256"] == sha256
+    assert StageFolder(outputs / "from_it" / "stage1_moving_grasp").status == "finished"
+    other = here("kuavo_train", *small, *short, *jobs, *start[:1], "base_sha256=" + 64 * "0", "run=refused")
+    assert other.returncode == 2
+    assert "base_sha256" in other.stderr
