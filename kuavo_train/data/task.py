@@ -1,6 +1,6 @@
 """One task: its LeRobot dataset, its episode split, its instructions, its features by name.
 
-Tables (state, action, episode bounds) are held in memory; frames come from cache.py. Rows are the dataset's
+Tables (state, action, episode bounds) are held in memory; frames come from images/. Rows are the dataset's
 own `index`, so row r of a task is frame `index == r` of its LeRobotDataset.
 """
 

@@ -119,8 +119,9 @@ class DecodedFrames:
         What lies farther apart than keyframes is sought: decoding through would take longer.
         """
         order = np.argsort(rows, kind="stable")
-        between = max(OPENING, int(self.task.recording.about_video(key).get("video.g") or BETWEEN_KEYFRAMES))
-        return np.split(order, np.flatnonzero(np.diff(rows[order]) > between) + 1)
+        stated = self.task.recording.about_video(key).get("video.g")
+        between = stated if isinstance(stated, int) and stated > 0 else BETWEEN_KEYFRAMES
+        return np.split(order, np.flatnonzero(np.diff(rows[order]) > max(OPENING, between)) + 1)
 
     def _decodes(self, path: Path, time: float) -> bool:
         try:
