@@ -442,3 +442,15 @@ def test_frames_far_apart_are_sought_and_not_decoded_through(
     rows = np.array([39, 18, 3, 20])
     assert torch.equal(decoded(camera, rows), whole[rows])
     assert decoded_at_once == pieces
+
+
+@pytest.mark.parametrize("stated", [None, "auto", 0, -1])
+def test_a_dataset_that_states_no_number_of_frames_between_keyframes_decodes_all_the_same(
+    task: Task, stated: object
+) -> None:
+    decoded, (camera, *_) = DecodedFrames(task, image_size=None, video_backend="pyav"), task.cameras
+    rows = np.arange(*task.bounds[0])
+    expected = decoded(camera, rows)
+    task.recording.features[task.cameras[camera]].setdefault("info", {})["video.g"] = stated
+    assert torch.equal(decoded(camera, rows), expected)
+    assert len(decoded._pieces(task.cameras[camera], rows[[0, -1]])) == 1
