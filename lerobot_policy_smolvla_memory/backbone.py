@@ -5,8 +5,8 @@ so keys and values of a block stay as they are when another is appended:
 
     context   images and language: all K queries of a clip at once
     state     one token
-    memory    M tokens, of all queries at once, or query after query where the memory awaits their output (or, at the
-              start, in one block with the context)
+    memory    M tokens, of all queries at once and in one pass with the state, or query after query where the memory
+              awaits their output (or, at the start, in one block with the context)
 
 Then the action expert attends to the keys and values of all of them. What makes it fast:
 
@@ -175,7 +175,7 @@ class FastForward:
         before: Encoded | None = None,
         *,
         first_position: Tensor | int = 0,
-        moves_on: bool = True,
+        places: int | None = None,
         read: bool = False,
     ) -> tuple[Tensor | None, Encoded]:
         """A block of tokens through the vision-language model.
@@ -185,8 +185,9 @@ class FastForward:
             bias: [B, N] what attention adds to their scores; `UNSEEN` for padding, which takes no position either.
             before: the blocks before; None for the first block.
             first_position: of the first block.
-            moves_on: false takes no place in the count of positions: what comes next stands where it would without
-                the block.
+            places: how many of the tokens, from the first on, take one in the count of positions; None is all. What
+                comes next stands where it would without the others. Where some take one and some do not, they are two
+                blocks in one pass: the former do not see the latter.
             read: whether the output is wanted.
 
         Returns:
@@ -200,7 +201,11 @@ class FastForward:
             positions = positions + first_position
         else:
             positions, biases = positions + before.next_position[:, None], torch.cat([before.bias, bias], dim=1)
-        next_position = positions[:, -1] if moves_on or before is None else before.next_position
+        next_position = positions[:, -1] if places is None or before is None else before.next_position + places
+        seen = biases[:, None]
+        if places:
+            seen = seen.repeat(1, tokens.shape[1], 1)
+            seen[:, :places, places - tokens.shape[1] :] = UNSEEN
         rotation = rotation_at(positions - 1, last.self_attn.head_dim)
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
         keys, values = list[Tensor](), list[Tensor]()
@@ -211,24 +216,24 @@ class FastForward:
                 key, value = _following(past, _keys_and_values(layer, normed, rotation))
                 return None, Encoded([*keys, key], [*values, value], biases, next_position)
             work = partial(self._prefix_layer, layer)
-            key, value, hidden = self._kept_for_backward(work, hidden, *rotation, biases, *past)
+            key, value, hidden = self._kept_for_backward(work, hidden, *rotation, seen, *past)
             keys.append(key)
             values.append(value)
         return _rms_norm(text_model.norm, hidden), Encoded(keys, values, biases, next_position)
 
     def _prefix_layer(
-        self, layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor, biases: Tensor, *past: Tensor
+        self, layer: "LlamaDecoderLayer", hidden: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, *past: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of a block and those before, and the block's hidden states [B, N, H] after the layer.
 
         Args:
-            biases: [B, L + N] of all that is seen.
+            seen: [B, N, L + N] the bias of all that each token sees, or [B, 1, L + N] when it is the same for all.
             past: keys and values [B, L, G, D] of the blocks before, where there are any.
         """
         normed = _rms_norm(layer.input_layernorm, hidden)
         key, value = _following(past, _keys_and_values(layer, normed, (cos, sin)))
         query = rotate(_heads(layer, "q_proj", normed), (cos, sin))
-        return key, value, _finish_layer(layer, hidden, self.attend(query, key, value, biases[:, None]))
+        return key, value, _finish_layer(layer, hidden, self.attend(query, key, value, seen))
 
     def _kept_for_backward[*P, T](self, work: Callable[[*P], T], *inputs: *P) -> T:
         """`work(*inputs)`, of which autograd keeps everything, or the inputs."""
@@ -312,11 +317,13 @@ class Encoding:
     def __init__(self, forward: FastForward, prefix: Prefix, queries: int, memory: RecurrentMemory | None):
         self.forward, self.prefix, self.queries, self.memory = forward, prefix, queries, memory
         self.remembered: list[Encoded] = []  # per query: all blocks, the memory's among them
+        self.state_goes_with_memory = memory is not None and not memory.awaits_backbone
         self.shared = None if forward.mem_at_start else self._without_memory()
 
     def _without_memory(self) -> Encoded:
-        """Context and state of all queries at once: what does not depend on memory."""
-        return self._with_state(self.forward.context(self.prefix), self.prefix.state)
+        """Of all queries at once, what does not depend on memory: the context, and the state unless both go together."""
+        context = self.forward.context(self.prefix)
+        return context if self.state_goes_with_memory else self._with_state(context, self.prefix.state)
 
     def _with_state(self, before: Encoded, state: Tensor) -> Encoded:
         return self.forward.append(state, _unbiased(state), before)[1]
@@ -327,8 +334,11 @@ class Encoding:
         forward, awaited = self.forward, self.memory.awaits_backbone
         bias = self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
-            before = self.shared.query(number, self.queries)
-            output, blocks = forward.append(tokens, bias, before, moves_on=False, read=awaited)
+            before, block = self.shared.query(number, self.queries), tokens
+            if self.state_goes_with_memory:
+                state = self.prefix.state[number :: self.queries]
+                block, bias = torch.cat([state, tokens], dim=1), torch.cat([_unbiased(state), bias], dim=1)
+            output, blocks = forward.append(block, bias, before, places=len(block[0]) - len(tokens[0]), read=awaited)
             self.remembered.append(blocks)
             return output
         prefix = self.prefix.query(number, self.queries)
@@ -338,7 +348,7 @@ class Encoding:
         output, blocks = forward.append(block, biases, first_position=first_position, read=awaited and not ends)
         blocks = self._with_state(blocks, prefix.state)
         if ends:
-            output, blocks = forward.append(tokens, bias, blocks, moves_on=False, read=awaited)
+            output, blocks = forward.append(tokens, bias, blocks, places=0, read=awaited)
         self.remembered.append(blocks)
         return None if output is None else output[:, : tokens.shape[1]]
 
