@@ -205,7 +205,7 @@ class FastForward:
         seen = biases[:, None]
         if places:
             seen = seen.repeat(1, tokens.shape[1], 1)
-            seen[:, :places, places - tokens.shape[1] :] = UNSEEN
+            seen[:, :places, places - tokens.shape[1] :].fill_(UNSEEN)
         rotation = rotation_at(positions - 1, last.self_attn.head_dim)
         hidden = tokens.to(last.self_attn.k_proj.weight.dtype)
         keys, values = list[Tensor](), list[Tensor]()

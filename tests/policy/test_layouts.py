@@ -1,5 +1,8 @@
 """Where the memory stands in the prefix, who sees it, and what it leaves alone."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -112,13 +115,27 @@ def test_a_memory_that_nobody_hears_changes_nothing(make_policy, make_batch, mak
     assert (faint - without).abs().mean() < 0.2 * (loud - without).abs().mean()
 
 
-def test_end_layout_leaves_all_before_it_bit_identical(make_policy, make_batch):
+def test_end_layout_leaves_the_context_bit_identical_and_the_state_up_to_rounding(make_policy, make_batch):
+    """The state goes through the model in one pass with the memory, which rounds otherwise than a pass of its own."""
     policies = [make_policy(num_mem_tokens=tokens) for tokens in (2, 0)]
     policies[1].load_state_dict(policies[0].state_dict(), strict=False)
     with_memory, without = (_keys(policy.encode(make_batch(3))[0]) for policy in policies)
     for keys, plain in zip(with_memory, without, strict=True):
-        assert torch.equal(keys[:, :PREFIX_LENGTH], plain)  # keys carry their positions
+        assert torch.equal(keys[:, : PREFIX_LENGTH - 1], plain[:, :-1])  # keys carry their positions
+        torch.testing.assert_close(keys[:, PREFIX_LENGTH - 1], plain[:, -1])
         assert keys.shape[1] == PREFIX_LENGTH + 2
+
+
+@pytest.mark.parametrize("reads_context", [True, False], ids=["reads the context", "awaits the model's output"])
+def test_no_value_of_the_memory_changes_a_bit_before_it(make_policy, make_batch, reads_context):
+    policy = make_policy(mem_reads_context=reads_context)
+    states = [policy.model.memory.initial(3)]
+    states += [replace(states[0], tokens=factor * torch.randn_like(states[0].tokens)) for factor in (1, 1e3)]
+    first, *others = (_keys(policy.encode(make_batch(3), state)[0]) for state in states)
+    for other in others:
+        for keys, plain in zip(other, first, strict=True):
+            assert torch.equal(keys[:, :PREFIX_LENGTH], plain[:, :PREFIX_LENGTH])
+            assert keys.shape[1] == PREFIX_LENGTH + 2
 
 
 def _keys(encoded) -> list[torch.Tensor]:

@@ -155,17 +155,21 @@ def test_the_memory_learns_while_the_vlm_is_frozen(make_policy, make_batch, make
 
 
 @pytest.mark.parametrize(
-    ("reads_context", "through_the_model"),
-    [pytest.param(True, [6], id="reads the context"), pytest.param(False, [2, 2, 2], id="awaits the model's output")],
+    ("reads_context", "with_state", "through_the_model"),
+    [
+        pytest.param(True, 1, [6], id="reads the context"),
+        pytest.param(False, 0, [2, 2, 2], id="awaits the model's output"),
+    ],
 )
-def test_memory_tokens_of_all_queries_go_through_the_model_at_once_unless_it_writes_them(
-    make_policy, make_batch, make_noise, reads_context, through_the_model
+def test_memory_tokens_of_all_queries_go_through_the_model_at_once_and_with_the_state_unless_it_writes_them(
+    make_policy, make_batch, make_noise, reads_context, with_state, through_the_model
 ):
     policy, blocks = make_policy(mem_reads_context=reads_context), []
     first_layer = policy.model.vlm_with_expert.get_vlm_model().text_model.layers[0]
     first_layer.self_attn.k_proj.register_forward_hook(lambda _module, _inputs, keys: blocks.append(keys.shape[:2]))
     policy(make_batch(6), **make_noise(6), queries=3)
-    assert [rows for rows, tokens in blocks if tokens == policy.config.num_mem_tokens] == through_the_model
+    memory = policy.config.num_mem_tokens + with_state
+    assert [rows for rows, tokens in blocks if tokens == memory] == through_the_model
 
 
 def test_the_last_layer_and_the_final_norm_learn_when_the_vlm_does_and_its_output_is_written(
