@@ -5,7 +5,7 @@ vision-language model's prefix, and `write` turns what the tokens find among the
 state:
 
     state = memory.initial(batch_size)
-    contexts = memory.context(embeddings, valid).queries(K) # computed for all queries at once
+    contexts = memory.context(blocks, valid).queries(K)     # computed for all queries at once
     for each query of an episode:
         tokens = memory.read(state)                         # into the prefix
         state = memory.write(state, contexts[number])
@@ -259,12 +259,15 @@ class RecurrentMemory(nn.Module):
             tokens = self.look_back(tokens, state.cache, state.cache_length)
         return tokens + self.slots
 
-    def context(self, embeddings: Tensor, valid: Tensor) -> Context | None:
-        """What `write` attends to, of embeddings [B, P, H] and valid [B, P]; None where it does not."""
+    def context(self, blocks: Sequence[Tensor], valid: Tensor) -> Context | None:
+        """What `write` attends to, of embeddings in blocks [B, N, H], P in all, and valid [B, P]; None where it does not.
+
+        Nothing is recorded of a block that needs no gradient, such as what a frozen model makes of pictures.
+        """
         if self.reader is None:
             return None
-        with _in_float32(embeddings.device):
-            return self.reader.context(embeddings, valid)
+        with _in_float32(valid.device):
+            return self.reader.context(blocks, valid)
 
     @property
     def awaits_backbone(self) -> bool:
@@ -376,13 +379,14 @@ class ContextReader(nn.Module):
             for linear in (self.query, self.key):
                 linear.weight.mul_(READER_GAIN)
 
-    def context(self, embeddings: Tensor, valid: Tensor) -> Context:
-        """embeddings [B, P, H], valid [B, P] → keys and values."""
-        embeddings = _rms_norm(embeddings.float())
-        places = _places(embeddings.shape[1], embeddings.shape[2], embeddings.device)
+    def context(self, blocks: Sequence[Tensor], valid: Tensor) -> Context:
+        """Embeddings in blocks [B, N, H], P in all, and valid [B, P] → keys and values."""
+        normed = [_rms_norm(block.float()) for block in blocks]
+        places = _places(valid.shape[1], blocks[0].shape[2], valid.device).split([block.shape[1] for block in blocks])
+        keys = torch.cat([self.key(block + there) for block, there in zip(normed, places, strict=True)], dim=1)
+        values = torch.cat([self.value(block) for block in normed], dim=1)
         bias = torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, -math.inf)
-        keys, values = self._in_heads(self.key(embeddings + places)), self._in_heads(self.value(embeddings))
-        return Context(keys, values, bias[:, None, None])
+        return Context(self._in_heads(keys), self._in_heads(values), bias[:, None, None])
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, M, H] → what they find [B, M, H]."""

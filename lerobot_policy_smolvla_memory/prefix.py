@@ -31,11 +31,10 @@ class Prefix:
     frame: Tensor | None = None
     encoded: Tensor | None = None
 
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """The state, then images and language, [B, 1 + P, H], and which of them are valid [B, 1 + P]."""
-        rows = len(self.valid)
-        embeddings = torch.cat([self.state.to(self.context.dtype), self.context], dim=1)
-        return embeddings, torch.cat([self.valid.new_ones(rows, 1), self.valid], dim=1)
+    def seen(self) -> tuple[Sequence[Tensor], Tensor]:
+        """The state [B, 1, H], images and language [B, P, H], and which of them are valid [B, 1 + P]."""
+        valid = torch.cat([self.valid.new_ones(len(self.valid), 1), self.valid], dim=1)
+        return (self.state, self.context), valid
 
     def summary(self) -> Tensor:
         """[B, 2, H] float32: the mean of images and language, and the state. Without gradient."""

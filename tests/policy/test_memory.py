@@ -145,7 +145,7 @@ def test_what_is_written_comes_from_the_context_but_not_from_its_padding():
     valid[:, 4] = False
 
     def written(embeddings: torch.Tensor) -> torch.Tensor:
-        return memory.write(state, memory.context(embeddings, valid)).tokens
+        return memory.write(state, memory.context([embeddings], valid)).tokens
 
     padding, seen = embeddings.clone(), embeddings.clone()
     padding[:, 4], seen[:, 3] = 100.0, -seen[:, 3]
@@ -156,9 +156,20 @@ def test_what_is_written_comes_from_the_context_but_not_from_its_padding():
 def test_the_context_of_a_query_is_its_own_rows():
     memory = RecurrentMemory(2, 16, context_heads=4)
     embeddings, valid = torch.randn(6, 5, 16), torch.ones(6, 5, dtype=torch.bool)
-    second = memory.context(embeddings, valid).queries(3)[1]
-    alone = memory.context(embeddings[1::3], valid[1::3])
+    second = memory.context([embeddings], valid).queries(3)[1]
+    alone = memory.context([embeddings[1::3]], valid[1::3])
     torch.testing.assert_close((second.keys, second.values), (alone.keys, alone.values))
+
+
+def test_blocks_are_read_as_if_they_were_one_and_only_what_learns_is_recorded():
+    memory = RecurrentMemory(2, 16, context_heads=4)
+    learns, frozen, valid = torch.randn(3, 1, 16, requires_grad=True), torch.randn(3, 5, 16), torch.ones(3, 6).bool()
+    shapes = []
+    memory.reader.key.register_full_backward_hook(lambda _module, inputs, _outputs: shapes.append(inputs[0]))
+    apart, joined = memory.context([learns, frozen], valid), memory.context([torch.cat([learns, frozen], 1)], valid)
+    torch.testing.assert_close((apart.keys, apart.values), (joined.keys, joined.values))
+    apart.keys.sum().backward()
+    assert [None if gradient is None else gradient.shape[1] for gradient in shapes] == [None, 1]
 
 
 def test_where_something_is_seen_decides_what_is_written():
@@ -166,7 +177,7 @@ def test_where_something_is_seen_decides_what_is_written():
     memory = RecurrentMemory(2, 32, context_heads=4)
     state, embeddings = memory.initial(1), torch.randn(1, 6, 32)
     exchanged, valid = embeddings[:, [0, 4, 2, 3, 1, 5]], torch.ones(1, 6, dtype=torch.bool)
-    left, right = (memory.write(state, memory.context(each, valid)).tokens for each in (embeddings, exchanged))
+    left, right = (memory.write(state, memory.context([each], valid)).tokens for each in (embeddings, exchanged))
     assert (left - right).abs().max() > 0.05
 
 
@@ -174,7 +185,7 @@ def test_every_head_and_slot_begins_with_tokens_of_its_own():
     """An even attention is that of all of them, and what one of many tokens shows is lost in the mean."""
     torch.manual_seed(0)
     memory = RecurrentMemory(4, 96, context_heads=4)
-    reader, context = memory.reader, memory.context(torch.randn(8, 32, 96), torch.ones(8, 32).bool())
+    reader, context = memory.reader, memory.context([torch.randn(8, 32, 96)], torch.ones(8, 32).bool())
     query = reader.query(memory.read(memory.initial(8))).unflatten(-1, (4, -1)).transpose(1, 2)
     weights = (query @ context.keys.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
     assert weights.amax(dim=-1).mean() > 4 / 32
