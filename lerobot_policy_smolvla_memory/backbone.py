@@ -15,7 +15,7 @@ Then the action expert attends to the keys and values of all of them. What makes
   in front, autograd records it as it should.
 - Of a block whose output nobody reads, the last layer computes keys and values only.
 - Grouped heads: the query heads that share keys are laid out as further queries, so that no key is repeated. A
-  block needs no square mask either: all its tokens see the same.
+  block needs no square mask either: all its tokens see the same. Only where state and memory share a pass, it has one.
 - The expert's keys and values of the prefix are projected once per query, not once per denoising step.
 - Attention is torch's fused one, in the precision of its inputs.
 
@@ -321,7 +321,7 @@ class Encoding:
         self.shared = None if forward.mem_at_start else self._without_memory()
 
     def _without_memory(self) -> Encoded:
-        """Of all queries at once, what does not depend on memory: the context, and the state unless both go together."""
+        """What does not depend on memory, of all queries at once: the context, and the state where it goes alone."""
         context = self.forward.context(self.prefix)
         return context if self.state_goes_with_memory else self._with_state(context, self.prefix.state)
 
@@ -334,11 +334,12 @@ class Encoding:
         forward, awaited = self.forward, self.memory.awaits_backbone
         bias = self.memory.key_bias.expand(tokens.shape[:2])
         if self.shared is not None:
-            before, block = self.shared.query(number, self.queries), tokens
+            before, places = self.shared.query(number, self.queries), 0
             if self.state_goes_with_memory:
                 state = self.prefix.state[number :: self.queries]
-                block, bias = torch.cat([state, tokens], dim=1), torch.cat([_unbiased(state), bias], dim=1)
-            output, blocks = forward.append(block, bias, before, places=len(block[0]) - len(tokens[0]), read=awaited)
+                tokens, bias = torch.cat([state, tokens], dim=1), torch.cat([_unbiased(state), bias], dim=1)
+                places = state.shape[1]
+            output, blocks = forward.append(tokens, bias, before, places=places, read=awaited)
             self.remembered.append(blocks)
             return output
         prefix = self.prefix.query(number, self.queries)

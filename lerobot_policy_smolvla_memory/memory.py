@@ -260,7 +260,7 @@ class RecurrentMemory(nn.Module):
         return tokens + self.slots
 
     def context(self, blocks: Sequence[Tensor], valid: Tensor) -> Context | None:
-        """What `write` attends to, of embeddings in blocks [B, N, H], P in all, and valid [B, P]; None where it does not.
+        """What `write` attends to, of blocks [B, N, H] of P embeddings in all, valid [B, P]; None where it does not.
 
         Nothing is recorded of a block that needs no gradient, such as what a frozen model makes of pictures.
         """
